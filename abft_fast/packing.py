@@ -1,0 +1,112 @@
+"""Prompts laid end to end in one flat batch: no padding token is ever computed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One tokenized prompt; its last token is the query row the loss looks at.
+
+    Attributes:
+        input_ids: n token ids.
+        label_positions: index of each demonstration's label token, ascending, below n.
+        label_is_correct: whether that label is the query's own.
+    """
+
+    input_ids: list[int]
+    label_positions: list[int]
+    label_is_correct: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class PackedPrompts:
+    """R prompts of T tokens together.
+
+    Attributes:
+        input_ids: (T,) int64.
+        position_ids: (T,) int64, restarting at 0 in every prompt.
+        cu_seqlens: (R + 1,) int32, prompt r is `input_ids[cu_seqlens[r]:cu_seqlens[r + 1]]`.
+        label_positions: (M,) int32, absolute indices into `input_ids`.
+        label_offsets: (R + 1,) int32, prompt r owns `label_positions[offsets[r]:offsets[r + 1]]`.
+        label_is_correct: (M,) bool.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    label_positions: Tensor
+    label_offsets: Tensor
+    label_is_correct: Tensor
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def to(self, device: torch.device | str) -> PackedPrompts:
+        """The same batch on another device."""
+        return PackedPrompts(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def pack(prompts: Sequence[EncodedPrompt]) -> PackedPrompts:
+    """Lay prompts end to end.
+
+    Raises:
+        ValueError: there is no prompt, one is empty, or a label position is not inside its prompt,
+            not ascending, or without its `label_is_correct`.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty: there is nothing to pack")
+    for i, prompt in enumerate(prompts):
+        positions = prompt.label_positions
+        if not prompt.input_ids:
+            raise ValueError(f"prompts[{i}].input_ids is empty")
+        if len(positions) != len(prompt.label_is_correct):
+            raise ValueError(
+                f"prompts[{i}] has {len(positions)} label_positions "
+                f"and {len(prompt.label_is_correct)} label_is_correct"
+            )
+        if any(not 0 <= p < len(prompt) for p in positions):
+            raise ValueError(f"prompts[{i}].label_positions must lie in 0..{len(prompt) - 1}")
+        if any(a >= b for a, b in itertools.pairwise(positions)):
+            raise ValueError(f"prompts[{i}].label_positions must ascend")
+    starts = list(itertools.accumulate(map(len, prompts), initial=0))
+    labels = itertools.accumulate((len(p.label_positions) for p in prompts), initial=0)
+    return PackedPrompts(
+        input_ids=torch.tensor([i for p in prompts for i in p.input_ids]),
+        position_ids=torch.cat([torch.arange(len(p)) for p in prompts]),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        label_positions=torch.tensor(
+            [s + i for s, p in zip(starts, prompts, strict=False) for i in p.label_positions],
+            dtype=torch.int32,
+        ),
+        label_offsets=torch.tensor(list(labels), dtype=torch.int32),
+        label_is_correct=torch.tensor(
+            [c for p in prompts for c in p.label_is_correct], dtype=torch.bool
+        ),
+    )
+
+
+def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Split prompts, longest first, into batches of at most `token_budget` tokens.
+
+    A prompt longer than the budget gets a batch of its own. Yields indices into `lengths`.
+    """
+    batch: list[int] = []
+    tokens = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and tokens + lengths[i] > token_budget:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += lengths[i]
+    if batch:
+        yield batch

@@ -1,0 +1,82 @@
+"""The specification of the attention-behavior loss: plain torch, any float dtype, any device.
+
+Source: Cho et al. 2025, "Mechanistic Fine-tuning for In-context Learning", section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LastRowLoss(NamedTuple):
+    """What one attention layer says about each prompt and query head; every field is (R, Hq).
+
+    Attributes:
+        loss: paper, equation 1; 0 where the head is filtered out. Differentiable, float32
+            (float64 for float64 inputs, as are the masses).
+        label_mass: S, the attention the last row pays to all label tokens.
+        correct_mass: the part of it on labels that are the query's own.
+        is_induction: S > T, whether or not the filter was applied.
+    """
+
+    loss: Tensor
+    label_mass: Tensor
+    correct_mass: Tensor
+    is_induction: Tensor
+
+
+def last_row_loss(
+    query: Tensor,
+    key: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    label_positions: Tensor,
+    label_offsets: Tensor,
+    label_is_correct: Tensor,
+    *,
+    penalty: float | Tensor,
+    reward: float | Tensor,
+    scale: float | None = None,
+    head_filter: bool = True,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> LastRowLoss:
+    """Same arguments and results as `abft_kernels.last_row_loss`, one row and head at a time."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    group = query.shape[1] // key.shape[1]
+    rows = []
+    for row in range(query.shape[0]):
+        start, end = int(key_start[row]), int(key_end[row])
+        owned = slice(int(label_offsets[row]), int(label_offsets[row + 1]))
+        positions = label_positions[owned].long() - start
+        correct = label_is_correct[owned]
+        n, k = end - start, len(positions)
+        threshold = k / (k + math.log(n)) if k else 0.0
+
+        for head in range(query.shape[1]):
+            keys = key[start:end, head // group].to(dtype)
+            scores = keys @ query[row, head].to(dtype) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if window is not None and n > window:
+                scores = scores.masked_fill(
+                    torch.arange(n, device=scores.device) < n - window, -torch.inf
+                )
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head : head + 1].to(dtype)])
+            alpha = torch.softmax(scores, dim=0)[positions]
+
+            label_mass = alpha.sum()
+            is_induction = label_mass > threshold
+            loss = penalty * alpha[~correct].sum() + reward * (1 - alpha[correct]).sum()
+            if head_filter:
+                loss = torch.where(is_induction, loss, loss.new_zeros(()))
+            rows.append((loss, label_mass.detach(), alpha[correct].sum().detach(), is_induction))
+    shape = query.shape[:2]
+    return LastRowLoss(*(torch.stack(column).view(shape) for column in zip(*rows, strict=True)))

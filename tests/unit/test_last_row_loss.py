@@ -1,0 +1,208 @@
+"""The torch backend against the specification, its gradient against finite differences."""
+
+import math
+
+import pytest
+import torch
+from abft_kernels import last_row_loss, reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.unit
+
+
+def make_case(lengths, labels, query_heads=4, key_heads=2, head_dim=8, dtype=torch.float64, seed=0):
+    """Packed random rows; `labels[r]` label tokens in row r, sharpened so that heads pass S > T."""
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.tensor(lengths).cumsum(0)
+    starts = ends - torch.tensor(lengths)
+    positions, correct = [], []
+    for start, n, k in zip(starts.tolist(), lengths, labels, strict=True):
+        chosen = torch.randperm(n, generator=generator)[:k].sort().values + start
+        positions += chosen.tolist()
+        correct += (torch.rand(k, generator=generator) < 0.5).tolist()
+    query = torch.randn(len(lengths), query_heads, head_dim, generator=generator, dtype=dtype)
+    key = torch.randn(sum(lengths), key_heads, head_dim, generator=generator, dtype=dtype)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(labels))
+    group = query_heads // key_heads
+    key[positions] += query[owner].unflatten(1, (key_heads, group))[:, :, 0]
+    return {
+        "query": query,
+        "key": key,
+        "key_start": starts.int(),
+        "key_end": ends.int(),
+        "label_positions": torch.tensor(positions, dtype=torch.int32),
+        "label_offsets": torch.tensor([0, *labels]).cumsum(0).int(),
+        "label_is_correct": torch.tensor(correct, dtype=torch.bool),
+        "penalty": 0.5,
+        "reward": 1.0,
+    }
+
+
+FEATURES = {
+    "plain": {},
+    "no-filter": {"head_filter": False},
+    "softcap": {"softcap": 3.0},
+    "window": {"window": 5},
+    "sinks": {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)},
+    "all": {
+        "softcap": 3.0,
+        "window": 7,
+        "sinks": torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64),
+        "scale": 0.7,
+    },
+}
+
+
+def gradients(function, case, **options):
+    leaves = {name: case[name].detach().requires_grad_() for name in ("query", "key")}
+    if options.get("sinks") is not None:
+        leaves["sinks"] = options["sinks"].detach().clone().requires_grad_()
+    result = function(**{**case, **options, **leaves})
+    weights = torch.linspace(0.5, 1.5, result.loss.numel(), dtype=result.loss.dtype)
+    grads = torch.autograd.grad(
+        (result.loss * weights.view_as(result.loss)).sum(), list(leaves.values()), allow_unused=True
+    )
+    return result, grads
+
+
+@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())
+@pytest.mark.parametrize(
+    ("lengths", "labels"),
+    [([17, 1, 9, 23], [4, 1, 0, 3]), ([1], [0]), ([1], [1]), ([31, 31], [31, 2])],
+    ids=["ragged", "one-token", "only-a-label", "all-labels"],
+)
+def test_matches_the_specification(lengths, labels, options):
+    case = make_case(lengths, labels)
+    expected, expected_grads = gradients(reference.last_row_loss, case, **options)
+    actual, actual_grads = gradients(last_row_loss, case, **options)
+    for name in ("loss", "label_mass", "correct_mass", "is_induction"):
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), msg=name)
+    for actual_grad, expected_grad in zip(actual_grads, expected_grads, strict=True):
+        torch.testing.assert_close(actual_grad, expected_grad)
+        assert actual_grad.isfinite().all()
+
+
+def test_the_cases_have_heads_on_both_sides_of_the_filter():
+    found = last_row_loss(**make_case([17, 1, 9, 23], [4, 1, 0, 3])).is_induction
+    assert found.any() and not found.all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 6)), min_size=1, max_size=5),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 4), (7, 1), (16, 2), (6, 3)]),
+    head_dim=st.sampled_from([1, 3, 16, 60]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_matches_the_specification(rows, heads, head_dim, seed):
+    lengths = [n for n, _ in rows]
+    labels = [min(n, k) for n, k in rows]
+    case = make_case(lengths, labels, *heads, head_dim, seed=seed)
+    expected, expected_grads = gradients(reference.last_row_loss, case)
+    actual, actual_grads = gradients(last_row_loss, case)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual_grads, expected_grads)
+
+
+@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())
+def test_gradcheck(options):
+    case = make_case([11, 1, 6], [3, 1, 2], seed=3)
+    options = dict(options)
+    sinks = options.pop("sinks", None)
+    inputs = [case.pop("query").requires_grad_(), case.pop("key").requires_grad_()]
+    if sinks is not None:
+        inputs.append(sinks.clone().requires_grad_())
+
+    def loss(query, key, sinks=None):
+        return last_row_loss(query, key, **case, **options, sinks=sinks).loss
+
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_error_is_at_most_twice_eagers(dtype):
+    """Eager computes the same row in `dtype` with a float32 softmax, as transformers does."""
+    case = make_case([63, 111, 5], [4, 6, 1], head_dim=60)
+    low = {**case, "query": case["query"].to(dtype), "key": case["key"].to(dtype)}
+    exact = {**low, "query": low["query"].double(), "key": low["key"].double()}
+    truth = reference.last_row_loss(**exact, head_filter=False).loss
+    actual = last_row_loss(**low, head_filter=False).loss
+    assert actual.dtype == torch.float32
+
+    eager = []
+    for row in range(3):
+        keys = low["key"][case["key_start"][row] : case["key_end"][row]].repeat_interleave(2, dim=1)
+        scores = torch.einsum("hd,nhd->hn", low["query"][row], keys) * 60**-0.5
+        alpha = torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
+        owned = slice(case["label_offsets"][row], case["label_offsets"][row + 1])
+        on_labels = alpha[:, case["label_positions"][owned] - case["key_start"][row]]
+        correct = case["label_is_correct"][owned]
+        eager.append(
+            0.5 * on_labels[:, ~correct].sum(-1) + (1 - on_labels[:, correct]).float().sum(-1)
+        )
+    eager_error = (torch.stack(eager).double() - truth).abs().max()
+    assert (actual.double() - truth).abs().max() <= 2 * eager_error
+
+
+def test_rows_may_share_keys():
+    case = make_case([12, 12], [3, 3])
+    case["key"] = case["key"][:12]
+    case["label_positions"][3:] -= 12
+    case["key_start"] = torch.zeros(2, dtype=torch.int32)
+    case["key_end"] = torch.full((2,), 12, dtype=torch.int32)
+    expected, expected_grads = gradients(reference.last_row_loss, case)
+    actual, actual_grads = gradients(last_row_loss, case)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual_grads, expected_grads)
+
+
+def test_threshold_is_strict_and_uses_the_natural_logarithm():
+    """Equal scores: every key gets 1/n, so S = k/n; S > k/(k + ln n) only where n < k + ln n."""
+    case = make_case([4, 4], [3, 4])
+    case["query"].zero_()
+    result = last_row_loss(**case)
+    assert 3 / 4 > 3 / (3 + math.log(4)) and result.is_induction[0].all()
+    torch.testing.assert_close(result.label_mass[0], torch.full((4,), 0.75, dtype=torch.float64))
+    alone = last_row_loss(**make_case([1], [1]))
+    assert not alone.is_induction.any()  # S = T = 1
+    assert (alone.loss == 0).all()
+
+
+def test_penalty_and_reward_may_be_tensors():
+    case = make_case([17, 9], [4, 2])
+    as_floats = last_row_loss(**case).loss
+    case |= {"penalty": torch.tensor(0.5), "reward": torch.tensor(1.0)}
+    torch.testing.assert_close(last_row_loss(**case).loss, as_floats)
+
+
+MISTAKES = {
+    "query": lambda c: {"query": c["query"][0]},
+    "query ": lambda c: {"query": c["query"].long()},
+    "key": lambda c: {"key": c["key"][..., :-1]},
+    "key ": lambda c: {"key": c["key"].float()},
+    "query has 4 heads": lambda c: {"key": c["key"].repeat(1, 2, 1)[:, :3]},
+    "key_start": lambda c: {"key_start": c["key_start"].long()},
+    "key_start must be at least 0": lambda c: {"key_start": c["key_start"] - 1},
+    "key_end": lambda c: {"key_end": c["key_end"][:-1]},
+    "key_end must be at most": lambda c: {"key_end": c["key_end"] + 1},
+    "label_offsets": lambda c: {"label_offsets": c["label_offsets"].flip(0)},
+    "label_offsets ": lambda c: {"label_offsets": c["label_offsets"][:-1]},
+    "label_positions": lambda c: {"label_positions": c["label_positions"] + 9},
+    "label_positions ": lambda c: {"label_positions": c["label_positions"].to("meta")},
+    "label_is_correct": lambda c: {"label_is_correct": c["label_is_correct"].int()},
+    "sinks": lambda c: {"sinks": torch.zeros(3)},
+    "penalty": lambda c: {"penalty": -1.0},
+    "reward": lambda c: {"reward": torch.ones(2)},
+    "scale": lambda c: {"scale": 0.0},
+    "softcap": lambda c: {"softcap": -1.0},
+    "window": lambda c: {"window": 0},
+    "backend": lambda c: {"backend": "cuda"},
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_bad_argument_is_named(name):
+    case = make_case([17, 9], [4, 2])
+    with pytest.raises(ValueError, match=name.strip()):
+        last_row_loss(**{**case, **MISTAKES[name](case)})
