@@ -172,9 +172,7 @@ class Dataset:
             k, len(self.demonstrations), repeats * len(self.test)
         )
         return [
-            Prompt(
-                tuple(self.demonstrations[j] for j in sampler[i]), self.test[i % len(self.test)]
-            )
+            Prompt(tuple(self.demonstrations[j] for j in sampler[i]), self.test[i % len(self.test)])
             for i in range(len(sampler))
         ]
 

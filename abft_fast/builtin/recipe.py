@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from abft_fast import data
 from abft_fast.builtin import builtin_model_path
-from abft_fast.builtin.tasks import Corpus, Sequence_, Vocabulary, sample_sequence
+from abft_fast.builtin.tasks import Corpus, PseudoTask, Vocabulary, sample_sequence
 from abft_fast.builtin.tokenizer import train_tokenizer
 from abft_fast.builtin.vectors import document_vectors, token_vectors
 
@@ -154,7 +154,7 @@ def objective(
     model: Qwen2ForCausalLM,
     to_document: nn.ModuleList,
     corpus: Corpus,
-    batch: list[Sequence_],
+    batch: list[PseudoTask],
     progress: float,
 ) -> tuple[torch.Tensor, list[float]]:
     """Label loss + what a sentence is about after layer 2 + attention of some heads on labels."""

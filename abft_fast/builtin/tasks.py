@@ -32,7 +32,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Sequence_:
+class PseudoTask:
     """One pseudo-task written out as one token sequence."""
 
     input_ids: list[int]
@@ -44,7 +44,7 @@ class Sequence_:
 
 def sample_sequence(
     corpus: Corpus, vocabulary: Vocabulary, length: int, random: np.random.Generator
-) -> Sequence_:
+) -> PseudoTask:
     """Draw a task and write as many demonstrations of it as fit `length` tokens."""
     classes = _sample_classes(corpus, random)
     words = random.choice(vocabulary.label_words, size=len(classes), replace=False)
@@ -71,7 +71,7 @@ def sample_sequence(
         documents.append(document)
         seen.append(c in shown)
         shown.add(c)
-    return Sequence_(ids, queries, labels, documents, seen)
+    return PseudoTask(ids, queries, labels, documents, seen)
 
 
 def _sample_classes(corpus: Corpus, random: np.random.Generator) -> list[np.ndarray]:

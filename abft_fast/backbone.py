@@ -1,0 +1,151 @@
+"""What this library knows of a transformers decoder: its layers and its Q/K projections."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from abft_fast import attention
+
+logger = logging.getLogger(__name__)
+
+# Attention modules by the names of their projections; every fused one also holds V.
+_SEPARATE = ("q_proj", "k_proj")
+_FUSED = ("c_attn", "qkv_proj", "query_key_value")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map that yields Q, K, or both with V beside them.
+
+    Attributes:
+        name: the module's full name inside the model.
+        module: an nn.Linear, a GPT-2 Conv1D, or a quantized or LoRA layer in its place.
+        layer: index of its decoder layer.
+        rows: (out_features,) bool, which outputs are Q or K; None where all are.
+    """
+
+    name: str
+    module: nn.Module
+    layer: int
+    rows: Tensor | None
+
+
+def backbone(model: nn.Module) -> PreTrainedModel:
+    """The decoder without its LM head, out of a bare, headed or PEFT-wrapped model."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers model, not {type(model).__name__}")
+    return model.base_model
+
+
+def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """Attention modules by layer index; layers without Q and K projections are not in it."""
+    found = {}
+    for module in backbone(model).modules():
+        separate = all(hasattr(module, name) for name in _SEPARATE)
+        fused = any(hasattr(module, name) for name in _FUSED)
+        if (separate or fused) and getattr(module, "layer_idx", None) is not None:
+            found[module.layer_idx] = module
+    return dict(sorted(found.items()))
+
+
+def query_key_projections(model: nn.Module) -> list[Projection]:
+    """The Q and K projections of every attention layer, in order.
+
+    Raises:
+        ValueError: the family keeps them under names this library does not know.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for layer, module in attention_layers(model).items():
+        if all(hasattr(module, name) for name in _SEPARATE):
+            children, rows = _SEPARATE, None
+        else:
+            children = tuple(name for name in _FUSED if hasattr(module, name))
+            rows = _query_key_rows(module, children[0])
+        for child in children:
+            projection = getattr(module, child)
+            found.append(Projection(names[projection], projection, layer, rows))
+    if not found:
+        raise ValueError(
+            f"{backbone(model).config.model_type}: no query and key projections found "
+            f"(looked for {'+'.join(_SEPARATE)}, {', '.join(_FUSED)})"
+        )
+    return found
+
+
+def _query_key_rows(module: nn.Module, child: str) -> Tensor:
+    """Which outputs of a fused projection are Q or K."""
+    config = module.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if child == "c_attn":  # GPT-2, GPT-BigCode: all Q, all K, all V
+        return torch.arange(3 * heads * head_dim) < 2 * heads * head_dim
+    if child == "qkv_proj":  # Phi-3: Q heads, K heads, V heads
+        key_heads = config.num_key_value_heads
+        return torch.arange((heads + 2 * key_heads) * head_dim) < (heads + key_heads) * head_dim
+    return torch.arange(heads * 3 * head_dim) % (3 * head_dim) < 2 * head_dim  # GPT-NeoX: by head
+
+
+def prepare(model: nn.Module) -> PreTrainedModel:
+    """Route the model's attention through this library, once, and return its backbone.
+
+    The model keeps working as before: without packed prompts the attention is an ordinary one.
+
+    Raises:
+        ValueError: the family does not call attention through transformers' AttentionInterface,
+            or has no attention at all.
+    """
+    inner = backbone(model)
+    if inner.config._attn_implementation == attention.NAME:
+        return inner
+    family = inner.config.model_type
+    with_attention = attention_layers(model)
+    if not with_attention:
+        raise ValueError(f"{family}: no attention layer with Q and K projections; not supported")
+    if not inner._can_set_attn_implementation():
+        raise ValueError(
+            f"{family}: its attention is not called through transformers' AttentionInterface, "
+            "so the loss cannot see it; not supported"
+        )
+    # The headed model shares its backbone's config but is checked by its own class.
+    inner.set_attn_implementation(attention.NAME)
+    for index, layer in enumerate(decoder_layers(inner)):
+        layer.register_forward_pre_hook(_BlockBoundary(index), with_kwargs=True)
+        if index not in with_attention:
+            logger.warning("%s: layer %d has no attention, so no loss", family, index)
+    return inner
+
+
+def decoder_layers(inner: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers of a backbone."""
+    count = inner.config.num_hidden_layers
+    for module in inner.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"{inner.config.model_type}: no list of {count} decoder layers found")
+
+
+class _BlockBoundary:
+    """Forward pre-hook: detach the hidden states that enter a block of layers.
+
+    It stays on the model, because checkpointing runs layers again long after the call that asked;
+    what to do is in that call's own keywords.
+    """
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __call__(self, module, args, kwargs):
+        forward = kwargs.get("abft")
+        if forward is None or forward.block is None or self.index % forward.block:
+            return None
+        if args:
+            return (args[0].detach(), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}

@@ -1,0 +1,147 @@
+"""Accuracy on StaICC's test prompts, with StaICC's own metrics, and what the heads do on them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from abft_fast.attention import PackedForward
+from abft_fast.objective import AttentionBehavior, run_packed
+from abft_fast.packing import EncodedPrompt, PackedPrompts, micro_batches, pack
+from abft_fast.prompts import EncodedPrompts
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """Attention behavior averaged over prompts.
+
+    Attributes:
+        induction_heads: heads with S > T a prompt, over all layers.
+        correct_share_above_chance: part of the induction heads' label mass that lies on correct
+            labels, less the part of the labels that are correct; None without induction heads.
+    """
+
+    induction_heads: float
+    correct_share_above_chance: float | None
+
+
+class BehaviorMean:
+    """Running mean of what heads do, over batches of prompts."""
+
+    def __init__(self) -> None:
+        self._prompts = self._with_heads = 0
+        self._heads = self._share = 0.0
+
+    def add(self, behavior: AttentionBehavior, packed: PackedPrompts) -> None:
+        """Count a batch in; one transfer from the device."""
+        found = behavior.is_induction
+        label = (behavior.label_mass * found).sum(dim=(0, 2)).double()
+        correct = (behavior.correct_mass * found).sum(dim=(0, 2)).double()
+        counts = packed.label_offsets.diff()
+        owner = torch.repeat_interleave(torch.arange(len(packed), device=counts.device), counts)
+        right = torch.zeros(len(packed), dtype=torch.float64, device=counts.device)
+        right.index_add_(0, owner, packed.label_is_correct.double())
+        with_heads = found.any(dim=2).any(dim=0)
+        share = correct / label - right.to(label.device) / counts.to(label.device)
+        share = torch.where(with_heads, share, 0.0)
+        heads, shares, prompts_with = torch.stack(
+            [found.sum().double(), share.sum(), with_heads.sum().double()]
+        ).tolist()
+        self._prompts += len(packed)
+        self._with_heads += round(prompts_with)
+        self._heads += heads
+        self._share += shares
+
+    def result(self) -> Behavior:
+        """The mean so far."""
+        share = self._share / self._with_heads if self._with_heads else None
+        return Behavior(self._heads / max(self._prompts, 1), share)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """StaICC's four metrics (its `util.functional`), on one dataset."""
+
+    accuracy: float
+    macro_f1: float
+    true_label_likelihood: float
+    expected_calibration_error: float
+
+
+def evaluate(
+    model: nn.Module,
+    encoded: EncodedPrompts,
+    label_ids: Sequence[int],
+    token_budget: int,
+    on_batch: Callable[[int], None] = lambda prompts: None,
+    autocast: Callable = contextlib.nullcontext,
+) -> tuple[Metrics, Behavior]:
+    """Predict every prompt's label and score the predictions.
+
+    Args:
+        model: a decoder with LM head.
+        encoded: prompts and their labels.
+        label_ids: the label words' tokens.
+        token_budget: tokens a packed batch.
+        on_batch: called with the number of prompts done after each batch.
+        autocast: context manager around each forward.
+
+    Raises:
+        FloatingPointError: a label's logit is not finite.
+    """
+    logits = torch.empty(len(encoded.prompts), len(label_ids))
+    behavior = BehaviorMean()
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in micro_batches([len(p) for p in encoded.prompts], token_budget):
+            prompts = [encoded.prompts[i] for i in batch]
+            with autocast():
+                rows, heads, packed = label_logits(model, prompts, label_ids)
+            logits[batch] = rows.float().cpu()
+            behavior.add(heads, packed)
+            on_batch(len(batch))
+    model.train(training)
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits of the label words are not finite")
+    return staicc_metrics(encoded.labels, logits), behavior.result()
+
+
+def label_logits(
+    model: nn.Module, prompts: Sequence[EncodedPrompt], label_ids: Sequence[int]
+) -> tuple[Tensor, AttentionBehavior, PackedPrompts]:
+    """Logits of the label words after each prompt, (R, labels), and the heads on the way."""
+    forward = PackedForward(pack(prompts), {"penalty": 0.0, "reward": 0.0})
+    last = forward.packed.cu_seqlens[1:].long() - 1
+    output = run_packed(model, forward, logits_to_keep=last)
+    return output.logits[0][:, label_ids], forward.behavior(), forward.packed
+
+
+def staicc_metrics(labels: Sequence[int], logits: Tensor) -> Metrics:
+    """Score label logits, (prompts, labels), as StaICC does, by its own functions.
+
+    Its likelihood and calibration error take a softmax a second time wherever one row of
+    probabilities does not sum to exactly 1; its published figures have that in them, so ours do.
+    """
+    from StaICC.util import functional
+
+    probabilities = [functional.softmax(row) for row in logits.tolist()]
+    truth = list(labels)
+    return Metrics(
+        accuracy=functional.accuracy(truth, probabilities),
+        macro_f1=functional.macro_F1(truth, probabilities),
+        true_label_likelihood=functional.averaged_truelabel_likelihood(truth, probabilities),
+        expected_calibration_error=functional.expected_calibration_error_1(truth, probabilities)
+        if len(truth) >= 10  # its number of bins
+        else math.nan,
+    )
+
+
+def as_row(metrics: Metrics) -> dict[str, float]:
+    """One dataset's entry of evaluation.json."""
+    return asdict(metrics)

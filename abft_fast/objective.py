@@ -1,0 +1,109 @@
+"""The attention-behavior loss of a whole model on packed prompts.
+
+Source: Cho et al. 2025, section 3. This is the piece for a training loop of one's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from abft_fast.attention import AttentionBehavior, PackedForward
+from abft_fast.backbone import attention_layers, prepare
+from abft_fast.packing import PackedPrompts
+
+
+def attention_behavior_loss(
+    model: nn.Module,
+    packed: PackedPrompts,
+    *,
+    penalty: float | Tensor = 0.5,
+    reward: float | Tensor = 1.0,
+    head_filter: bool = True,
+    gradient: str | int = "full",
+) -> AttentionBehavior:
+    """One forward of the decoder, without its LM head, and the loss of all its last rows.
+
+    The first call routes the model's attention through this library; the model is otherwise
+    unchanged and still generates.
+
+    Args:
+        model: a transformers decoder, with or without LM head, quantized or not, LoRA or not.
+        packed: prompts from `abft_fast.pack`, on any device.
+        penalty: A in the paper, on attention to wrong labels; a float or a 0-d tensor.
+        reward: B in the paper, on attention missing from right labels; a float or a 0-d tensor.
+        head_filter: count induction heads only (paper, section 3).
+        gradient: `"full"` lets a layer's loss train every earlier layer; `"local"` trains that
+            layer alone; an int N trains its own block of N consecutive layers.
+
+    Returns:
+        AttentionBehavior; `layers` counts the layers that have attention.
+
+    Raises:
+        ValueError: gradient is malformed, a token id is outside the vocabulary, or the model's
+            attention does not reach this library.
+        RuntimeError: a parameter is trained but the loss has no gradient, as under reentrant
+            checkpointing.
+    """
+    block = _block_size(gradient)
+    forward = PackedForward(
+        packed, {"penalty": penalty, "reward": reward, "head_filter": head_filter}, block
+    )
+    run_packed(prepare(model), forward)
+    behavior = forward.behavior()
+    if (
+        torch.is_grad_enabled()
+        and not behavior.loss.requires_grad
+        and any(p.requires_grad for p in model.parameters())
+    ):
+        raise RuntimeError(
+            "the loss has no gradient though the model has trainable parameters: with gradient "
+            'checkpointing pass gradient_checkpointing_kwargs={"use_reentrant": False}; '
+            "otherwise train W_Q or W_K"
+        )
+    return behavior
+
+
+def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
+    """Run a backbone, or a model with its LM head, on packed prompts; transformers' own output.
+
+    Raises:
+        ValueError: a token id is outside the vocabulary, or a layer's attention did not reach
+            this library.
+    """
+    inner = prepare(model)
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    embedding = inner.get_input_embeddings().weight
+    packed = forward.on(embedding.device)
+    if embedding.device.type == "cpu" and int(packed.input_ids.max()) >= len(embedding):
+        raise ValueError(
+            f"input_ids holds {int(packed.input_ids.max())}, "
+            f"the model's vocabulary ends at {len(embedding) - 1}"
+        )
+    output = model(
+        input_ids=packed.input_ids[None],
+        position_ids=packed.position_ids[None],
+        # A 4-D mask is passed through as it is: none is built, prompts are kept apart by `abft`.
+        attention_mask=packed.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
+        use_cache=False,
+        abft=forward,
+        **kwargs,
+    )
+    missing = set(attention_layers(inner)) - set(forward.layers)
+    if missing:
+        raise ValueError(
+            f"{inner.config.model_type}: attention of layers {sorted(missing)} does not reach "
+            "the loss (no keyword arrives through AttentionInterface); not supported"
+        )
+    return output
+
+
+def _block_size(gradient: str | int) -> int | None:
+    if gradient == "full":
+        return None
+    if gradient == "local":
+        return 1
+    if isinstance(gradient, int) and not isinstance(gradient, bool) and gradient >= 1:
+        return gradient
+    raise ValueError(f'gradient must be "full", "local" or a number of layers, not {gradient!r}')

@@ -1,0 +1,225 @@
+"""Prompts: text -> token ids, where the labels are, and which of them are the query's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from abft_fast.data import Dataset, Prompt
+from abft_fast.errors import UserError
+from abft_fast.packing import EncodedPrompt
+
+FORMS = ("ours", "staicc")
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a dataset's prompts are written.
+
+    Form `ours`: texts are stripped and one space belongs to the label token, in demonstrations
+    and at the query alike. Form `staicc`: StaICC's own string, whose query ends in a space, so a
+    label is predicted without one.
+    """
+
+    input_prefix: str
+    label_prefix: str
+    label_words: tuple[str, ...]
+    form: str
+
+    @classmethod
+    def of(cls, dataset: Dataset, form: str) -> Template:
+        """The template of a dataset in one of `FORMS`."""
+        words = dataset.label_words if form == "ours" else dataset.staicc_label_words
+        return cls(dataset.input_prefix, dataset.label_prefix, words, form)
+
+    def render(self, prompt: Prompt) -> tuple[str, list[tuple[int, int]]]:
+        """The prompt's text and the (start, end) characters of each demonstration's label word."""
+        text, spans = "", []
+        for example in prompt.demonstrations:
+            text += self._question(example.text)
+            text += " " if self.form == "ours" else ""
+            word = self.label_words[example.label]
+            spans.append((len(text), len(text) + len(word)))
+            text += word + "\n"
+        return text + self._question(prompt.query.text), spans
+
+    def _question(self, text: str) -> str:
+        if self.form == "ours":
+            return f"{self.input_prefix}{text.strip()} {self.label_prefix.rstrip()}"
+        return f"{self.input_prefix}{text} {self.label_prefix}"
+
+
+@dataclass
+class EncodedPrompts:
+    """Tokenized prompts in the order asked for, and what happened to those too long.
+
+    Attributes:
+        prompts: the prompts kept.
+        labels: index of each kept query's label word.
+        dropped: prompts left out.
+        shortened: prompts that lost demonstrations.
+    """
+
+    prompts: list[EncodedPrompt] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    dropped: int = 0
+    shortened: int = 0
+
+
+class PromptEncoder:
+    """Tokenizes one dataset's prompts for one model, after checking that its labels can be told.
+
+    Attributes:
+        label_ids: the token each label word is at the query, in the order of the label words.
+
+    Raises:
+        UserError: a label word is several tokens, two label words are the same token, or a word
+            is not the same token in a demonstration and at the query.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: Dataset,
+        *,
+        form: str = "ours",
+        label_token: str = "single",
+        max_length: int | None = None,
+        on_long_prompt: str = "refuse",
+    ):
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"tokenizer {type(tokenizer).__name__} reports no character offsets, so label "
+                "positions cannot be told: use the model's fast tokenizer"
+            )
+        self.dataset = dataset.name
+        self.template = Template.of(dataset, form)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.on_long_prompt = on_long_prompt
+        self._label_token = label_token
+        self._demonstration_ids = self._check_demonstration_labels(dataset)
+        self.label_ids = self._check_query_labels(dataset)
+
+    def encode(self, prompts: Sequence[Prompt]) -> EncodedPrompts:
+        """Tokenize prompts; those beyond the context length are refused, dropped or shortened.
+
+        Raises:
+            UserError: a prompt is too long and `on_long_prompt` is `refuse`, or none is left.
+        """
+        result = EncodedPrompts()
+        too_long = []
+        for prompt, encoded in zip(prompts, self._encode(prompts), strict=True):
+            kept: EncodedPrompt | None = encoded
+            if self.max_length is not None and len(encoded) > self.max_length:
+                too_long.append(len(encoded))
+                kept = self._shorten(prompt) if self.on_long_prompt.startswith("fewer") else None
+                result.shortened += kept is not None
+                result.dropped += kept is None
+            if kept is not None:
+                result.prompts.append(kept)
+                result.labels.append(prompt.query.label)
+        if too_long and (self.on_long_prompt == "refuse" or not result.prompts):
+            raise UserError(
+                f"{self.dataset}: {len(too_long)} of {len(prompts)} prompts are longer than the "
+                f"model's context of {self.max_length} tokens (longest {max(too_long)}): lower "
+                "--k, or pass --on-long-prompt drop or fewer-demonstrations"
+            )
+        return result
+
+    def _shorten(self, prompt: Prompt) -> EncodedPrompt | None:
+        for first in range(1, len(prompt.demonstrations)):
+            shorter = Prompt(prompt.demonstrations[first:], prompt.query)
+            encoded = self._encode([shorter])[0]
+            if len(encoded) <= self.max_length:
+                return encoded
+        return None
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        rendered = [self.template.render(prompt) for prompt in prompts]
+        encoded = []
+        for prompt, (_, spans), (ids, offsets) in zip(
+            prompts, rendered, self._tokenize([text for text, _ in rendered]), strict=True
+        ):
+            positions = [_overlapping(offsets, span)[0] for span in spans]
+            for position, demonstration in zip(positions, prompt.demonstrations, strict=True):
+                expected = self._demonstration_ids[demonstration.label]
+                if ids[position] != expected:
+                    word = self.template.label_words[demonstration.label]
+                    raise UserError(
+                        f"{self.dataset}: label word {word!r} is token {expected} in one "
+                        f"prompt and {ids[position]} in another; this tokenizer is not supported"
+                    )
+            correct = [d.label == prompt.query.label for d in prompt.demonstrations]
+            encoded.append(EncodedPrompt(ids, positions, correct))
+        return encoded
+
+    def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Token ids and character offsets, less any special tokens a tokenizer puts at the end."""
+        batch = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
+        result = []
+        for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True):
+            end = len(ids)
+            while end > 1 and offsets[end - 1][0] == offsets[end - 1][1]:
+                end -= 1
+            result.append((ids[:end], offsets[:end]))
+        return result
+
+    def _check_demonstration_labels(self, dataset: Dataset) -> list[int]:
+        found = []
+        query = dataset.training[0]
+        for label in range(len(self.template.label_words)):
+            demonstration = type(query)(query.text, label)
+            text, spans = self.template.render(Prompt((demonstration,), query))
+            ids, offsets = self._tokenize([text])[0]
+            found.append([ids[i] for i in _overlapping(offsets, spans[0])])
+        return self._distinct_tokens(found, "in demonstrations")
+
+    def _check_query_labels(self, dataset: Dataset) -> list[int]:
+        if self.template.form == "staicc":  # its harness looks a word up alone, last token
+            last = [self.tokenizer(word)["input_ids"][-1:] for word in self.template.label_words]
+            return self._distinct_tokens(last, "at the query")
+        question, _ = self.template.render(Prompt((), dataset.training[0]))
+        before, _ = self._tokenize([question])[0]
+        found = []
+        for word in self.template.label_words:
+            ids, _ = self._tokenize([f"{question} {word}"])[0]
+            if ids[: len(before)] != before:
+                raise UserError(
+                    f"{self.dataset}: label word {word!r} merges with the text before it in this "
+                    "tokenizer, so it cannot be predicted; use another model or --prompt-form"
+                )
+            found.append(ids[len(before) :])
+        label_ids = self._distinct_tokens(found, "at the query")
+        for word, query_id, id_ in zip(
+            self.template.label_words, label_ids, self._demonstration_ids, strict=True
+        ):
+            if query_id != id_:
+                raise UserError(
+                    f"{self.dataset}: label word {word!r} is token {id_} in demonstrations but "
+                    f"{query_id} at the query in this tokenizer; use --prompt-form staicc"
+                )
+        return label_ids
+
+    def _distinct_tokens(self, found: list[list[int]], where: str) -> list[int]:
+        listing = ", ".join(
+            f"{word!r} -> {ids}" for word, ids in zip(self.template.label_words, found, strict=True)
+        )
+        if self._label_token == "single" and any(len(ids) != 1 for ids in found):
+            raise UserError(
+                f"{self.dataset}: label words are several tokens {where} ({listing}): "
+                "pass --label-token first, or use another model"
+            )
+        first = [ids[0] for ids in found]
+        if len(set(first)) != len(first):
+            raise UserError(
+                f"{self.dataset}: label words share a token {where} ({listing}), so they cannot "
+                "be told apart: use another model"
+            )
+        return first
+
+
+def _overlapping(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> list[int]:
+    return [i for i, (start, end) in enumerate(offsets) if start < span[1] and end > span[0]]

@@ -1,0 +1,212 @@
+"""Packed prompts through our attention == one by one through each family's own eager attention."""
+
+import math
+
+import pytest
+import torch
+from tests.tiny_models import FAMILIES, tiny_model
+
+from abft_fast import EncodedPrompt, attention_behavior_loss, pack
+from abft_fast.backbone import query_key_projections
+
+pytestmark = pytest.mark.families
+
+PENALTY, REWARD = 0.5, 1.0
+
+
+def make_prompts(seed=0):
+    """Odd lengths, several labels, one prompt without any, one of one token."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = []
+    for n, k in ((23, 4), (9, 2), (31, 8), (5, 0), (1, 0), (14, 6)):
+        ids = torch.randint(3, 97, (n,), generator=generator).tolist()
+        positions = torch.randperm(n, generator=generator)[:k].sort().values.tolist()
+        correct = (torch.rand(k, generator=generator) < 0.5).tolist()
+        prompts.append(EncodedPrompt(ids, positions, correct))
+    return prompts
+
+
+def eager_losses(model, prompt, head_filter):
+    """Loss and induction heads of each layer, straight from the attention matrices."""
+    attentions = model(torch.tensor([prompt.input_ids]), output_attentions=True).attentions
+    n, k = len(prompt.input_ids), len(prompt.label_positions)
+    threshold = k / (k + math.log(n)) if k else 0.0
+    correct = torch.tensor(prompt.label_is_correct, dtype=torch.bool)
+    losses, induction, masses = [], [], []
+    for attention in attentions:
+        on_labels = attention[0, :, -1, prompt.label_positions]
+        mass = on_labels.sum(-1)
+        loss = PENALTY * on_labels[:, ~correct].sum(-1) + REWARD * (1 - on_labels[:, correct]).sum(
+            -1
+        )
+        if head_filter:
+            loss = loss * (mass > threshold)
+        losses.append(loss.sum())
+        induction.append(mass > threshold)
+        masses.append(mass)
+    return torch.stack(losses), torch.stack(induction), torch.stack(masses)
+
+
+def trained_weights(model):
+    """W_Q and W_K parameters by layer, and which of their rows are Q or K."""
+    found = []
+    for p in query_key_projections(model):
+        rows = slice(None) if p.rows is None else p.rows
+        transposed = type(p.module).__name__ == "Conv1D"
+        found.append((p.layer, p.module.weight, rows, transposed))
+    return found
+
+
+def query_key_part(grad, rows, transposed):
+    return (grad.T if transposed else grad)[rows]
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize("head_filter", [True, False], ids=["filter", "no-filter"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_one_by_one_eager(family, head_filter):
+    prompts = make_prompts()
+    reference, model = tiny_model(family), tiny_model(family)
+    per_prompt = [eager_losses(reference, prompt, head_filter) for prompt in prompts]
+    losses = torch.stack([losses for losses, _, _ in per_prompt])  # (R, layers)
+    weights = trained_weights(reference)
+    parameters = [w for _, w, _, _ in weights]
+
+    packed = pack(prompts)
+    behavior = attention_behavior_loss(
+        model, packed, penalty=PENALTY, reward=REWARD, head_filter=head_filter
+    )
+    induction = torch.stack([heads for _, heads, _ in per_prompt], dim=1)
+    mass = torch.stack([mass for _, _, mass in per_prompt], dim=1)
+    assert relative_error(behavior.loss, losses.sum(1).mean()) <= 1e-4
+    assert relative_error(behavior.label_mass, mass) <= 1e-4
+    assert torch.equal(behavior.is_induction, induction)
+    assert induction.any() and not induction.all()
+
+    depth = losses.shape[1]
+    expected_full = torch.autograd.grad(losses.sum() / len(prompts), parameters, retain_graph=True)
+    for gradient in ("full", "local", 1, 2, depth):
+        model.zero_grad()
+        attention_behavior_loss(
+            model,
+            packed,
+            penalty=PENALTY,
+            reward=REWARD,
+            head_filter=head_filter,
+            gradient=gradient,
+        ).loss.backward()
+        block = {"full": depth, "local": 1}.get(gradient, gradient)
+        for (layer, weight, rows, transposed), ours, full in zip(
+            weights, trained_weights(model), expected_full, strict=True
+        ):
+            # A weight learns from its own layer and the later ones of its block.
+            last = (layer // block + 1) * block
+            (expected,) = (
+                (full,)
+                if gradient == "full"
+                else torch.autograd.grad(
+                    losses[:, layer:last].sum() / len(prompts), weight, retain_graph=True
+                )
+            )
+            expected = query_key_part(expected, rows, transposed)
+            actual = query_key_part(ours[1].grad, rows, transposed)
+            assert gradient != "full" or expected.norm() > 0
+            assert relative_error(actual, expected) <= 1e-4, (gradient, layer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_do_not_see_each_other(family):
+    model = tiny_model(family)
+    prompts = make_prompts()
+    changed = [*prompts[:1], EncodedPrompt([5] * 40, [1, 2], [True, False]), *prompts[2:]]
+    first, second = (attention_behavior_loss(model, pack(p)) for p in (prompts, changed))
+    torch.testing.assert_close(first.label_mass[:, 0], second.label_mass[:, 0])
+    torch.testing.assert_close(first.label_mass[:, 2:], second.label_mass[:, 2:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_still_works_as_before(family):
+    ids = torch.randint(3, 97, (2, 19))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    model = tiny_model(family)
+    before = model(ids, attention_mask=mask).logits
+    attention_behavior_loss(model, pack(make_prompts()))
+    after = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(after[1], before[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after[0, 4:], before[0, 4:], rtol=1e-4, atol=1e-4)
+    assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 22)
+
+
+@pytest.mark.parametrize("gradient", ["full", 2])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_non_reentrant_checkpointing_changes_nothing(family, gradient):
+    packed = pack(make_prompts())
+    grads = []
+    for checkpointing in (False, True):
+        model = tiny_model(family).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        attention_behavior_loss(model, packed, gradient=gradient).loss.backward()
+        grads.append([weight.grad for _, weight, _, _ in trained_weights(model)])
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = tiny_model("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        attention_behavior_loss(model, pack(make_prompts()))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("falcon", {"new_decoder_architecture": False, "alibi": False}),
+        ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
+        ("mamba", {"state_size": 4}),
+    ],
+)
+def test_a_family_out_of_reach_is_refused_by_name(family, changes):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[family](
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **changes
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=family):
+        attention_behavior_loss(model, pack(make_prompts()))
+
+
+def test_layers_without_attention_are_skipped_and_said(caplog):
+    model = tiny_model(
+        "qwen3_next",
+        layer_types=["linear_attention", "full_attention"] * 2,
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+    behavior = attention_behavior_loss(model, pack(make_prompts()[:1]))
+    assert len(behavior.label_mass) == 2
+    assert "layer 0 has no attention" in caplog.text and "layer 2" in caplog.text
+
+
+@pytest.mark.parametrize("gradient", ["Full", 0, -1, True, 1.5, None])
+def test_a_malformed_gradient_is_refused(gradient):
+    with pytest.raises(ValueError, match="gradient"):
+        attention_behavior_loss(tiny_model("llama"), pack(make_prompts()), gradient=gradient)
+
+
+def test_a_token_outside_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="vocabulary"):
+        attention_behavior_loss(tiny_model("llama"), pack([EncodedPrompt([3, 97, 4], [1], [True])]))
