@@ -1,10 +1,12 @@
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="abft-fast",
     version="0.1.0",
     description="Attention Behavior Fine-Tuning of language models: packed, fused, on one GPU",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -27,7 +29,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.6",
         "pydantic>=2.7",
-        "typer>=0.15",
+        "typer>=0.29",
         "rich>=13.7",
         "PyYAML>=6.0",
         "psutil>=5.9",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +14,7 @@ from abft_fast.errors import UserError
 from abft_fast.packing import EncodedPrompt
 
 FORMS = ("ours", "staicc")
+_CHUNK = 64  # prompts tokenized at a time, so that too long ones are refused at once
 
 
 @dataclass(frozen=True)
@@ -110,26 +113,36 @@ class PromptEncoder:
             UserError: a prompt is too long and `on_long_prompt` is `refuse`, or none is left.
         """
         result = EncodedPrompts()
-        too_long = []
-        for prompt, encoded in zip(prompts, self._encode(prompts), strict=True):
-            kept: EncodedPrompt | None = encoded
-            if self.max_length is not None and len(encoded) > self.max_length:
-                too_long.append(len(encoded))
-                kept = self._shorten(prompt) if self.on_long_prompt.startswith("fewer") else None
-                result.shortened += kept is not None
-                result.dropped += kept is None
-            if kept is not None:
-                result.prompts.append(kept)
-                result.labels.append(prompt.query.label)
-        if too_long and (self.on_long_prompt == "refuse" or not result.prompts):
+        longest = 0
+        for start in range(0, len(prompts), _CHUNK):
+            chunk = prompts[start : start + _CHUNK]
+            for prompt, encoded in zip(chunk, self._encode(chunk), strict=True):
+                kept: EncodedPrompt | None = encoded
+                if self.max_length is not None and len(encoded) > self.max_length:
+                    longest = max(longest, len(encoded))
+                    kept = self._fit(prompt)
+                    result.shortened += kept is not None
+                    result.dropped += kept is None
+                if kept is not None:
+                    result.prompts.append(kept)
+                    result.labels.append(prompt.query.label)
+            if longest and self.on_long_prompt == "refuse":
+                raise UserError(
+                    f"{self.dataset}: a prompt of {longest} tokens is longer than the model's "
+                    f"context of {self.max_length} tokens: lower --k, or pass "
+                    "--on-long-prompt drop or fewer-demonstrations"
+                )
+        if not result.prompts:
             raise UserError(
-                f"{self.dataset}: {len(too_long)} of {len(prompts)} prompts are longer than the "
-                f"model's context of {self.max_length} tokens (longest {max(too_long)}): lower "
-                "--k, or pass --on-long-prompt drop or fewer-demonstrations"
+                f"{self.dataset}: all {len(prompts)} prompts are longer than the model's context "
+                f"of {self.max_length} tokens: lower --k"
             )
         return result
 
-    def _shorten(self, prompt: Prompt) -> EncodedPrompt | None:
+    def _fit(self, prompt: Prompt) -> EncodedPrompt | None:
+        """The prompt with as many of its last demonstrations as fit; None to drop it."""
+        if self.on_long_prompt != "fewer-demonstrations":
+            return None
         for first in range(1, len(prompt.demonstrations)):
             shorter = Prompt(prompt.demonstrations[first:], prompt.query)
             encoded = self._encode([shorter])[0]
@@ -222,4 +235,7 @@ class PromptEncoder:
 
 
 def _overlapping(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> list[int]:
-    return [i for i, (start, end) in enumerate(offsets) if start < span[1] and end > span[0]]
+    """Tokens that share a character with a span; offsets never go back."""
+    first = bisect_right(offsets, span[0], key=lambda offset: offset[1])
+    found = itertools.takewhile(lambda i: offsets[i][0] < span[1], range(first, len(offsets)))
+    return list(found)

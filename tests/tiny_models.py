@@ -1,7 +1,7 @@
 """Tiny random models of every supported family, with the features that make each special."""
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 _COMMON = {
     "vocab_size": 97,
@@ -22,13 +22,15 @@ _SLIDING = {
 
 FAMILIES = {
     "llama": {**_GQA},
+    "smollm3": {**_GQA, **_SLIDING, "use_sliding_window": True, "no_rope_layers": [1, 0, 1, 0]},
     "qwen2": {**_GQA, **_SLIDING, "use_sliding_window": True},
     "qwen3": {**_GQA, "head_dim": 12},
     "mistral": {**_GQA, "sliding_window": 7},
     "phi3": {**_GQA, "sliding_window": 7},
     "olmo2": {**_GQA},
     "gemma2": {
-        **_GQA, **_SLIDING, "head_dim": 8, "query_pre_attn_scalar": 11, "attn_logit_softcapping": 2.0
+        **_GQA, **_SLIDING, "head_dim": 8, "query_pre_attn_scalar": 11,
+        "attn_logit_softcapping": 2.0,
     },
     "gemma3_text": {**_GQA, **_SLIDING, "head_dim": 8, "query_pre_attn_scalar": 11},
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 48},

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+BUILTIN_LEARNING_RATES = {"lora": 1e-3, "full": 5e-4}
+"""The built-in model's own, by what is trained; its model card says where they come from."""
+
 
 def builtin_model_path() -> Path:
     """The folder of the built-in model: `AutoModelForCausalLM` and `AutoTokenizer` load it."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
 
 from abft_fast import data
 from abft_fast.builtin import builtin_model_path
@@ -45,7 +45,7 @@ def build(output: Path, steps: int, seed: int, learning_rate: float = 1.5e-3) ->
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps + 1, pct_start=min(0.3, 100 / steps)
     )
-    running, started = np.zeros(4), time.perf_counter()
+    running, started = np.zeros(5), time.perf_counter()
     for step in range(steps):
         batch = [sample_sequence(corpus, vocabulary, SEQUENCE, random) for _ in range(BATCH)]
         loss, figures = objective(model, to_document, corpus, batch, step / steps)
@@ -56,10 +56,11 @@ def build(output: Path, steps: int, seed: int, learning_rate: float = 1.5e-3) ->
         schedule.step()
         running = 0.98 * running + 0.02 * np.array(figures)
         if (step + 1) % 50 == 0:
-            label, document, mass, accuracy = running / (1 - 0.98 ** (step + 1))
+            label, document, mass, correct, accuracy = running / (1 - 0.98 ** (step + 1))
             print(
-                f"step {step + 1}/{steps}  label loss {label:.3f}  document error {document:.3f}  "
-                f"label mass {mass:.3f}  accuracy where seen {accuracy:.3f}  "
+                f"step {step + 1}/{steps}  label loss {label:.3f}  "
+                f"document error {document:.3f}  label mass {mass:.3f}, correct {correct:.3f}  "
+                f"accuracy where seen {accuracy:.3f}  "
                 f"{(time.perf_counter() - started) / (step + 1):.2f} s a step",
                 flush=True,
             )
@@ -115,9 +116,9 @@ def prepare(
     return tokenizer, corpus, vocabulary, vectors
 
 
-def initial_model(tokenizer: PreTrainedTokenizerFast, vectors: np.ndarray) -> Qwen2ForCausalLM:
+def initial_model(tokenizer: PreTrainedTokenizerFast, vectors: np.ndarray) -> SmolLM3ForCausalLM:
     """Two sliding layers, then two full ones; layer 0 starts as the mean of its window."""
-    config = Qwen2Config(
+    config = SmolLM3Config(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
         intermediate_size=MLP,
@@ -128,13 +129,15 @@ def initial_model(tokenizer: PreTrainedTokenizerFast, vectors: np.ndarray) -> Qw
         use_sliding_window=True,
         sliding_window=WINDOW,
         layer_types=["sliding_attention"] * 2 + ["full_attention"] * 2,
+        no_rope_layers=[1, 1, 0, 0],  # 1 is with RoPE; what heads match has no position
+        attention_bias=True,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=None,
         attn_implementation="eager",
     )
-    model = Qwen2ForCausalLM(config)
+    model = SmolLM3ForCausalLM(config)
     with torch.no_grad():
         embedding = model.get_input_embeddings().weight
         embedding.normal_(std=0.5)
@@ -151,7 +154,7 @@ def initial_model(tokenizer: PreTrainedTokenizerFast, vectors: np.ndarray) -> Qw
 
 
 def objective(
-    model: Qwen2ForCausalLM,
+    model: SmolLM3ForCausalLM,
     to_document: nn.ModuleList,
     corpus: Corpus,
     batch: list[PseudoTask],
@@ -187,20 +190,30 @@ def objective(
     is_label = torch.zeros(ids.shape, dtype=torch.bool)
     is_label[rows, labels] = True
     later = queries > torch.tensor([s.label_positions[0] for s in batch])[rows]
-    masses = []
+    same_label = is_label[rows] & (ids[rows] == targets[:, None])
+    masses, correct = [], []
     for attention in output.attentions[LAYERS // 2 :]:
-        on_labels = attention[rows[later], :GUIDED_HEADS, queries[later]]
-        masses.append((on_labels * is_label[rows[later], None]).sum(dim=-1))
-    mass = torch.stack(masses)
-    guidance = 0.5 if progress < 0.25 else 0.15 if progress < 0.6 else 0.02
-    loss = label_loss + document_error - guidance * mass.clamp_min(1e-6).log().mean()
+        last_rows = attention[rows, :GUIDED_HEADS, queries]
+        masses.append((last_rows * is_label[rows, None])[later].sum(dim=-1))
+        correct.append((last_rows * same_label[:, None])[seen].sum(dim=-1))
+    mass, correct = torch.stack(masses), torch.stack(correct)
+    guidance = (
+        -mass.clamp_min(1e-6).log().mean()
+        if progress < 0.1
+        else (-0.5 * correct.clamp_min(1e-6).log().mean())
+    )
+    loss = label_loss + document_error + guidance
     accuracy = (logits.argmax(dim=-1) == targets)[seen].float().mean()
     return loss, [
-        label_loss.item(), document_error.item() / 2, mass.mean().item(), accuracy.item()
-    ]  # fmt: skip
+        label_loss.item(),
+        document_error.item() / 2,
+        mass.mean().item(),
+        correct.mean().item(),
+        accuracy.item(),
+    ]
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+def save(model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write half-precision weights under a float32 config: half the file, the same numbers."""
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.save_pretrained(output, state_dict=half)

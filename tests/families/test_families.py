@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tests.tiny_models import FAMILIES, tiny_model
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.backbone import query_key_projections
+from tests.tiny_models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.families
 

@@ -162,7 +162,7 @@ def test_threshold_is_strict_and_uses_the_natural_logarithm():
     case = make_case([4, 4], [3, 4])
     case["query"].zero_()
     result = last_row_loss(**case)
-    assert 3 / 4 > 3 / (3 + math.log(4)) and result.is_induction[0].all()
+    assert 3 / (3 + math.log(4)) < 3 / 4 and result.is_induction[0].all()
     torch.testing.assert_close(result.label_mass[0], torch.full((4,), 0.75, dtype=torch.float64))
     alone = last_row_loss(**make_case([1], [1]))
     assert not alone.is_induction.any()  # S = T = 1

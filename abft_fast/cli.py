@@ -1,0 +1,176 @@
+"""The command line: parses options, calls, prints. Options themselves are in config.py."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+
+from abft_fast.config import EvalConfig, TrainConfig, _Options, flag, resolve
+from abft_fast.errors import RunError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Attention Behavior Fine-Tuning of language models.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _command(config_class: type[_Options]) -> Callable:
+    """Register a function as a command that takes every option of a config class."""
+
+    def decorate(function: Callable[[dict[str, Any]], None]) -> Callable:
+        def command(**flags: Any) -> None:
+            function({name: value for name, value in flags.items() if value is not None})
+
+        command.__name__, command.__doc__ = function.__name__.rstrip("_"), function.__doc__
+        command.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=_option(name, field),
+                )
+                for name, field in config_class.model_fields.items()
+            ]
+        )
+        return app.command()(command)
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo) -> Any:
+    """A typer option; None means not given, everything else is pydantic's to judge."""
+    text = f"{field.description} {default_text(field)}".strip()
+    if field.annotation is bool:
+        names = f"{flag(name)}/--no-{flag(name)[2:]}" if field.default else flag(name)
+        return Annotated[bool | None, typer.Option(names, help=text, show_default=False)]
+    option = typer.Option(flag(name), help=text, metavar=values_text(field), show_default=False)
+    return Annotated[str | None, option]
+
+
+def default_text(field: FieldInfo) -> str:
+    """A default as help and README show it."""
+    if field.default is None or field.annotation is bool:
+        return "[on]" if field.default is True else ""
+    return f"[{field.default}]"
+
+
+def values_text(field: FieldInfo) -> str:
+    """The kind of value an option takes."""
+    if get_origin(field.annotation) is Literal:
+        return "|".join(get_args(field.annotation))
+    kinds = [k for k in get_args(field.annotation) or (field.annotation,) if k is not type(None)]
+    return "|".join("TEXT" if k is str else k.__name__.upper() for k in kinds)
+
+
+@_command(TrainConfig)
+def train_(flags: dict[str, Any]) -> None:
+    """Fine-tune attention behavior on a dataset, evaluating before and after."""
+    config = resolve(TrainConfig, flags)
+    if config.resume is not None and set(flags) - {"resume", "debug"}:
+        extra = ", ".join(flag(name) for name in sorted(set(flags) - {"resume", "debug"}))
+        raise UserError(f"--resume goes on with the run's own options: leave out {extra}")
+    from abft_fast.progress import Progress
+    from abft_fast.report import print_run
+    from abft_fast.run import Run
+    from abft_fast.training import train
+
+    if config.resume is None:
+        run = Run.reserve(config)
+    else:
+        run, config = Run.open(config.resume)
+    train(config, run, Progress(), new="resume" not in flags)
+    print_run(run)
+
+
+@_command(EvalConfig)
+def eval_(flags: dict[str, Any]) -> None:
+    """Evaluate a model, with or without an adapter, on a dataset's test prompts."""
+    config = resolve(EvalConfig, flags)
+    if config.output is not None and not config.output.parent.is_dir():
+        raise UserError(f"--output {config.output}: folder {config.output.parent} does not exist")
+    from dataclasses import asdict
+
+    from abft_fast import model as models
+    from abft_fast.files import write_json
+    from abft_fast.progress import Progress
+    from abft_fast.report import print_evaluation
+    from abft_fast.training import Job
+
+    job = Job(config, Progress())
+    if config.adapter is not None:
+        job.model = models.load_adapter(job.model, config.adapter)
+    prompts = job.encode(job.dataset.test_prompts(config.k), "test")
+    metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
+    if config.output is not None:
+        write_json(config.output, {config.dataset: asdict(metrics)})
+    print_evaluation(config.dataset, metrics, behavior)
+
+
+@app.command()
+def doctor() -> None:
+    """Check versions, device, data and disk, and say what would be used."""
+    from abft_fast.doctor import diagnose
+
+    findings, problems = diagnose()
+    table = Table(show_header=False)
+    for what, found in findings:
+        table.add_row(what, found)
+    Console(highlight=False).print(table)
+    if problems:
+        raise RunError("; ".join(problems))
+
+
+def main() -> None:
+    """Entry point: one line an error; exit 2 for the user's mistakes, 1 for failures."""
+    debug = "--debug" in sys.argv
+    if not debug:
+        _quiet()
+    try:
+        code = app(standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exception(error)
+        message, code = _explain(error)
+        if message:
+            print(f"abft-fast: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """The line a user reads and the exit code."""
+    match error:
+        case UserError():
+            return str(error), 2
+        case typer.TyperException():
+            return error.format_message(), 2
+        case KeyboardInterrupt() | typer.Abort():
+            return "interrupted; continue a run with `abft-fast train --resume RUN`", 130
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return f"the disk is full: {error.filename or 'writing the run'}", 1
+        case RunError() | OSError():
+            return str(error), 1
+    return f"{type(error).__name__}: {error} (--debug shows where)", 1
+
+
+def _quiet() -> None:
+    """Keep other libraries' notices out of what a run says."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

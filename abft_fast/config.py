@@ -1,0 +1,188 @@
+"""Every option of the command line: its default, its help and its validation, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from abft_fast import data
+from abft_fast.builtin import BUILTIN_LEARNING_RATES
+from abft_fast.errors import UserError
+
+
+def _dataset(name: str) -> str:
+    return data.resolve_name(str(name))
+
+
+class _Options(BaseModel):
+    """What `train` and `eval` share; a field with exclude=True is not part of a run's config."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    model: str = Field("builtin", description="`builtin`, a local folder, or a hub id.")
+    dataset: Annotated[str, AfterValidator(_dataset)] = Field(
+        "subj", description=f"One of {', '.join(data.DATASETS)}; or the original's index 0-7."
+    )
+    k: int = Field(4, ge=0, description="Demonstrations a prompt.")
+    prompt_form: Literal["ours", "staicc"] = Field(
+        "ours",
+        description="How prompts are written: one space belongs to the label token everywhere, "
+        "or StaICC's own string.",
+    )
+    label_token: Literal["single", "first"] = Field(
+        "single", description="Refuse label words of several tokens, or use their first token."
+    )
+    on_long_prompt: Literal["refuse", "drop", "fewer-demonstrations"] = Field(
+        "refuse", description="What to do with prompts beyond the model's context length."
+    )
+    token_budget: int = Field(8192, ge=1, description="Tokens a packed batch, at most.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto", description="Arithmetic of the forward; auto is bf16 on a GPU, no on a CPU."
+    )
+    config: Path | None = Field(
+        None, exclude=True, description="YAML file of options; flags override it."
+    )
+    debug: bool = Field(False, exclude=True, description="Show tracebacks.")
+
+
+class EvalConfig(_Options):
+    """Options of `abft-fast eval`."""
+
+    adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
+    output: Path | None = Field(None, exclude=True, description="Write the metrics here as JSON.")
+
+
+class TrainConfig(_Options):
+    """Options of `abft-fast train`; the defaults are the paper's (section 4.1)."""
+
+    k: int = Field(4, ge=1, description="Demonstrations a prompt.")
+    train_samples: int = Field(512, ge=1, description="Training prompts.")
+    epochs: int = Field(2, ge=1, description="Passes over the training prompts.")
+    pseudo_batch_size: int = Field(32, ge=1, description="Prompts averaged in an optimizer step.")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Adam's learning rate. Unset: 1e-4 for LoRA, 2e-5 for full W_Q/W_K, "
+        "the built-in model's own where that is trained.",
+    )
+    gradient: str | int = Field(
+        "full",
+        description="How far a layer's loss reaches: full, local (its own layer), or N layers.",
+    )
+    trainable: Literal["lora", "full"] = Field(
+        "lora", description="Train LoRA on W_Q/W_K, or W_Q/W_K themselves in float32."
+    )
+    lora_r: int = Field(16, ge=1, description="Rank of LoRA.")
+    penalty: float = Field(0.5, ge=0, description="A, on attention to wrong labels, at the start.")
+    reward: float = Field(1.0, ge=0, description="B, on attention missing from right labels.")
+    adaptation: Literal["pid", "p", "none"] = Field(
+        "pid", description="Control of the penalty by the number of induction heads (paper, A.3)."
+    )
+    pid_p: float = Field(0.03, description="Factor C_p of the control.")
+    pid_i: float = Field(0.005, description="Factor C_i of the control.")
+    pid_d: float = Field(0.005, description="Factor C_d of the control.")
+    head_filter: bool = Field(True, description="Train induction heads only, or every head.")
+    checkpointing: bool = Field(
+        False, description="Recompute layers in the backward instead of keeping them in memory."
+    )
+    seed: int = Field(0, ge=0, description="Seed of prompts, their order and LoRA's start.")
+    save_steps: int = Field(8, ge=1, description="Steps between checkpoints.")
+    no_eval: bool = Field(False, description="Skip the evaluations before and after.")
+    tracker: Literal["none", "wandb", "tensorboard"] = Field(
+        "none", description="Also log to a tracker of accelerate."
+    )
+    output_dir: Path | None = Field(
+        None, exclude=True, description="Folder of the run. Unset: runs/<time>-<model>-<dataset>."
+    )
+    overwrite: bool = Field(
+        False, exclude=True, description="Replace what an existing output folder holds."
+    )
+    resume: Path | None = Field(
+        None, exclude=True, description="Continue the run in this folder with its own options."
+    )
+
+    @field_validator("gradient", mode="before")
+    @classmethod
+    def _check_gradient(cls, value: Any) -> str | int:
+        if value in ("full", "local"):
+            return value
+        if not isinstance(value, bool) and str(value).isdigit() and int(value) >= 1:
+            return int(value)
+        raise ValueError("use full, local or a number of layers from 1")
+
+    @model_validator(mode="after")
+    def _default_learning_rate(self) -> Self:
+        if self.lr is None:
+            paper = {"lora": 1e-4, "full": 2e-5}
+            rates = BUILTIN_LEARNING_RATES if self.model == "builtin" else paper
+            self.lr = rates[self.trainable]
+        return self
+
+
+C = TypeVar("C", bound=_Options)
+
+
+def resolve(kind: type[C], flags: dict[str, Any]) -> C:
+    """Options from defaults, the YAML file named by `config`, and flags, each over the last.
+
+    Raises:
+        UserError: a value is invalid, or the file is unreadable or holds an unknown option.
+    """
+    merged = dict(flags)
+    if flags.get("config") is not None:
+        merged = {**read_yaml(Path(flags["config"])), **flags}
+    try:
+        return kind(**merged)
+    except ValidationError as error:
+        raise UserError("; ".join(map(_one_line, error.errors()))) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options of a YAML file.
+
+    Raises:
+        UserError: it is missing or no mapping of options.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"config {path} must be a mapping of options, such as `k: 4`")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
+
+
+def write_yaml(config: _Options, path: Path) -> None:
+    """Write a run's options, readable by `--config`."""
+    options = config.model_dump(mode="json")
+    path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+
+
+def flag(name: str) -> str:
+    """An option's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _one_line(error: dict) -> str:
+    name = flag(str(error["loc"][0])) if error["loc"] else "options"
+    if error["type"] == "extra_forbidden":
+        return f"{name}: no such option"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name} {error['input']}: {message[0].lower()}{message[1:]}"

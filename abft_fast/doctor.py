@@ -1,0 +1,57 @@
+"""`abft-fast doctor`: is everything here that a run needs, and what would be used."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from abft_fast import data
+from abft_fast.builtin import builtin_model_path
+from abft_fast.environment import describe
+from abft_fast.errors import UserError
+
+
+def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
+    """Findings as (what, found), and the problems among them, one line each."""
+    environment = describe()
+    problems: list[str] = []
+    findings = [("python", environment["python"])]
+    findings += [
+        (name, found or "not installed") for name, found in environment["versions"].items()
+    ]
+    if environment["gpus"]:
+        findings.append(("device", f"{', '.join(environment['gpus'])}, CUDA {torch.version.cuda}"))
+    else:
+        findings.append(("device", f"CPU, {environment['threads']} threads (no usable GPU)"))
+    findings.append(
+        (
+            "attention",
+            "scaled_dot_product_attention, one call a prompt; written-out scores for models with "
+            "soft-cap or sinks. The loss: torch backend, the only one in this version",
+        )
+    )
+    for name in data.DATASETS:
+        try:
+            good = data.hash_is_pinned(name)
+        except (UserError, OSError) as error:
+            good, problem = False, str(error)
+        else:
+            problem = f"StaICC's file of {name} is not the pinned one: reinstall StaICC==0.1.1"
+        findings.append((f"data {name}", "as pinned" if good else "BAD"))
+        if not good:
+            problems.append(problem)
+    try:
+        config = AutoConfig.from_pretrained(builtin_model_path())
+        findings.append(
+            ("built-in model", f"{config.model_type}, {config.num_hidden_layers} layers")
+        )
+    except (OSError, ValueError) as error:
+        problems.append(f"the built-in model cannot be read: {str(error).splitlines()[0]}")
+    free = shutil.disk_usage(Path.cwd()).free
+    findings.append(("disk here", f"{free / 2**30:.1f} GiB free"))
+    if free < 2**30:
+        problems.append(f"only {free / 2**20:.0f} MiB free where runs are written")
+    return findings, problems

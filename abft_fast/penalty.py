@@ -1,0 +1,42 @@
+"""Control of the penalty A so that the number of induction heads stays steady (paper, A.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class PenaltyController:
+    """`pid`, `p` (its first term alone) or `none`; A never falls below 0.
+
+    Attributes:
+        kind: which terms act.
+        penalty: A now.
+        p, i, d: the factors C_p, C_i, C_d.
+        first, last, before_last: induction heads a prompt of steps 1, t - 1 and t - 2.
+        steps: steps observed.
+    """
+
+    kind: str
+    penalty: float
+    p: float = 0.03
+    i: float = 0.005
+    d: float = 0.005
+    first: float = 0.0
+    last: float = 0.0
+    before_last: float = 0.0
+    steps: int = 0
+
+    def update(self, heads: float) -> None:
+        """Observe step t's induction heads a prompt; from t > 2 on, A moves (equation 3)."""
+        self.steps += 1
+        if self.steps == 1:
+            self.first = heads
+        if self.steps > 2 and self.kind != "none":
+            change = self.p * (heads - self.last)
+            if self.kind == "pid":
+                # The sum over i = 2..t of n_i - n_(i-1) telescopes to n_t - n_1.
+                change += self.i * (heads - self.first)
+                change += self.d * (heads - 2 * self.last + self.before_last)
+            self.penalty = max(0.0, self.penalty + change)
+        self.before_last, self.last = self.last, heads

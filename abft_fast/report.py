@@ -1,0 +1,70 @@
+"""The table a run ends with."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from abft_fast.evaluation import Behavior, Metrics
+from abft_fast.run import Run
+from abft_fast.training import artifact
+
+_METRICS = {
+    "accuracy": "accuracy (%)",
+    "macro_f1": "macro F1 (%)",
+    "true_label_likelihood": "true-label likelihood (%)",
+    "expected_calibration_error": "expected calibration error (%)",
+}
+_ATTENTION = {
+    "induction_heads": "induction heads a prompt",
+    "correct_share_above_chance": "label mass on correct labels, above chance (%)",
+}
+
+
+def print_run(run: Run) -> None:
+    """Accuracy and attention before and after, what it took, and where the run is."""
+    table = Table(title=f"abft-fast train: {run.folder.name}", title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    content = run.evaluation
+    for dataset in content.get("after", {}):
+        sides = [content[when][dataset] for when in ("before", "after")]
+        heads = [content["attention"][when][dataset] for when in ("before", "after")]
+        for name, title in _METRICS.items():
+            table.add_row(title, *(_percent(side[name]) for side in sides))
+        name = "induction_heads"
+        table.add_row(_ATTENTION[name], *(f"{side[name]:.2f}" for side in heads))
+        name = "correct_share_above_chance"
+        table.add_row(_ATTENTION[name], *(_percent(side[name], "+") for side in heads))
+    rows = run.metrics()
+    table.add_row("training steps", "", str(len(rows)))
+    table.add_row("seconds of training", "", f"{sum(row['seconds'] for row in rows):.1f}")
+    peak = max(row["peak_memory_bytes"] for row in rows)
+    table.add_row("peak memory (MiB)", "", f"{peak / 2**20:.0f}")
+    console = _console()
+    console.print(table)
+    console.print(f"run folder: {run.folder}", soft_wrap=True)
+    console.print(f"trained {artifact(run).name}: {artifact(run)}", soft_wrap=True)
+
+
+def print_evaluation(dataset: str, metrics: Metrics, behavior: Behavior) -> None:
+    """One dataset's metrics."""
+    table = Table(title=f"abft-fast eval: {dataset}", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    for name, title in _METRICS.items():
+        table.add_row(title, _percent(getattr(metrics, name)))
+    table.add_row(_ATTENTION["induction_heads"], f"{behavior.induction_heads:.2f}")
+    share = behavior.correct_share_above_chance
+    table.add_row(_ATTENTION["correct_share_above_chance"], _percent(share, "+"))
+    _console().print(table)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=100)
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.1f}"

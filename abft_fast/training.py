@@ -1,0 +1,262 @@
+"""Attention Behavior Fine-Tuning (Cho et al. 2025, sections 3 and 4.1): the training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from abft_fast import checkpoint, data
+from abft_fast import model as models
+from abft_fast.config import EvalConfig, TrainConfig
+from abft_fast.environment import peak_memory
+from abft_fast.errors import RunError, UserError
+from abft_fast.evaluation import Behavior, BehaviorMean, Metrics, evaluate
+from abft_fast.files import atomic_folder
+from abft_fast.objective import attention_behavior_loss
+from abft_fast.packing import EncodedPrompt, micro_batches, pack
+from abft_fast.penalty import PenaltyController
+from abft_fast.preflight import check_attention
+from abft_fast.progress import Progress
+from abft_fast.prompts import EncodedPrompts, PromptEncoder
+from abft_fast.run import Run
+
+
+class Job:
+    """A model, its dataset and its encoder on a device: what training and evaluation share."""
+
+    def __init__(self, config: TrainConfig | EvalConfig, progress: Progress):
+        self.config, self.progress = config, progress
+        self.accelerator = make_accelerator(config)
+        self.dataset = data.load(config.dataset)
+        progress.say(f"loading {config.model}")
+        self.model, tokenizer = models.load(config.model, self.accelerator.device)
+        self.encoder = PromptEncoder(
+            tokenizer,
+            self.dataset,
+            form=config.prompt_form,
+            label_token=config.label_token,
+            max_length=models.context_length(self.model),
+            on_long_prompt=config.on_long_prompt,
+        )
+
+    def encode(self, prompts: list[data.Prompt], what: str) -> EncodedPrompts:
+        """Tokenize prompts and say what became of those too long."""
+        encoded = self.encoder.encode(prompts)
+        if encoded.dropped or encoded.shortened:
+            self.progress.say(
+                f"{what} prompts beyond the model's context: {encoded.dropped} dropped, "
+                f"{encoded.shortened} with fewer demonstrations, of {len(prompts)}"
+            )
+        return encoded
+
+    def evaluate(self, prompts: EncodedPrompts, what: str) -> tuple[Metrics, Behavior]:
+        """Score the model as it is on the test prompts."""
+        with self.progress.bar(what, len(prompts.prompts)) as advance:
+            return evaluate(
+                self.model,
+                prompts,
+                self.encoder.label_ids,
+                self.config.token_budget,
+                advance,
+                self.accelerator.autocast,
+            )
+
+
+def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> None:
+    """Run, or go on with, a whole training run: evaluate, optimize, evaluate.
+
+    Raises:
+        UserError: an option, the data or the model does not allow the run; nothing is written.
+        RunError: training cannot go on.
+    """
+    set_seed(config.seed)
+    job = Job(config, progress)
+    prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
+    encoded = job.encode(prompts, "training")
+    tests = None if config.no_eval else job.encode(job.dataset.test_prompts(config.k), "test")
+    check_attention(job.model, encoded.prompts, job.accelerator.autocast)
+    if new:
+        run.create(config)
+
+    def evaluate_once(when: str) -> None:
+        if tests is not None and when not in run.evaluation:
+            metrics, behavior = job.evaluate(tests, f"evaluating {when}")
+            run.record_evaluation(
+                when, config.dataset, dataclasses.asdict(metrics), dataclasses.asdict(behavior)
+            )
+
+    evaluate_once("before")
+    set_seed(config.seed)
+    job.model = (
+        models.train_lora(job.model, config.lora_r)
+        if config.trainable == "lora"
+        else models.train_weights(job.model)
+    )
+    optimize(config, run, job, encoded.prompts)
+    save_result(config, run, job.model)
+    evaluate_once("after")
+
+
+def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> None:
+    """Adam on the attention-behavior loss, one step a pseudo-batch, from the last checkpoint on."""
+    accelerator, model = job.accelerator, job.model
+    trained = models.trained_parameters(model)
+    optimizer = torch.optim.Adam(trained.values(), lr=config.lr)
+    controller = PenaltyController(
+        config.adaptation, config.penalty, config.pid_p, config.pid_i, config.pid_d
+    )
+    done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
+    run.forget_metrics_after(done)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    if config.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.tracker != "none":
+        accelerator.init_trackers("abft-fast", config.model_dump(mode="json"))
+    model.train()
+    batches = pseudo_batches(len(prompts), config)
+    with job.progress.bar("training", len(batches), done) as advance:
+        for step, chosen in enumerate(batches[done:], start=done + 1):
+            started = time.perf_counter()
+            batch = [prompts[i] for i in chosen]
+            loss, behavior = backward(model, batch, config, controller.penalty, accelerator)
+            accelerator.unscale_gradients()
+            norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
+            heads = behavior.induction_heads
+            check_step(config, step, loss, norm.item(), heads)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            row = {
+                "step": step,
+                "loss": loss,
+                "penalty": controller.penalty,
+                "induction_heads": heads,
+                "correct_share_above_chance": behavior.correct_share_above_chance,
+                "gradient_norm": norm.item(),
+                "learning_rate": config.lr,
+                "tokens_per_second": sum(map(len, batch)) / (time.perf_counter() - started),
+                "peak_memory_bytes": peak_memory(accelerator.device),
+                "seconds": time.perf_counter() - started,
+            }
+            controller.update(heads)
+            run.append_metrics(row)
+            accelerator.log(row, step=step)
+            if step % config.save_steps == 0 or step == len(batches):
+                checkpoint.save(run.checkpoints, step, trained, optimizer, controller)
+            advance(1, f"loss {row['loss']:.3f}, {heads:.1f} induction heads")
+    accelerator.end_training()
+
+
+def backward(
+    model: nn.Module,
+    batch: list[EncodedPrompt],
+    config: TrainConfig,
+    penalty: float,
+    accelerator: Accelerator,
+) -> tuple[float, Behavior]:
+    """Accumulate the gradient of a pseudo-batch's mean loss; the same however it is split."""
+    loss, behavior = torch.zeros((), device=accelerator.device), BehaviorMean()
+    for micro in micro_batches([len(p) for p in batch], config.token_budget):
+        packed = pack([batch[i] for i in micro]).to(accelerator.device)
+        with accelerator.autocast():
+            result = attention_behavior_loss(
+                model,
+                packed,
+                penalty=penalty,
+                reward=config.reward,
+                head_filter=config.head_filter,
+                gradient=config.gradient,
+            )
+        share = result.loss * (len(micro) / len(batch))
+        accelerator.backward(share)
+        loss += share.detach()
+        behavior.add(result, packed)
+    return loss.item(), behavior.result()
+
+
+def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: float) -> None:
+    """Stop a run that would go wrong silently.
+
+    Raises:
+        RunError: loss or gradient is not finite; at step 1, no induction heads or no gradient.
+    """
+    if not (torch.isfinite(torch.tensor([loss, norm])).all()):
+        raise RunError(
+            f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower --lr "
+            f"(now {config.lr:g}) or use another --mixed-precision"
+        )
+    if step == 1 and heads == 0 and config.head_filter:
+        raise RunError(
+            "no induction head in the first pseudo-batch, so the loss is 0: try "
+            "--no-head-filter, more demonstrations (--k), or another model"
+        )
+    if step == 1 and norm == 0:
+        raise RunError("the gradient of W_Q and W_K is 0 at step 1: nothing would be learnt")
+
+
+def pseudo_batches(prompts: int, config: TrainConfig) -> list[list[int]]:
+    """Indices of each optimizer step's prompts; every epoch is a new permutation."""
+    order: list[int] = []
+    for epoch in range(config.epochs):
+        indices = list(range(prompts))
+        random.Random(f"{config.seed}-{epoch}").shuffle(indices)
+        order += indices
+    return list(_chunks(order, config.pseudo_batch_size))
+
+
+def save_result(config: TrainConfig, run: Run, model: nn.Module) -> None:
+    """Write `adapter/`, which plain PEFT loads, or `model/`, which plain transformers loads."""
+    name = "adapter" if config.trainable == "lora" else "model"
+    if (run.folder / name).exists():
+        return
+    with atomic_folder(run.folder / name) as temporary:
+        model.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's card to be filled in
+        if name == "model":
+            source = models.builtin_model_path() if config.model == "builtin" else config.model
+            models.AutoTokenizer.from_pretrained(source).save_pretrained(temporary)
+
+
+def make_accelerator(config: TrainConfig | EvalConfig) -> Accelerator:
+    """Device, arithmetic and trackers.
+
+    Raises:
+        UserError: a GPU is asked for and there is none, or the tracker is not installed.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; see `abft-fast doctor`")
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "no" if cpu else "bf16"
+    tracker = getattr(config, "tracker", "none")
+    try:
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            log_with=None if tracker == "none" else tracker,
+            project_dir="runs",
+        )
+    except (ImportError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"--mixed-precision {precision}, --tracker {tracker}: {line}") from error
+
+
+def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def artifact(run: Run) -> Path | None:
+    """What a finished run leaves: its adapter or its model."""
+    for name in ("adapter", "model"):
+        if (run.folder / name).is_dir():
+            return run.folder / name
+    return None

@@ -1,0 +1,123 @@
+"""Whole runs on real data with the built-in model."""
+
+import json
+
+import pytest
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from abft_fast import builtin_model_path
+from tests.command_line import QUICK, abft_fast
+
+pytestmark = pytest.mark.cli
+
+METRICS = {"accuracy", "macro_f1", "true_label_likelihood", "expected_calibration_error"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    result = abft_fast("train", *QUICK, "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_the_run_folder(run):
+    folder, _ = run
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    for side in ("before", "after"):
+        assert set(evaluation[side]["trec"]) == METRICS
+        assert 0 <= evaluation[side]["trec"]["accuracy"] <= 1
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert {
+        "loss", "penalty", "induction_heads", "correct_share_above_chance", "gradient_norm",
+        "learning_rate", "tokens_per_second", "peak_memory_bytes",
+    } <= set(rows[0])  # fmt: skip
+    assert all(row["induction_heads"] > 0 and row["gradient_norm"] > 0 for row in rows)
+    versions = json.loads((folder / "environment.json").read_text())["versions"]
+    assert versions["torch"] and versions["transformers"]
+    assert yaml.safe_load((folder / "config.yaml").read_text())["k"] == 2
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {
+        ".json", ".jsonl", ".yaml", ".safetensors",
+    }  # fmt: skip
+
+
+def test_the_table(run):
+    folder, result = run
+    for expected in (
+        "accuracy", "induction heads a prompt", "correct labels", "seconds", "peak memory",
+    ):  # fmt: skip
+        assert expected in result.stdout
+    assert str(folder) in result.stdout
+
+
+def test_a_run_without_a_terminal_is_plain(run):
+    assert "\x1b" not in run[1].stdout + run[1].stderr
+    assert len(run[1].stderr.splitlines()) < 20
+
+
+def test_the_adapter_loads_with_plain_peft(run):
+    model = AutoModelForCausalLM.from_pretrained(builtin_model_path())
+    adapted = PeftModel.from_pretrained(model, str(run[0] / "adapter"))
+    moved = [p.abs().max() for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert len(moved) == 8 and all(m > 0 for m in moved)  # 4 layers, Q and K
+
+
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["before", "after"])
+def test_eval_repeats_what_train_found(run, with_adapter, tmp_path):
+    adapter = ["--adapter", run[0] / "adapter"] if with_adapter else []
+    output = tmp_path / "metrics.json"
+    result = abft_fast("eval", "--dataset", "trec", "--k", 2, *adapter, "--output", output)
+    assert result.returncode == 0, result.stderr
+    expected = json.loads((run[0] / "evaluation.json").read_text())
+    assert json.loads(output.read_text()) == expected["after" if with_adapter else "before"]
+
+
+def test_config_replays_to_the_same_bytes(run, tmp_path):
+    again = tmp_path / "again"
+    result = abft_fast(
+        "train", "--config", run[0] / "config.yaml", "--no-eval", "--output-dir", again
+    )
+    assert result.returncode == 0, result.stderr
+    name = "adapter/adapter_model.safetensors"
+    assert (again / name).read_bytes() == (run[0] / name).read_bytes()
+    assert not (again / "evaluation.json").exists()
+
+
+def test_a_finished_run_resumes_to_its_own_table(run):
+    before = (run[0] / "metrics.jsonl").read_bytes()
+    result = abft_fast("train", "--resume", run[0])
+    assert result.returncode == 0, result.stderr
+    assert (run[0] / "metrics.jsonl").read_bytes() == before
+    assert "accuracy" in result.stdout
+
+
+def test_full_weights_give_a_model_folder(tmp_path):
+    folder = tmp_path / "full"
+    result = abft_fast(
+        "train", *QUICK, "--trainable", "full", "--epochs", 1,
+        "--no-eval", "--output-dir", folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    trained = AutoModelForCausalLM.from_pretrained(folder / "model")
+    base = AutoModelForCausalLM.from_pretrained(builtin_model_path())
+    changed = {
+        name for (name, p), q in zip(trained.named_parameters(), base.parameters(), strict=True)
+        if not p.equal(q)
+    }  # fmt: skip
+    assert changed == {
+        f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(4) for p in "qk"
+    }
+    assert AutoTokenizer.from_pretrained(folder / "model")("Positive")["input_ids"]
+
+
+def test_the_run_gets_a_name_under_runs(tmp_path):
+    result = abft_fast(
+        "train", *QUICK, "--epochs", 1, "--train-samples", 8, "--no-eval", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.endswith("-builtin-trec")
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+
+from abft_fast.builtin import BUILTIN_LEARNING_RATES
+from abft_fast.config import EvalConfig, TrainConfig, resolve, write_yaml
+from abft_fast.errors import UserError
+
+pytestmark = pytest.mark.unit
+
+
+def test_defaults_are_the_papers():
+    config = resolve(TrainConfig, {"model": "some/model"})
+    assert (config.k, config.train_samples, config.epochs, config.pseudo_batch_size) == (
+        4, 512, 2, 32,
+    )  # fmt: skip
+    assert (config.penalty, config.reward, config.lora_r, config.lr) == (0.5, 1.0, 16, 1e-4)
+    assert (config.adaptation, config.pid_p, config.pid_i, config.pid_d) == (
+        "pid", 0.03, 0.005, 0.005,
+    )  # fmt: skip
+    assert config.gradient == "full" and config.head_filter
+    assert resolve(TrainConfig, {"model": "m", "trainable": "full"}).lr == 2e-5
+
+
+def test_the_builtin_model_has_its_own_learning_rate():
+    for trainable, rate in BUILTIN_LEARNING_RATES.items():
+        assert resolve(TrainConfig, {"trainable": trainable}).lr == rate
+    assert resolve(TrainConfig, {"lr": "3e-4"}).lr == 3e-4
+
+
+def test_flags_override_the_file_which_overrides_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("k: 8\ntrain-samples: 64\ndataset: '1'\n")
+    config = resolve(TrainConfig, {"config": str(path), "k": "2"})
+    assert (config.k, config.train_samples, config.dataset) == (2, 64, "mr")
+
+
+def test_a_written_config_replays(tmp_path):
+    config = resolve(TrainConfig, {"gradient": "2", "lr": "0.01", "output_dir": "x"})
+    write_yaml(config, tmp_path / "config.yaml")
+    again = resolve(TrainConfig, {"config": str(tmp_path / "config.yaml")})
+    assert again.model_dump() == config.model_dump()
+    assert "output_dir" not in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"k": "0"}, "--k 0"),
+        ({"k": "many"}, "--k many"),
+        ({"lr": "-1"}, "--lr -1"),
+        ({"lr": "nan"}, "--lr nan"),
+        ({"gradient": "half"}, "--gradient half"),
+        ({"gradient": "0"}, "--gradient 0"),
+        ({"trainable": "all"}, "--trainable all"),
+        ({"dataset": "imdb"}, "dataset 'imdb' is unknown"),
+        ({"epochs": "0", "seed": "-1"}, "--epochs 0.*--seed -1"),
+        ({"config": "/nowhere.yaml"}, "/nowhere.yaml does not exist"),
+    ],
+)
+def test_mistakes_are_one_line_naming_the_option(flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(TrainConfig, flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "k: [\n", "kk: 3\n"])
+def test_bad_config_files(tmp_path: Path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        resolve(TrainConfig, {"config": str(path)})
+
+
+def test_evaluation_takes_zero_shot():
+    assert resolve(EvalConfig, {"k": "0"}).k == 0

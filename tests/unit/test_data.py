@@ -1,0 +1,86 @@
+"""Real data: StaICC's files, splits and prompts are what StaICC itself makes of them."""
+
+import warnings
+
+import pytest
+from StaICC.util import experimentor, hgf_dataset_loader
+
+from abft_fast import data
+from abft_fast.errors import UserError
+from abft_fast.prompts import Template
+
+pytestmark = pytest.mark.unit
+
+
+def staicc_experimentor(name, k=4):
+    source = data._SOURCES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return experimentor.single_experimentor(
+            original_dataset=getattr(hgf_dataset_loader, source.loader)(),
+            k=k,
+            dividing=list(source.split),
+        )
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_staicc_form_is_staiccs_own_prompts(name):
+    dataset = data.load(name)
+    theirs = staicc_experimentor(name)
+    template = Template.of(dataset, "staicc")
+    prompts = dataset.test_prompts(4)
+    assert [template.render(p)[0] for p in prompts] == theirs.prompt_set()
+    truth = [
+        theirs.triplet_dataset.get_default_ground_truth_label_index(i % len(dataset.test))
+        for i in range(len(prompts))
+    ]
+    assert [p.query.label for p in prompts] == truth
+    assert len(prompts) == 1024
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_split_sizes(name):
+    dataset = data.load(name)
+    pool = {"fp": 512, "tee": 3192}.get(name, 4096)
+    assert (len(dataset.training), len(dataset.demonstrations), len(dataset.test)) == (
+        1024, pool, 512,
+    )  # fmt: skip
+    assert len(dataset.label_words) == len(dataset.staicc_label_words)
+
+
+def test_training_prompts_are_seeded_distinct_and_from_the_training_part():
+    dataset = data.load("subj")
+    prompts = dataset.training_prompts(4, 50, seed=1)
+    assert prompts == dataset.training_prompts(4, 50, seed=1)
+    assert prompts != dataset.training_prompts(4, 50, seed=2)
+    allowed = {id(example) for example in dataset.training}
+    for prompt in prompts:
+        examples = [*prompt.demonstrations, prompt.query]
+        assert len({id(e) for e in examples}) == 5
+        assert all(id(e) in allowed for e in examples)
+
+
+def test_names_and_the_originals_indices():
+    assert [data.resolve_name(str(i)) for i in range(8)] == list(data.PAPER_DATASETS)
+    assert data.resolve_name("SST2") == "sst2"
+    for bad in ("8", "-1", "glue", ""):
+        with pytest.raises(UserError, match="unknown"):
+            data.resolve_name(bad)
+
+
+def test_a_changed_file_is_not_unpickled(tmp_path, monkeypatch):
+    path = tmp_path / "trec.dataset"
+    path.write_bytes(b"not the pickle")
+    monkeypatch.setattr(data, "_data_file", lambda source: path)
+    data.load.cache_clear()
+    with pytest.raises(UserError, match="SHA-256"):
+        data.load("trec")
+    data.load.cache_clear()
+
+
+def test_too_many_demonstrations_are_refused():
+    dataset = data.load("fp")
+    with pytest.raises(UserError, match="at most 1023"):
+        dataset.training_prompts(1024, 1, seed=0)
+    with pytest.raises(UserError, match="512"):
+        dataset.test_prompts(513)

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from abft_fast import EncodedPrompt, pack
+from abft_fast.packing import micro_batches
+
+pytestmark = pytest.mark.unit
+
+
+def test_layout():
+    packed = pack(
+        [
+            EncodedPrompt([5, 6, 7], [1], [True]),
+            EncodedPrompt([8], [], []),
+            EncodedPrompt([9, 10, 11, 12], [0, 2], [False, True]),
+        ]
+    )
+    assert len(packed) == 3
+    assert packed.input_ids.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
+    assert packed.position_ids.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    assert packed.cu_seqlens.tolist() == [0, 3, 4, 8]
+    assert packed.label_positions.tolist() == [1, 4, 6]
+    assert packed.label_offsets.tolist() == [0, 1, 1, 3]
+    assert packed.label_is_correct.tolist() == [True, False, True]
+    assert packed.cu_seqlens.dtype == packed.label_positions.dtype == torch.int32
+    assert packed.label_offsets.dtype == torch.int32
+    assert packed.label_is_correct.dtype == torch.bool
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "empty"),
+        ([EncodedPrompt([], [], [])], "input_ids is empty"),
+        ([EncodedPrompt([1, 2], [2], [True])], "label_positions must lie"),
+        ([EncodedPrompt([1, 2], [-1], [True])], "label_positions must lie"),
+        ([EncodedPrompt([1, 2], [1, 0], [True, True])], "ascend"),
+        ([EncodedPrompt([1, 2], [1, 1], [True, True])], "ascend"),
+        ([EncodedPrompt([1, 2], [1], [])], "label_is_correct"),
+    ],
+)
+def test_malformed_prompts_are_refused(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        pack(prompts)
+
+
+def test_micro_batches_keep_the_budget_and_every_prompt():
+    lengths = [5, 90, 40, 41, 200, 7, 33]
+    batches = list(micro_batches(lengths, 100))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert batches[0] == [4]  # longer than the budget: alone, and first
+    assert all(sum(lengths[i] for i in batch) <= 100 for batch in batches[1:])

@@ -1,0 +1,136 @@
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from abft_fast import builtin_model_path, data
+from abft_fast.data import Dataset, Example, Prompt
+from abft_fast.errors import UserError
+from abft_fast.prompts import PromptEncoder
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(builtin_model_path())
+
+
+def word_tokenizer(*words, bos=False):
+    """Whole words with their leading space; unknown ones fall apart into characters."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    merges, vocabulary = [], {letter: i for i, letter in enumerate(sorted(alphabet))}
+    for word in words:
+        pieces = "Ġ" + word
+        for end in range(2, len(pieces) + 1):
+            if pieces[:end] not in vocabulary:
+                merges.append((pieces[: end - 1], pieces[end - 1]))
+                vocabulary[pieces[:end]] = len(vocabulary)
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+def tiny_dataset(words=("good", "bad"), texts=("it is fine", " a mess ", "so so")):
+    examples = tuple(Example(t, i % len(words)) for i, t in enumerate(texts))
+    return Dataset(
+        "tiny", "review: ", "sentiment: ", words, words, examples, examples, examples
+    )  # fmt: skip
+
+
+def prompt_of(dataset):
+    return Prompt(dataset.training[:2], dataset.training[2])
+
+
+@pytest.mark.parametrize("form", ["ours", "staicc"])
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_label_positions_hold_the_label_words(tokenizer, name, form):
+    dataset = data.load(name)
+    encoder = PromptEncoder(tokenizer, dataset, form=form)
+    words = encoder.template.label_words
+    prompts = dataset.test_prompts(4)[:64]
+    encoded = encoder.encode(prompts)
+    for prompt, ids, label in zip(prompts, encoded.prompts, encoded.labels, strict=True):
+        shown = [tokenizer.decode([ids.input_ids[i]]).strip() for i in ids.label_positions]
+        assert shown == [words[d.label] for d in prompt.demonstrations]
+        assert ids.label_is_correct == [w == words[label] for w in shown]
+        assert tokenizer.decode(ids.input_ids[-1:]) == ":"  # the row the loss looks at
+    assert [tokenizer.decode([i]).strip() for i in encoder.label_ids] == list(words)
+
+
+def test_the_two_forms():
+    dataset = tiny_dataset()
+    words = word_tokenizer("good", "bad", "review", "sentiment")
+    ours = PromptEncoder(words, dataset).template.render(prompt_of(dataset))
+    assert ours[0] == (
+        "review: it is fine sentiment: good\nreview: a mess sentiment: bad\n"
+        "review: so so sentiment:"
+    )
+    assert [ours[0][a:b] for a, b in ours[1]] == ["good", "bad"]
+
+
+def test_ours_wants_the_same_token_everywhere():
+    dataset = tiny_dataset()
+    encoder = PromptEncoder(word_tokenizer("good", "bad"), dataset)
+    ids = encoder.encode([prompt_of(dataset)]).prompts[0]
+    assert [ids.input_ids[i] for i in ids.label_positions] == encoder.label_ids
+
+
+def test_special_tokens_at_the_end_are_not_the_query_row():
+    from tokenizers import processors
+
+    tokenizer = word_tokenizer("good", "bad")
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)]
+    )
+    dataset = tiny_dataset()
+    ids = PromptEncoder(tokenizer, dataset).encode([prompt_of(dataset)]).prompts[0].input_ids
+    assert ids[0] == bos and ids[-1] != eos
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words", "options", "message"),
+    [
+        (("good",), ("good", "bad"), {}, r"tiny: label words are several tokens .*'bad' -> \["),
+        (("g",), ("good", "great"), {"label_token": "first"}, "tiny: label words share a token"),
+        (("good",), ("good", "good"), {}, "share a token"),
+    ],
+)
+def test_labels_that_cannot_be_told_are_refused(tokens, words, options, message):
+    with pytest.raises(UserError, match=message) as caught:
+        PromptEncoder(word_tokenizer(*tokens), tiny_dataset(words), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_first_token_of_several():
+    dataset = tiny_dataset(("good", "bad"))
+    encoder = PromptEncoder(word_tokenizer("go", "ba"), dataset, label_token="first")
+    ids = encoder.encode([prompt_of(dataset)]).prompts[0]
+    assert [ids.input_ids[i] for i in ids.label_positions] == encoder.label_ids
+
+
+def test_too_long_prompts(tokenizer):
+    dataset = data.load("subj")
+    prompts = dataset.test_prompts(4)[:40]
+    lengths = [len(p) for p in PromptEncoder(tokenizer, dataset).encode(prompts).prompts]
+    limit = sorted(lengths)[20]
+    over = sum(n > limit for n in lengths)
+    assert 0 < over < 20
+
+    def encode(rule):
+        return PromptEncoder(tokenizer, dataset, max_length=limit, on_long_prompt=rule).encode(
+            prompts
+        )
+
+    message = rf"subj: a prompt of {max(lengths)} tokens is longer .* --on-long-prompt"
+    with pytest.raises(UserError, match=message):
+        encode("refuse")
+    result = encode("drop")
+    assert (len(result.prompts), result.dropped, result.shortened) == (40 - over, over, 0)
+    assert len(result.labels) == 40 - over
+    result = encode("fewer-demonstrations")
+    assert (len(result.prompts), result.dropped, result.shortened) == (40, 0, over)
+    assert all(len(p) <= limit and p.label_positions for p in result.prompts)
+    with pytest.raises(UserError, match="all 40 prompts"):
+        PromptEncoder(tokenizer, dataset, max_length=5, on_long_prompt="drop").encode(prompts)

@@ -1,0 +1,157 @@
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from abft_fast import EncodedPrompt, attention_behavior_loss, pack
+from abft_fast.backbone import query_key_projections
+from abft_fast.config import TrainConfig, resolve
+from abft_fast.errors import RunError, UserError
+from abft_fast.model import train_lora, train_weights, trained_parameters
+from abft_fast.preflight import check_attention
+from abft_fast.training import backward, check_step, pseudo_batches
+from tests.tiny_models import tiny_model
+
+pytestmark = pytest.mark.unit
+
+SEPARATE, FUSED = ["llama", "gemma2"], ["gpt2", "phi3", "gpt_neox"]
+
+
+def make_prompts(count=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    prompts = []
+    for _ in range(count):
+        n = int(torch.randint(12, 40, (1,), generator=generator))
+        ids = torch.randint(3, 97, (n,), generator=generator).tolist()
+        positions = torch.randperm(n, generator=generator)[:4].sort().values.tolist()
+        correct = (torch.rand(4, generator=generator) < 0.5).tolist()
+        prompts.append(EncodedPrompt(ids, positions, correct))
+    return prompts
+
+
+@pytest.mark.parametrize("trainable", [train_weights, lambda m: train_lora(m, 4)])
+def test_the_pseudo_batch_is_an_exact_mean(trainable):
+    """1 x 32 = 32 x 1, and all of it equals one packed batch of all prompts."""
+    prompts = make_prompts()
+    found = []
+    for budget in (1, 100, 10**6):
+        model = trainable(tiny_model("llama")).eval()
+        config = resolve(TrainConfig, {"token_budget": budget})
+        loss, behavior = backward(model, prompts, config, 0.5, Accelerator(cpu=True))
+        grads = [p.grad for p in trained_parameters(model).values()]
+        found.append((loss, behavior.induction_heads, torch.cat([g.flatten() for g in grads])))
+    for loss, heads, gradient in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        assert heads == found[0][1]
+        assert (gradient - found[0][2]).norm() <= 1e-5 * found[0][2].norm()
+
+
+def optimize(model, steps=3, lr=1e-2):
+    optimizer = torch.optim.Adam(trained_parameters(model).values(), lr=lr)
+    for _ in range(steps):
+        attention_behavior_loss(model, pack(make_prompts(8)), head_filter=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("family", SEPARATE + FUSED)
+def test_full_trains_query_and_key_weights_only(family):
+    model = tiny_model(family)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train_weights(model)
+    optimize(model)
+    projections = {f"{p.name}.weight": p for p in query_key_projections(model)}
+    for name, after in model.named_parameters():
+        changed = after != before[name]
+        if name not in projections:
+            assert not changed.any(), name
+            continue
+        rows = projections[name].rows
+        if rows is None:
+            assert changed.any(), name
+        else:
+            changed = changed.T if family == "gpt2" else changed
+            assert changed[rows].any() and not changed[~rows].any(), name
+
+
+@pytest.mark.parametrize("family", SEPARATE + FUSED)
+def test_lora_changes_queries_and_keys_only(family):
+    model = train_lora(tiny_model(family), rank=4)
+    assert all("lora_" in name for name in trained_parameters(model))
+    optimize(model)
+    for projection in query_key_projections(model):
+        delta = projection.module.get_delta_weight("default")
+        delta = delta.T if family == "gpt2" else delta
+        rows = projection.rows
+        if rows is None:
+            assert delta.abs().max() > 0
+        else:
+            assert delta[rows].abs().max() > 0 and (delta[~rows] == 0).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_loads_with_plain_peft(family, tmp_path):
+    model = train_lora(tiny_model(family), rank=4)
+    optimize(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(family), str(tmp_path))
+    packed = pack(make_prompts(4))
+    torch.testing.assert_close(
+        attention_behavior_loss(loaded, packed).loss, attention_behavior_loss(model, packed).loss
+    )
+
+
+def test_half_precision_weights_become_float32_masters():
+    model = train_weights(tiny_model("llama").bfloat16())
+    assert {p.dtype for p in trained_parameters(model).values()} == {torch.float32}
+
+
+def test_every_prompt_is_taken_once_an_epoch():
+    config = resolve(TrainConfig, {"epochs": 3, "pseudo_batch_size": 5})
+    batches = pseudo_batches(12, config)
+    order = [i for batch in batches for i in batch]
+    assert [len(b) for b in batches] == [5] * 7 + [1]
+    for epoch in range(3):
+        assert sorted(order[epoch * 12 : (epoch + 1) * 12]) == list(range(12))
+    assert order[:12] != order[12:24]
+    assert batches == pseudo_batches(12, config)
+
+
+@pytest.mark.parametrize(
+    ("step", "loss", "norm", "heads", "message"),
+    [
+        (5, float("nan"), 1.0, 3.0, "not finite"),
+        (5, 1.0, float("inf"), 3.0, "not finite"),
+        (1, 0.0, 0.0, 0.0, "--no-head-filter"),
+        (1, 1.0, 0.0, 3.0, "gradient of W_Q and W_K is 0"),
+    ],
+)
+def test_runs_that_would_go_wrong_stop(step, loss, norm, heads, message):
+    with pytest.raises(RunError, match=message):
+        check_step(resolve(TrainConfig, {}), step, loss, norm, heads)
+
+
+def test_the_preflight_lets_a_good_family_pass_and_stops_a_wrong_one(monkeypatch):
+    model = tiny_model("gemma2")
+    check_attention(model, make_prompts(4))
+    assert model.config._attn_implementation == "abft"
+    # A family whose soft-cap does not arrive.
+    for layer in model.model.layers:
+        layer.self_attn.forward = _without_softcap(layer.self_attn)
+    with pytest.raises(UserError, match=r"gemma2: packed attention differs"):
+        check_attention(model, make_prompts(4))
+
+
+def _without_softcap(module):
+    forward = type(module).forward
+
+    def wrapped(*args, **kwargs):
+        cap = module.attn_logit_softcapping
+        if module.config._attn_implementation == "abft":
+            module.attn_logit_softcapping = None
+        try:
+            return forward(module, *args, **kwargs)
+        finally:
+            module.attn_logit_softcapping = cap
+
+    return wrapped
