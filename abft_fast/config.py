@@ -48,8 +48,10 @@ class _Options(BaseModel):
     )
     token_budget: int = Field(8192, ge=1, description="Tokens a packed batch, at most.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
-        "auto", description="Arithmetic of the forward; auto is bf16 on a GPU, no on a CPU."
+    mixed_precision: Literal["auto", "no", "bf16"] = Field(
+        "auto",
+        description="Arithmetic of the forward: bfloat16, or no for float32 throughout. "
+        "auto is bf16 on a GPU, no on a CPU.",
     )
     config: Path | None = Field(
         None, exclude=True, description="YAML file of options; flags override it."

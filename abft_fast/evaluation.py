@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,6 @@ def evaluate(
     """
     logits = torch.empty(len(encoded.prompts), len(label_ids))
     behavior = BehaviorMean()
-    training = model.training
     model.eval()
     with torch.no_grad():
         for batch in micro_batches([len(p) for p in encoded.prompts], token_budget):
@@ -106,7 +105,6 @@ def evaluate(
             logits[batch] = rows.float().cpu()
             behavior.add(heads, packed)
             on_batch(len(batch))
-    model.train(training)
     if not logits.isfinite().all():
         raise FloatingPointError("the model's logits of the label words are not finite")
     return staicc_metrics(encoded.labels, logits), behavior.result()
@@ -140,8 +138,3 @@ def staicc_metrics(labels: Sequence[int], logits: Tensor) -> Metrics:
         if len(truth) >= 10  # its number of bins
         else math.nan,
     )
-
-
-def as_row(metrics: Metrics) -> dict[str, float]:
-    """One dataset's entry of evaluation.json."""
-    return asdict(metrics)

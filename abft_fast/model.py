@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -17,13 +16,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from abft_fast.backbone import Projection, prepare, query_key_projections
+from abft_fast.backbone import Projection, decoder_layers, prepare, query_key_projections
 from abft_fast.builtin import builtin_model_path
 from abft_fast.errors import UserError
 
 
-def load(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, in float32 on a CPU and bfloat16 on a GPU.
+def load(
+    name: str, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer.
 
     Raises:
         UserError: there is no such model, it is not on this machine and the hub is out of reach,
@@ -36,9 +37,7 @@ def load(name: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTo
     if looks_local and not Path(path).is_dir():
         raise UserError(f"model folder {path} does not exist")
     transformers_logging.disable_progress_bar()
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -107,6 +106,14 @@ def train_weights(model: PreTrainedModel) -> PreTrainedModel:
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that learn, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recompute each decoder layer in the backward, with dropout still off."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in decoder_layers(prepare(model)):
+        # The layer's own flag alone: transformers checkpoints by it, dropout goes by others.
+        layer.training = True
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

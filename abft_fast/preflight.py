@@ -33,7 +33,6 @@ def check_attention(
     inner = prepare(model)
     device = inner.get_input_embeddings().weight.device
     forward = PackedForward(pack(shortest), {"penalty": 0.0, "reward": 0.0})
-    training = model.training
     model.eval()
     with torch.no_grad(), autocast():
         packed = run_packed(inner, forward).last_hidden_state[0]
@@ -44,7 +43,6 @@ def check_attention(
             ]
         finally:
             inner.set_attn_implementation(attention.NAME)
-            model.train(training)
     eager = torch.cat([output.last_hidden_state[0] for output in alone])
     error = ((packed - eager).float().norm() / eager.float().norm()).item()
     if not error <= _TOLERANCE[eager.dtype]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -17,10 +18,25 @@ class Progress:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
+        self._said: list[str] = []
+        self._log: Path | None = None
 
     def say(self, line: str) -> None:
-        """One line, unwrapped."""
+        """One line, unwrapped, also to the run's log."""
         self.console.print(line, soft_wrap=True, markup=False)
+        if self._log is None:
+            self._said.append(line)
+        else:
+            self._write([line])
+
+    def keep(self, log: Path) -> None:
+        """Write what was said, and will be, to a file as well."""
+        self._log = log
+        self._write(self._said)
+
+    def _write(self, lines: list[str]) -> None:
+        with self._log.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
     @contextmanager
     def bar(self, what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:

@@ -7,7 +7,6 @@ from rich.table import Table
 
 from abft_fast.evaluation import Behavior, Metrics
 from abft_fast.run import Run
-from abft_fast.training import artifact
 
 _METRICS = {
     "accuracy": "accuracy (%)",
@@ -45,7 +44,7 @@ def print_run(run: Run) -> None:
     console = _console()
     console.print(table)
     console.print(f"run folder: {run.folder}", soft_wrap=True)
-    console.print(f"trained {artifact(run).name}: {artifact(run)}", soft_wrap=True)
+    console.print(f"trained {run.artifact.name}: {run.artifact}", soft_wrap=True)
 
 
 def print_evaluation(dataset: str, metrics: Metrics, behavior: Behavior) -> None:

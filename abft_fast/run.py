@@ -81,6 +81,12 @@ class Run:
         content.setdefault("attention", {}).setdefault(when, {})[dataset] = attention
         write_json(self._evaluation, content)
 
+    @property
+    def artifact(self) -> Path:
+        """What a finished run leaves: its adapter or its model."""
+        adapter = self.folder / "adapter"
+        return adapter if adapter.is_dir() else self.folder / "model"
+
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add a step's row to metrics.jsonl."""
         with self._metrics.open("a", encoding="utf-8") as file:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +35,11 @@ class Job:
         self.accelerator = make_accelerator(config)
         self.dataset = data.load(config.dataset)
         progress.say(f"loading {config.model}")
-        self.model, tokenizer = models.load(config.model, self.accelerator.device)
+        device = self.accelerator.device
+        half = device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
+        self.model, tokenizer = models.load(
+            config.model, device, torch.bfloat16 if half else torch.float32
+        )
         self.encoder = PromptEncoder(
             tokenizer,
             self.dataset,
@@ -85,6 +87,7 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
     check_attention(job.model, encoded.prompts, job.accelerator.autocast)
     if new:
         run.create(config)
+    progress.keep(run.folder / "run.log")
 
     def evaluate_once(when: str) -> None:
         if tests is not None and when not in run.evaluation:
@@ -116,18 +119,18 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
     done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
     run.forget_metrics_after(done)
     optimizer = accelerator.prepare_optimizer(optimizer)
+    model.eval()  # dropout off: heads are judged by their attention as it is
     if config.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        models.enable_checkpointing(model)
     if config.tracker != "none":
+        accelerator.project_configuration.set_directories(str(run.folder))
         accelerator.init_trackers("abft-fast", config.model_dump(mode="json"))
-    model.train()
     batches = pseudo_batches(len(prompts), config)
     with job.progress.bar("training", len(batches), done) as advance:
         for step, chosen in enumerate(batches[done:], start=done + 1):
             started = time.perf_counter()
             batch = [prompts[i] for i in chosen]
             loss, behavior = backward(model, batch, config, controller.penalty, accelerator)
-            accelerator.unscale_gradients()
             norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             heads = behavior.induction_heads
             check_step(config, step, loss, norm.item(), heads)
@@ -208,7 +211,8 @@ def pseudo_batches(prompts: int, config: TrainConfig) -> list[list[int]]:
         indices = list(range(prompts))
         random.Random(f"{config.seed}-{epoch}").shuffle(indices)
         order += indices
-    return list(_chunks(order, config.pseudo_batch_size))
+    size = config.pseudo_batch_size
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def save_result(config: TrainConfig, run: Run, model: nn.Module) -> None:
@@ -242,21 +246,7 @@ def make_accelerator(config: TrainConfig | EvalConfig) -> Accelerator:
             cpu=cpu,
             mixed_precision=precision,
             log_with=None if tracker == "none" else tracker,
-            project_dir="runs",
         )
     except (ImportError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"--mixed-precision {precision}, --tracker {tracker}: {line}") from error
-
-
-def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def artifact(run: Run) -> Path | None:
-    """What a finished run leaves: its adapter or its model."""
-    for name in ("adapter", "model"):
-        if (run.folder / name).is_dir():
-            return run.folder / name
-    return None

@@ -1,6 +1,7 @@
 """Whole runs on real data with the built-in model."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -40,7 +41,7 @@ def test_the_run_folder(run):
     assert versions["torch"] and versions["transformers"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["k"] == 2
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {
-        ".json", ".jsonl", ".yaml", ".safetensors",
+        ".json", ".jsonl", ".log", ".yaml", ".safetensors",
     }  # fmt: skip
 
 
@@ -92,6 +93,24 @@ def test_a_finished_run_resumes_to_its_own_table(run):
     assert result.returncode == 0, result.stderr
     assert (run[0] / "metrics.jsonl").read_bytes() == before
     assert "accuracy" in result.stdout
+
+
+def test_prompts_too_long_are_counted_in_the_log(tmp_path):
+    folder = tmp_path / "run"
+    result = abft_fast(
+        "train", "--dataset", "teh", "--k", 64, "--train-samples", 40, "--epochs", 1, "--no-eval",
+        "--on-long-prompt", "fewer-demonstrations", "--output-dir", folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (line,) = [x for x in (folder / "run.log").read_text().splitlines() if "context" in x]
+    shortened = int(re.search(r"0 dropped, (\d+) with fewer demonstrations, of 40", line)[1])
+    assert 0 < shortened <= 40
+
+
+def test_zero_shot_evaluation(tmp_path):
+    result = abft_fast("eval", "--dataset", "trec", "--k", 0)
+    assert result.returncode == 0, result.stderr
+    assert "0.00" in result.stdout  # without demonstrations there is no induction head
 
 
 def test_full_weights_give_a_model_folder(tmp_path):

@@ -1,0 +1,36 @@
+.PHONY: install train test lint builtin-model readme clean
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+install: $(VENV)/.installed
+
+# torch first and pinned: whatever asks for a looser one afterwards is already satisfied.
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: install
+	$(BIN)/abft-fast train
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# About an hour on two cores; replaces abft_fast/builtin/model.
+builtin-model: install
+	$(BIN)/python -m abft_fast.builtin.recipe
+
+# README's table of options, from the definitions in abft_fast/config.py.
+readme: install
+	$(BIN)/python -m abft_fast.options_table README.md
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,45 @@
+"""README's table of options, made from config.py: `python -m abft_fast.options_table README.md`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from abft_fast.cli import default_text, values_text
+from abft_fast.config import EvalConfig, TrainConfig, flag
+
+_BEGIN, _END = "<!-- options: begin -->", "<!-- options: end -->"
+
+
+def table() -> str:
+    """A markdown table of every option of `train` and `eval`."""
+    lines = ["| option | value | default | what it does | verbs |", "|---|---|---|---|---|"]
+    fields = {**TrainConfig.model_fields, **EvalConfig.model_fields, **TrainConfig.model_fields}
+    for name, field in fields.items():
+        verbs = [
+            verb
+            for verb, config in (("train", TrainConfig), ("eval", EvalConfig))
+            if name in config.model_fields
+        ]
+        value = "" if field.annotation is bool else values_text(field).replace("|", "\\|")
+        option = f"`{flag(name)}`"
+        if field.default is True:
+            option += f" / `--no-{flag(name)[2:]}`"
+        default = default_text(field).strip("[]")
+        lines.append(
+            f"| {option} | {value} | {default} | {field.description} | {', '.join(verbs)} |"
+        )
+    return "\n".join(lines)
+
+
+def insert(readme: str) -> str:
+    """README's text with the table between its two marks."""
+    return re.sub(
+        f"{_BEGIN}.*{_END}", lambda _: f"{_BEGIN}\n{table()}\n{_END}", readme, flags=re.DOTALL
+    )
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(insert(path.read_text(encoding="utf-8")), encoding="utf-8")
