@@ -7,6 +7,7 @@ there is no global state and checkpointing's second run of a layer sees the same
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,18 +46,19 @@ class PackedForward:
 
     Attributes:
         packed: the batch.
-        loss_options: keywords of `last_row_loss`.
+        loss_options: keywords of `last_row_loss`; None runs attention alone.
         block: layers a gradient may cross; None is all of them.
         layers: filled by the attention function, one entry a layer.
     """
 
     packed: PackedPrompts
-    loss_options: dict
+    loss_options: dict | None = None
     block: int | None = None
     layers: dict[int, LastRowLoss] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bounds = self.packed.cu_seqlens.tolist()
+        self.longest = max(b - a for a, b in itertools.pairwise(self.bounds))
         self._by_device: dict[torch.device, PackedPrompts] = {}
 
     def on(self, device: torch.device) -> PackedPrompts:
@@ -92,10 +94,11 @@ def packed_attention(
     s_aux: Tensor | None = None,
     abft: PackedForward | None = None,
     **kwargs,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of (1, H, T, D) packed prompts; without `abft`, of an ordinary batch.
 
-    `s_aux` are attention sinks (transformers' name). Returns (1, T, H, D) and no weights.
+    `s_aux` are attention sinks (transformers' name). Returns (1, T, H, D), and
+    weights only for an ordinary batch that asks for them.
 
     Raises:
         ValueError: the layer is said to be windowed but its window did not arrive.
@@ -104,42 +107,50 @@ def packed_attention(
         return _ordinary_attention(
             module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, **kwargs
         )
-    layer_types = getattr(module.config, "layer_types", None)
-    layer_type = layer_types[module.layer_idx] if layer_types else "full_attention"
-    if layer_type == "chunked_attention" or (
-        layer_type == "sliding_attention" and sliding_window is None
-    ):
-        raise ValueError(
-            f"{type(module).__name__}: layer {module.layer_idx} is {layer_type} "
-            "but does not hand its window to the attention function; this family is not supported"
-        )
+    _check_window(module, sliding_window, abft.longest)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    packed = abft.on(query.device)
-    ends = packed.cu_seqlens[1:]
-    result = last_row_loss(
-        query[0, :, ends.long() - 1].transpose(0, 1),
-        key[0].transpose(0, 1),
-        packed.cu_seqlens[:-1],
-        ends,
-        packed.label_positions,
-        packed.label_offsets,
-        packed.label_is_correct,
-        scale=scale,
-        softcap=softcap,
-        window=sliding_window,
-        sinks=s_aux,
-        **abft.loss_options,
-    )
-    # Checkpointing runs a layer twice; the second run only rebuilds what backward needs.
-    abft.layers.setdefault(module.layer_idx, result)
+    if abft.loss_options is not None:
+        packed = abft.on(query.device)
+        ends = packed.cu_seqlens[1:]
+        result = last_row_loss(
+            query[0, :, ends.long() - 1].transpose(0, 1),
+            key[0].transpose(0, 1),
+            packed.cu_seqlens[:-1],
+            ends,
+            packed.label_positions,
+            packed.label_offsets,
+            packed.label_is_correct,
+            scale=scale,
+            softcap=softcap,
+            window=sliding_window,
+            sinks=s_aux,
+            **abft.loss_options,
+        )
+        # Checkpointing runs a layer twice; the second run only rebuilds what backward needs.
+        abft.layers.setdefault(module.layer_idx, result)
     out = [
         _prompt_attention(
             query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
             scale, dropout, sliding_window, softcap, s_aux,
         )
-        for a, b in zip(abft.bounds, abft.bounds[1:], strict=False)
+        for a, b in itertools.pairwise(abft.bounds)
     ]  # fmt: skip
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _check_window(module: nn.Module, window: int | None, longest: int) -> None:
+    """Refuse a layer whose mask is windowed but whose window does not arrive as an argument."""
+    layer_types = getattr(module.config, "layer_types", None)
+    if layer_types:
+        layer_type = layer_types[module.layer_idx]
+    else:
+        masked = getattr(module.config, "sliding_window", None)
+        layer_type = "sliding_attention" if masked and longest > masked else "full_attention"
+    if layer_type == "chunked_attention" or (layer_type == "sliding_attention" and window is None):
+        raise ValueError(
+            f"{type(module).__name__}: layer {module.layer_idx} is {layer_type} "
+            "but does not hand its window to the attention function; this family is not supported"
+        )
 
 
 def _prompt_attention(query, key, value, scale, dropout, window, softcap, sinks) -> Tensor:
@@ -153,7 +164,7 @@ def _prompt_attention(query, key, value, scale, dropout, window, softcap, sinks)
         if windowed:
             mask &= distance < window
     if softcap is not None or sinks is not None:
-        return _explicit_attention(query, key, value, mask, scale, dropout, softcap, sinks)
+        return _explicit_attention(query, key, value, mask, scale, dropout, softcap, sinks)[0]
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -166,8 +177,10 @@ def _prompt_attention(query, key, value, scale, dropout, window, softcap, sinks)
     )
 
 
-def _explicit_attention(query, key, value, mask, scale, dropout, softcap, sinks) -> Tensor:
-    """Scores written out, for what `scaled_dot_product_attention` has no argument for."""
+def _explicit_attention(
+    query, key, value, mask, scale, dropout, softcap, sinks
+) -> tuple[Tensor, Tensor]:
+    """Scores written out, for what `scaled_dot_product_attention` cannot do; and the weights."""
     group = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(group, dim=1).transpose(2, 3) * scale
     if softcap is not None:
@@ -179,15 +192,16 @@ def _explicit_attention(query, key, value, mask, scale, dropout, softcap, sinks)
     alpha = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     if sinks is not None:
         alpha = alpha[..., :-1]
-    alpha = F.dropout(alpha, p=dropout, training=dropout > 0)
-    return alpha @ value.repeat_interleave(group, dim=1)
+    dropped = F.dropout(alpha, p=dropout, training=dropout > 0)
+    return dropped @ value.repeat_interleave(group, dim=1), alpha
 
 
 def _ordinary_attention(
     module, query, key, value, mask, scaling, dropout, softcap, sinks, **kwargs
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """What a model set to this attention does outside this library, `generate` for one."""
-    if softcap is None and sinks is None:
+    wanted = kwargs.get("output_attentions", module.config.output_attentions)
+    if softcap is None and sinks is None and not wanted:
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -196,8 +210,8 @@ def _ordinary_attention(
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
         mask = mask.tril(columns - rows)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = _explicit_attention(query, key, value, mask, scale, dropout, softcap, sinks)
-    return out.transpose(1, 2).contiguous(), None
+    out, alpha = _explicit_attention(query, key, value, mask, scale, dropout, softcap, sinks)
+    return out.transpose(1, 2).contiguous(), alpha if wanted else None
 
 
 # Without a mask function of the same name transformers hands over no mask at all.

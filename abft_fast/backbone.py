@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from abft_fast import attention
 
@@ -59,7 +59,7 @@ def query_key_projections(model: nn.Module) -> list[Projection]:
     """The Q and K projections of every attention layer, in order.
 
     Raises:
-        ValueError: the family keeps them under names this library does not know.
+        ValueError: the family keeps them under names, or fused in a way, that is not known here.
     """
     names = {module: name for name, module in model.named_modules()}
     found = []
@@ -68,7 +68,7 @@ def query_key_projections(model: nn.Module) -> list[Projection]:
             children, rows = _SEPARATE, None
         else:
             children = tuple(name for name in _FUSED if hasattr(module, name))
-            rows = _query_key_rows(module, children[0])
+            rows = _query_key_rows(backbone(model).config)
         for child in children:
             projection = getattr(module, child)
             found.append(Projection(names[projection], projection, layer, rows))
@@ -80,17 +80,26 @@ def query_key_projections(model: nn.Module) -> list[Projection]:
     return found
 
 
-def _query_key_rows(module: nn.Module, child: str) -> Tensor:
-    """Which outputs of a fused projection are Q or K."""
-    config = module.config
+def _query_key_rows(config: PreTrainedConfig) -> Tensor:
+    """Which outputs of a family's fused projection are Q or K.
+
+    Raises:
+        ValueError: the layout of this family's projection is not known.
+    """
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if child == "c_attn":  # GPT-2, GPT-BigCode: all Q, all K, all V
-        return torch.arange(3 * heads * head_dim) < 2 * heads * head_dim
-    if child == "qkv_proj":  # Phi-3: Q heads, K heads, V heads
-        key_heads = config.num_key_value_heads
-        return torch.arange((heads + 2 * key_heads) * head_dim) < (heads + key_heads) * head_dim
-    return torch.arange(heads * 3 * head_dim) % (3 * head_dim) < 2 * head_dim  # GPT-NeoX: by head
+    match config.model_type:
+        case "gpt2":  # all Q, all K, all V
+            return torch.arange(3 * heads * head_dim) < 2 * heads * head_dim
+        case "phi3":  # the same with fewer K and V heads
+            kv_heads = config.num_key_value_heads
+            return torch.arange((heads + 2 * kv_heads) * head_dim) < (heads + kv_heads) * head_dim
+        case "gpt_neox":  # Q, K, V of head 0, then of head 1, ...
+            return torch.arange(heads * 3 * head_dim) % (3 * head_dim) < 2 * head_dim
+    raise ValueError(
+        f"{config.model_type}: where Q and K are in its fused projection is not known, "
+        "so it cannot be trained"
+    )
 
 
 def prepare(model: nn.Module) -> PreTrainedModel:
@@ -103,7 +112,9 @@ def prepare(model: nn.Module) -> PreTrainedModel:
             or has no attention at all.
     """
     inner = backbone(model)
-    if inner.config._attn_implementation == attention.NAME:
+    layers = decoder_layers(inner)
+    prepared = any(isinstance(h, _BlockBoundary) for h in layers[0]._forward_pre_hooks.values())
+    if prepared and inner.config._attn_implementation == attention.NAME:
         return inner
     family = inner.config.model_type
     with_attention = attention_layers(model)
@@ -114,22 +125,41 @@ def prepare(model: nn.Module) -> PreTrainedModel:
             f"{family}: its attention is not called through transformers' AttentionInterface, "
             "so the loss cannot see it; not supported"
         )
-    # The headed model shares its backbone's config but is checked by its own class.
     inner.set_attn_implementation(attention.NAME)
-    for index, layer in enumerate(decoder_layers(inner)):
-        layer.register_forward_pre_hook(_BlockBoundary(index), with_kwargs=True)
-        if index not in with_attention:
-            logger.warning("%s: layer %d has no attention, so no loss", family, index)
+    if not prepared:
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(_BlockBoundary(index), with_kwargs=True)
+            if index not in with_attention:
+                logger.warning("%s: layer %d has no attention, so no loss", family, index)
     return inner
 
 
+def must_run_alone(inner: PreTrainedModel, longest: int) -> bool:
+    """Whether prompts of up to `longest` tokens would leak into each other when packed.
+
+    Layers without attention carry state along the whole batch, and RoPE that depends on length
+    (longrope, dynamic NTK) takes the batch's longest prompt for every prompt's.
+    """
+    config = inner.config
+    if len(attention_layers(inner)) < config.num_hidden_layers:
+        return True
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return False
+    return longest > rope.get("original_max_position_embeddings", config.max_position_embeddings)
+
+
 def decoder_layers(inner: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers of a backbone."""
-    count = inner.config.num_hidden_layers
+    """The list of decoder layers of a backbone.
+
+    Raises:
+        ValueError: the model is no plain decoder.
+    """
+    count = getattr(inner.config, "num_hidden_layers", None)
     for module in inner.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise ValueError(f"{inner.config.model_type}: no list of {count} decoder layers found")
+    raise ValueError(f"{inner.config.model_type}: not a text decoder with a list of layers")
 
 
 class _BlockBoundary:

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from abft_fast.config import EvalConfig, TrainConfig, _Options, flag, resolve
+from abft_fast.config import EvalConfig, Options, TrainConfig, flag, resolve
 from abft_fast.errors import RunError, UserError
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 
-def _command(config_class: type[_Options]) -> Callable:
+def _command(config_class: type[Options]) -> Callable:
     """Register a function as a command that takes every option of a config class."""
 
     def decorate(function: Callable[[dict[str, Any]], None]) -> Callable:
@@ -107,6 +107,7 @@ def eval_(flags: dict[str, Any]) -> None:
 
     from abft_fast import model as models
     from abft_fast.files import write_json
+    from abft_fast.preflight import check_attention
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
     from abft_fast.training import Job
@@ -115,6 +116,7 @@ def eval_(flags: dict[str, Any]) -> None:
     if config.adapter is not None:
         job.model = models.load_adapter(job.model, config.adapter)
     prompts = job.encode(job.dataset.test_prompts(config.k), "test")
+    check_attention(job.model, prompts.prompts, job.accelerator.autocast)
     metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
     if config.output is not None:
         write_json(config.output, {config.dataset: asdict(metrics)})

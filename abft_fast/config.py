@@ -19,13 +19,14 @@ from pydantic import (
 from abft_fast import data
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.errors import UserError
+from abft_fast.files import write_text
 
 
 def _dataset(name: str) -> str:
     return data.resolve_name(str(name))
 
 
-class _Options(BaseModel):
+class Options(BaseModel):
     """What `train` and `eval` share; a field with exclude=True is not part of a run's config."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
@@ -41,7 +42,9 @@ class _Options(BaseModel):
         "or StaICC's own string.",
     )
     label_token: Literal["single", "first"] = Field(
-        "single", description="Refuse label words of several tokens, or use their first token."
+        "single",
+        description="Refuse label words of several tokens, or use their first token "
+        "(in StaICC's form at the query the last, as StaICC does).",
     )
     on_long_prompt: Literal["refuse", "drop", "fewer-demonstrations"] = Field(
         "refuse", description="What to do with prompts beyond the model's context length."
@@ -58,15 +61,20 @@ class _Options(BaseModel):
     )
     debug: bool = Field(False, exclude=True, description="Show tracebacks.")
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads `no` as false
 
-class EvalConfig(_Options):
+
+class EvalConfig(Options):
     """Options of `abft-fast eval`."""
 
     adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
     output: Path | None = Field(None, exclude=True, description="Write the metrics here as JSON.")
 
 
-class TrainConfig(_Options):
+class TrainConfig(Options):
     """Options of `abft-fast train`; the defaults are the paper's (section 4.1)."""
 
     k: int = Field(4, ge=1, description="Demonstrations a prompt.")
@@ -100,7 +108,9 @@ class TrainConfig(_Options):
     checkpointing: bool = Field(
         False, description="Recompute layers in the backward instead of keeping them in memory."
     )
-    seed: int = Field(0, ge=0, description="Seed of prompts, their order and LoRA's start.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of prompts, their order and LoRA's start."
+    )
     save_steps: int = Field(8, ge=1, description="Steps between checkpoints.")
     no_eval: bool = Field(False, description="Skip the evaluations before and after.")
     tracker: Literal["none", "wandb", "tensorboard"] = Field(
@@ -134,7 +144,7 @@ class TrainConfig(_Options):
         return self
 
 
-C = TypeVar("C", bound=_Options)
+C = TypeVar("C", bound=Options)
 
 
 def resolve(kind: type[C], flags: dict[str, Any]) -> C:
@@ -171,10 +181,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
-def write_yaml(config: _Options, path: Path) -> None:
+def write_yaml(config: Options, path: Path) -> None:
     """Write a run's options, readable by `--config`."""
-    options = config.model_dump(mode="json")
-    path.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def flag(name: str) -> str:

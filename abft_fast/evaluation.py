@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from abft_fast.attention import PackedForward
-from abft_fast.objective import AttentionBehavior, run_packed
+from abft_fast.attention import AttentionBehavior, PackedForward
+from abft_fast.backbone import must_run_alone, prepare
+from abft_fast.objective import join, run_packed
 from abft_fast.packing import EncodedPrompt, PackedPrompts, micro_batches, pack
 from abft_fast.prompts import EncodedPrompts
 
@@ -70,7 +70,7 @@ class Metrics:
     accuracy: float
     macro_f1: float
     true_label_likelihood: float
-    expected_calibration_error: float
+    expected_calibration_error: float | None
 
 
 def evaluate(
@@ -114,10 +114,15 @@ def label_logits(
     model: nn.Module, prompts: Sequence[EncodedPrompt], label_ids: Sequence[int]
 ) -> tuple[Tensor, AttentionBehavior, PackedPrompts]:
     """Logits of the label words after each prompt, (R, labels), and the heads on the way."""
-    forward = PackedForward(pack(prompts), {"penalty": 0.0, "reward": 0.0})
-    last = forward.packed.cu_seqlens[1:].long() - 1
+    packed = pack(prompts)
+    forward = PackedForward(packed, {"penalty": 0.0, "reward": 0.0})
+    if len(prompts) > 1 and must_run_alone(prepare(model), forward.longest):
+        alone = [label_logits(model, [prompt], label_ids) for prompt in prompts]
+        behaviors = [behavior for _, behavior, _ in alone]
+        return torch.cat([rows for rows, _, _ in alone]), join(behaviors), packed
+    last = packed.cu_seqlens[1:].long() - 1
     output = run_packed(model, forward, logits_to_keep=last)
-    return output.logits[0][:, label_ids], forward.behavior(), forward.packed
+    return output.logits[0][:, label_ids], forward.behavior(), packed
 
 
 def staicc_metrics(labels: Sequence[int], logits: Tensor) -> Metrics:
@@ -136,5 +141,5 @@ def staicc_metrics(labels: Sequence[int], logits: Tensor) -> Metrics:
         true_label_likelihood=functional.averaged_truelabel_likelihood(truth, probabilities),
         expected_calibration_error=functional.expected_calibration_error_1(truth, probabilities)
         if len(truth) >= 10  # its number of bins
-        else math.nan,
+        else None,
     )

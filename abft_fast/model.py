@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from abft_fast.backbone import Projection, decoder_layers, prepare, query_key_projections
+from abft_fast.backbone import Projection, prepare, query_key_projections
 from abft_fast.builtin import builtin_model_path
 from abft_fast.errors import UserError
 
@@ -60,7 +66,7 @@ def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:
     Raises:
         UserError: PEFT would touch other modules than W_Q and W_K.
     """
-    projections = query_key_projections(model)
+    projections = _projections(model)
     names = {p.name.rsplit(".", 1)[-1] for p in projections}
     config = LoraConfig(
         r=rank,
@@ -88,7 +94,7 @@ def train_weights(model: PreTrainedModel) -> PreTrainedModel:
         UserError: the weights are quantized.
     """
     model.requires_grad_(False)
-    for projection in query_key_projections(model):
+    for projection in _projections(model):
         weight = projection.module.weight
         if not weight.is_floating_point():
             raise UserError(
@@ -109,11 +115,18 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Recompute each decoder layer in the backward, with dropout still off."""
+    """Recompute each decoder layer in the backward, with dropout off.
+
+    transformers checkpoints in training mode only, so every rate of dropout is set to 0.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in decoder_layers(prepare(model)):
-        # The layer's own flag alone: transformers checkpoints by it, dropout goes by others.
-        layer.training = True
+    model.train()
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -125,10 +138,22 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"adapter {folder} holds no adapter_config.json")
     try:
-        return PeftModel.from_pretrained(model, str(folder))
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        saved = load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise UserError(f"adapter {folder} does not fit the model: {line}") from error
+    # PEFT only warns of layers that one of the two lacks.
+    if set(saved) != set(get_peft_model_state_dict(adapted)):
+        raise UserError(f"adapter {folder} does not fit the model: it adapts other layers")
+    return adapted
+
+
+def _projections(model: PreTrainedModel) -> list[Projection]:
+    try:
+        return query_key_projections(model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _train_rows(projection: Projection, weight: nn.Parameter, dim: int) -> None:
@@ -150,8 +175,8 @@ def _why_not_loaded(name: str, error: Exception) -> str:
     lowered = text.lower()
     if Path(name).is_dir() or name == "builtin":
         return f"model {name} cannot be loaded: {text[:300]}"
-    offline = os.environ.get("HF_HUB_OFFLINE") or "couldn't connect" in lowered
-    if offline or "offline" in lowered or "connection" in lowered:
+    unreachable = any(word in lowered for word in ("offline", "connect", "network"))
+    if isinstance(error, OSError) and (HF_HUB_OFFLINE or unreachable):
         return (
             f"offline: {name} is not in the local cache; download it where there is a network, "
             "or pass a local folder"

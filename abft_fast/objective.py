@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from abft_fast.attention import AttentionBehavior, PackedForward
-from abft_fast.backbone import attention_layers, prepare
-from abft_fast.packing import PackedPrompts
+from abft_fast.backbone import attention_layers, must_run_alone, prepare
+from abft_fast.packing import PackedPrompts, pack
 
 
 def attention_behavior_loss(
@@ -46,11 +46,17 @@ def attention_behavior_loss(
             checkpointing.
     """
     block = _block_size(gradient)
-    forward = PackedForward(
-        packed, {"penalty": penalty, "reward": reward, "head_filter": head_filter}, block
-    )
-    run_packed(prepare(model), forward)
-    behavior = forward.behavior()
+    options = {"penalty": penalty, "reward": reward, "head_filter": head_filter}
+    inner = prepare(model)
+    batches = [packed]
+    if len(packed) > 1 and must_run_alone(inner, int(packed.cu_seqlens.diff().max())):
+        batches = [pack([prompt]) for prompt in packed.unpack()]
+    found = []
+    for batch in batches:
+        forward = PackedForward(batch, options, block)
+        run_packed(inner, forward)
+        found.append(forward.behavior())
+    behavior = join(found)
     if (
         torch.is_grad_enabled()
         and not behavior.loss.requires_grad
@@ -64,14 +70,22 @@ def attention_behavior_loss(
     return behavior
 
 
+def join(parts: list[AttentionBehavior]) -> AttentionBehavior:
+    """The behavior on all prompts from that on equal parts of them."""
+    fields = (torch.cat(parts, dim=1) for parts in list(zip(*parts, strict=True))[1:])
+    return AttentionBehavior(torch.stack([part.loss for part in parts]).mean(), *fields)
+
+
 def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
     """Run a backbone, or a model with its LM head, on packed prompts; transformers' own output.
 
     Raises:
-        ValueError: a token id is outside the vocabulary, or a layer's attention did not reach
-            this library.
+        ValueError: a token id is outside the vocabulary, a layer's attention did not reach this
+            library, or the model cannot keep these prompts apart.
     """
     inner = prepare(model)
+    if len(forward.packed) > 1 and must_run_alone(inner, forward.longest):
+        raise ValueError(f"{inner.config.model_type}: prompts must be run one at a time")
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     embedding = inner.get_input_embeddings().weight
@@ -91,7 +105,7 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
         **kwargs,
     )
     missing = set(attention_layers(inner)) - set(forward.layers)
-    if missing:
+    if missing and forward.loss_options is not None:
         raise ValueError(
             f"{inner.config.model_type}: attention of layers {sorted(missing)} does not reach "
             "the loss (no keyword arrives through AttentionInterface); not supported"

@@ -16,7 +16,7 @@ class EncodedPrompt:
 
     Attributes:
         input_ids: n token ids.
-        label_positions: index of each demonstration's label token, ascending, below n.
+        label_positions: index of each demonstration's label token, below n.
         label_is_correct: whether that label is the query's own.
     """
 
@@ -55,13 +55,25 @@ class PackedPrompts:
         """The same batch on another device."""
         return PackedPrompts(*(getattr(self, f.name).to(device) for f in fields(self)))
 
+    def unpack(self) -> list[EncodedPrompt]:
+        """The prompts it was packed from."""
+        tokens, labels = self.cu_seqlens.tolist(), self.label_offsets.tolist()
+        ids, positions = self.input_ids.tolist(), self.label_positions.tolist()
+        correct = self.label_is_correct.tolist()
+        return [
+            EncodedPrompt(ids[a:b], [p - a for p in positions[c:d]], correct[c:d])
+            for (a, b), (c, d) in zip(
+                itertools.pairwise(tokens), itertools.pairwise(labels), strict=True
+            )
+        ]
+
 
 def pack(prompts: Sequence[EncodedPrompt]) -> PackedPrompts:
     """Lay prompts end to end.
 
     Raises:
         ValueError: there is no prompt, one is empty, or a label position is not inside its prompt,
-            not ascending, or without its `label_is_correct`.
+            named twice, or without its `label_is_correct`.
     """
     if not prompts:
         raise ValueError("prompts is empty: there is nothing to pack")
@@ -76,8 +88,8 @@ def pack(prompts: Sequence[EncodedPrompt]) -> PackedPrompts:
             )
         if any(not 0 <= p < len(prompt) for p in positions):
             raise ValueError(f"prompts[{i}].label_positions must lie in 0..{len(prompt) - 1}")
-        if any(a >= b for a, b in itertools.pairwise(positions)):
-            raise ValueError(f"prompts[{i}].label_positions must ascend")
+        if len(set(positions)) != len(positions):
+            raise ValueError(f"prompts[{i}].label_positions names a position twice")
     starts = list(itertools.accumulate(map(len, prompts), initial=0))
     labels = itertools.accumulate((len(p.label_positions) for p in prompts), initial=0)
     return PackedPrompts(

@@ -19,9 +19,9 @@ class PenaltyController:
 
     kind: str
     penalty: float
-    p: float = 0.03
-    i: float = 0.005
-    d: float = 0.005
+    p: float
+    i: float
+    d: float
     first: float = 0.0
     last: float = 0.0
     before_last: float = 0.0

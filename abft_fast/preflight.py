@@ -10,12 +10,13 @@ from torch import nn
 
 from abft_fast import attention
 from abft_fast.attention import PackedForward
-from abft_fast.backbone import prepare
+from abft_fast.backbone import must_run_alone, prepare
 from abft_fast.errors import UserError
 from abft_fast.objective import run_packed
 from abft_fast.packing import EncodedPrompt, pack
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_LONGEST = 2048  # eager attention keeps n x n scores a head
 
 
 def check_attention(
@@ -23,29 +24,37 @@ def check_attention(
     prompts: Sequence[EncodedPrompt],
     autocast: Callable = contextlib.nullcontext,
 ) -> None:
-    """Compare the last hidden states of the two shortest prompts, packed and one by one.
+    """Compare last hidden states of a short and a long prompt, packed and each by itself.
 
     Raises:
         UserError: they differ: the family does something in its attention that the packed one
             does not know.
     """
-    shortest = sorted(prompts, key=len)[:2]
+    ordered = sorted(prompts, key=len)
+    longest = next((p for p in reversed(ordered) if len(p) <= _LONGEST), ordered[0])
     inner = prepare(model)
     device = inner.get_input_embeddings().weight.device
-    forward = PackedForward(pack(shortest), {"penalty": 0.0, "reward": 0.0})
+    pair = [ordered[0], longest]
+    batches = [[p] for p in pair] if must_run_alone(inner, len(longest)) else [pair]
     model.eval()
     with torch.no_grad(), autocast():
-        packed = run_packed(inner, forward).last_hidden_state[0]
+        packed = []
+        for batch in batches:
+            forward = PackedForward(pack(batch), {"penalty": 0.0, "reward": 0.0})
+            packed.append(run_packed(inner, forward).last_hidden_state[0])
+        arithmetic = packed[0].dtype
+        if torch.is_autocast_enabled(device.type):
+            arithmetic = torch.get_autocast_dtype(device.type)
         inner.set_attn_implementation("eager")
         try:
-            alone = [
-                inner(torch.tensor([p.input_ids], device=device), use_cache=False) for p in shortest
+            eager = [
+                inner(torch.tensor([p.input_ids], device=device), use_cache=False) for p in pair
             ]
         finally:
             inner.set_attn_implementation(attention.NAME)
-    eager = torch.cat([output.last_hidden_state[0] for output in alone])
-    error = ((packed - eager).float().norm() / eager.float().norm()).item()
-    if not error <= _TOLERANCE[eager.dtype]:
+    expected = torch.cat([output.last_hidden_state[0] for output in eager]).float()
+    error = ((torch.cat(packed).float() - expected).norm() / expected.norm()).item()
+    if not error <= _TOLERANCE[arithmetic]:
         raise UserError(
             f"{inner.config.model_type}: packed attention differs from the model's own by "
             f"{error:.1%}, so its loss would be wrong; this family is not supported"

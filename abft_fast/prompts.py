@@ -13,7 +13,6 @@ from abft_fast.data import Dataset, Prompt
 from abft_fast.errors import UserError
 from abft_fast.packing import EncodedPrompt
 
-FORMS = ("ours", "staicc")
 _CHUNK = 64  # prompts tokenized at a time, so that too long ones are refused at once
 
 
@@ -33,7 +32,7 @@ class Template:
 
     @classmethod
     def of(cls, dataset: Dataset, form: str) -> Template:
-        """The template of a dataset in one of `FORMS`."""
+        """The template of a dataset in form `ours` or `staicc`."""
         words = dataset.label_words if form == "ours" else dataset.staicc_label_words
         return cls(dataset.input_prefix, dataset.label_prefix, words, form)
 
@@ -192,8 +191,11 @@ class PromptEncoder:
 
     def _check_query_labels(self, dataset: Dataset) -> list[int]:
         if self.template.form == "staicc":  # its harness looks a word up alone, last token
-            last = [self.tokenizer(word)["input_ids"][-1:] for word in self.template.label_words]
-            return self._distinct_tokens(last, "at the query")
+            alone = [
+                self.tokenizer(word, add_special_tokens=False)["input_ids"][::-1]
+                for word in self.template.label_words
+            ]
+            return self._distinct_tokens(alone, "at the query")
         question, _ = self.template.render(Prompt((), dataset.training[0]))
         before, _ = self._tokenize([question])[0]
         found = []

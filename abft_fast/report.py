@@ -29,7 +29,7 @@ def print_run(run: Run) -> None:
     content = run.evaluation
     for dataset in content.get("after", {}):
         sides = [content[when][dataset] for when in ("before", "after")]
-        heads = [content["attention"][when][dataset] for when in ("before", "after")]
+        heads = [run.attention[when][dataset] for when in ("before", "after")]
         for name, title in _METRICS.items():
             table.add_row(title, *(_percent(side[name]) for side in sides))
         name = "induction_heads"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -16,23 +17,24 @@ from abft_fast.files import write_json, write_text
 
 
 class Run:
-    """`config.yaml`, `environment.json`, `metrics.jsonl`, `evaluation.json`, `checkpoints/` and
-    `adapter/` (or `model/`) of one training run."""
+    """`config.yaml`, `environment.json`, `run.log`, `metrics.jsonl`, `evaluation.json`,
+    `attention.json`, `checkpoints/` and `adapter/` (or `model/`) of one training run."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self._metrics = folder / "metrics.jsonl"
         self._evaluation = folder / "evaluation.json"
+        self._attention = folder / "attention.json"
 
     @classmethod
     def reserve(cls, config: TrainConfig) -> Run:
         """The folder a new run will have; nothing is written yet.
 
         Raises:
-            UserError: it holds something and `overwrite` is off, or something that is no run.
+            UserError: it holds something and `overwrite` is off, or something not of a run.
         """
-        folder = config.output_dir or Path("runs") / _name(config)
+        folder = config.output_dir or _unused(Path("runs") / _name(config))
         if folder.exists() and not folder.is_dir():
             raise UserError(f"output folder {folder} is a file: choose another --output-dir")
         if folder.is_dir() and any(folder.iterdir()):
@@ -41,10 +43,11 @@ class Run:
                     f"output folder {folder} is not empty: choose another --output-dir, "
                     f"pass --overwrite, or continue it with --resume {folder}"
                 )
-            if not (folder / "config.yaml").is_file():
+            foreign = sorted(p.name for p in folder.iterdir() if p.name not in _ENTRIES)
+            if foreign:
                 raise UserError(
-                    f"output folder {folder} is not a run of abft-fast, so --overwrite does not "
-                    "empty it: choose another --output-dir"
+                    f"output folder {folder} holds {foreign[0]}, which is not of a run, so "
+                    "--overwrite does not empty it: choose another --output-dir"
                 )
         return cls(folder)
 
@@ -57,29 +60,45 @@ class Run:
         """
         if not (folder / "config.yaml").is_file():
             raise UserError(f"--resume {folder}: no run there (no config.yaml)")
-        return cls(folder), resolve(TrainConfig, read_yaml(folder / "config.yaml"))
+        options = read_yaml(folder / "config.yaml")
+        missing = {n for n, f in TrainConfig.model_fields.items() if not f.exclude} - set(options)
+        if missing:
+            raise UserError(f"--resume {folder}: its config.yaml lacks {sorted(missing)[0]}")
+        return cls(folder), resolve(TrainConfig, options)
 
     def create(self, config: TrainConfig) -> None:
-        """Make the folder, empty it where that was asked for, and write what is known so far."""
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
-        write_json(self.folder / "environment.json", describe())
+        """Make the folder, empty it where that was asked for, and write what is known so far.
+
+        Raises:
+            UserError: another run has taken the folder in the meantime.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for entry in list(self.folder.iterdir()):
+            if not config.overwrite:
+                raise UserError(f"output folder {self.folder} was taken by another run")
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
         write_yaml(config, self.folder / "config.yaml")
+        write_json(self.folder / "environment.json", describe())
 
     @property
-    def evaluation(self) -> dict[str, Any]:
-        """What evaluation.json holds; empty before the first evaluation."""
-        if not self._evaluation.is_file():
-            return {}
-        return json.loads(self._evaluation.read_text(encoding="utf-8"))
+    def evaluation(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Metrics by side, `before` and `after`, and dataset; empty before the first evaluation."""
+        return _read_json(self._evaluation)
+
+    @property
+    def attention(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The same for attention behavior."""
+        return _read_json(self._attention)
 
     def record_evaluation(self, when: str, dataset: str, metrics: dict, attention: dict) -> None:
-        """Add one side, `before` or `after`, to evaluation.json."""
-        content = self.evaluation
-        content.setdefault(when, {})[dataset] = metrics
-        content.setdefault("attention", {}).setdefault(when, {})[dataset] = attention
-        write_json(self._evaluation, content)
+        """Add one side; evaluation.json last, as it is what tells that a side is done."""
+        for path, found in ((self._attention, attention), (self._evaluation, metrics)):
+            content = _read_json(path)
+            content.setdefault(when, {})[dataset] = found
+            write_json(path, content)
 
     @property
     def artifact(self) -> Path:
@@ -107,6 +126,22 @@ class Run:
         """Drop rows of steps that a resumed run takes again."""
         rows = [row for row in self.metrics() if row["step"] <= step]
         write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+_ENTRIES = {
+    "config.yaml", "environment.json", "run.log", "metrics.jsonl", "evaluation.json",
+    "attention.json", "checkpoints", "adapter", "model", "abft-fast",
+}  # fmt: skip
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3, ... that is not there."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not path.exists())
 
 
 def _name(config: TrainConfig) -> str:

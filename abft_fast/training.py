@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import random
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -30,9 +32,14 @@ from abft_fast.run import Run
 class Job:
     """A model, its dataset and its encoder on a device: what training and evaluation share."""
 
-    def __init__(self, config: TrainConfig | EvalConfig, progress: Progress):
+    def __init__(
+        self,
+        config: TrainConfig | EvalConfig,
+        progress: Progress,
+        tracker_folder: Path | None = None,
+    ):
         self.config, self.progress = config, progress
-        self.accelerator = make_accelerator(config)
+        self.accelerator = make_accelerator(config, tracker_folder)
         self.dataset = data.load(config.dataset)
         progress.say(f"loading {config.model}")
         device = self.accelerator.device
@@ -80,11 +87,17 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
         RunError: training cannot go on.
     """
     set_seed(config.seed)
-    job = Job(config, progress)
+    job = Job(config, progress, run.folder)
     prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
     encoded = job.encode(prompts, "training")
     tests = None if config.no_eval else job.encode(job.dataset.test_prompts(config.k), "test")
     check_attention(job.model, encoded.prompts, job.accelerator.autocast)
+    set_seed(config.seed)
+    job.model = (
+        models.train_lora(job.model, config.lora_r)  # starts as a change of 0
+        if config.trainable == "lora"
+        else models.train_weights(job.model)
+    )
     if new:
         run.create(config)
     progress.keep(run.folder / "run.log")
@@ -97,12 +110,6 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
             )
 
     evaluate_once("before")
-    set_seed(config.seed)
-    job.model = (
-        models.train_lora(job.model, config.lora_r)
-        if config.trainable == "lora"
-        else models.train_weights(job.model)
-    )
     optimize(config, run, job, encoded.prompts)
     save_result(config, run, job.model)
     evaluate_once("after")
@@ -123,7 +130,6 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
     if config.checkpointing:
         models.enable_checkpointing(model)
     if config.tracker != "none":
-        accelerator.project_configuration.set_directories(str(run.folder))
         accelerator.init_trackers("abft-fast", config.model_dump(mode="json"))
     batches = pseudo_batches(len(prompts), config)
     with job.progress.bar("training", len(batches), done) as advance:
@@ -228,7 +234,9 @@ def save_result(config: TrainConfig, run: Run, model: nn.Module) -> None:
             models.AutoTokenizer.from_pretrained(source).save_pretrained(temporary)
 
 
-def make_accelerator(config: TrainConfig | EvalConfig) -> Accelerator:
+def make_accelerator(
+    config: TrainConfig | EvalConfig, tracker_folder: Path | None = None
+) -> Accelerator:
     """Device, arithmetic and trackers.
 
     Raises:
@@ -241,12 +249,15 @@ def make_accelerator(config: TrainConfig | EvalConfig) -> Accelerator:
     if precision == "auto":
         precision = "no" if cpu else "bf16"
     tracker = getattr(config, "tracker", "none")
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"--tracker {tracker}: not installed; `pip install 'abft-fast[track]'`")
     try:
         return Accelerator(
             cpu=cpu,
             mixed_precision=precision,
             log_with=None if tracker == "none" else tracker,
+            project_dir=None if tracker_folder is None else str(tracker_folder),
         )
     except (ImportError, ValueError) as error:
         line = str(error).splitlines()[0]
-        raise UserError(f"--mixed-precision {precision}, --tracker {tracker}: {line}") from error
+        raise UserError(f"--mixed-precision {precision}: {line}") from error

@@ -12,8 +12,3 @@ import torch
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"

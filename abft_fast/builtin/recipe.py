@@ -1,7 +1,7 @@
 """Make the built-in model: `python -m abft_fast.builtin.recipe` (`make builtin-model`).
 
 Reads the texts of StaICC's calibration and demonstration parts, never a label and never the test
-part; trains a small Qwen2 on pseudo-tasks (tasks.py) until its heads find the labels in context.
+part; trains a small SmolLM3 on pseudo-tasks (tasks.py) until its heads find the labels in context.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def save(model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=builtin_model_path())
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     build(arguments.output, arguments.steps, arguments.seed)

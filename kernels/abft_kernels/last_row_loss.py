@@ -170,8 +170,7 @@ def last_row_loss(
         query, key and sinks; none passes through the filter.
 
     Raises:
-        ValueError: an argument is malformed; the message names it. Values inside the index tensors
-            are checked on the CPU only, where reading them costs no synchronization.
+        ValueError: an argument is malformed; the message names it.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
@@ -179,12 +178,12 @@ def last_row_loss(
         query, key, key_start, key_end, label_positions, label_offsets, label_is_correct, sinks
     )
     _check_options(penalty, reward, scale, softcap, window)
-    if key.device.type == "cpu":
-        _check_values(key, key_start, key_end, label_positions, label_offsets)
+    _check_values(key, key_start, key_end, label_positions, label_offsets)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    return LastRowLoss(
-        *_LastRowLossTorch.apply(
+    # Under autocast einsum would round scores and probabilities to half precision.
+    with torch.autocast(query.device.type, enabled=False):
+        results = _LastRowLossTorch.apply(
             query,
             key,
             sinks,
@@ -200,7 +199,7 @@ def last_row_loss(
             softcap,
             window,
         )
-    )
+    return LastRowLoss(*results)
 
 
 def _check_tensors(
@@ -215,7 +214,7 @@ def _check_tensors(
         raise ValueError(f"key must be (T, Hkv, D={head_dim}), not {tuple(key.shape)}")
     if key.dtype != query.dtype:
         raise ValueError(f"key must have query's dtype {query.dtype}, not {key.dtype}")
-    if query_heads % key.shape[1]:
+    if key.shape[1] == 0 or query_heads % key.shape[1]:
         raise ValueError(
             f"query has {query_heads} heads, not a multiple of key's {key.shape[1]} heads"
         )
@@ -229,6 +228,8 @@ def _check_tensors(
         "label_is_correct": (label_is_correct, (labels,), torch.bool),
     }
     if sinks is not None:
+        if not sinks.is_floating_point():
+            raise ValueError(f"sinks must be of a floating-point dtype, not {sinks.dtype}")
         expected["sinks"] = (sinks, (query_heads,), sinks.dtype)
     for name, (tensor, shape, dtype) in expected.items():
         if tuple(tensor.shape) != tuple(shape):
@@ -255,6 +256,8 @@ def _check_options(penalty, reward, scale, softcap, window) -> None:
 
 
 def _check_values(key, key_start, key_end, label_positions, label_offsets) -> None:
+    key_start, key_end = key_start.cpu(), key_end.cpu()
+    label_positions, label_offsets = label_positions.cpu(), label_offsets.cpu()
     if (key_start < 0).any() or (key_start >= key_end).any():
         raise ValueError("key_start must be at least 0 and below key_end: every row sees a key")
     if (key_end > key.shape[0]).any():

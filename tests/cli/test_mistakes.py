@@ -26,6 +26,8 @@ def last_line(result):
         (["train", "--config", "nowhere.yaml"], "config nowhere.yaml does not exist"),
         (["train", "--resume", "nowhere"], "--resume nowhere: no run there"),
         (["train", "--device", "cuda"], "--device cuda: this machine has no usable GPU"),
+        (["train", "--tracker", "wandb"], "--tracker wandb: not installed"),
+        (["train", "--seed", "99999999999"], "--seed 99999999999"),
         (["eval", "--adapter", "nowhere"], "adapter nowhere holds no adapter_config.json"),
         (["eval", "--output", "no/where.json"], "folder no does not exist"),
     ],
@@ -47,7 +49,10 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
-    for options, message in (([], "is not empty"), (["--overwrite"], "is not a run")):
+    for options, message in (
+        ([], "is not empty"),
+        (["--overwrite"], "holds thesis.tex, which is not of a run"),
+    ):
         result = abft_fast("train", *QUICK, "--output-dir", folder, *options)
         assert result.returncode == 2
         assert message in last_line(result)
@@ -58,10 +63,10 @@ def test_overwrite_replaces_a_run(tmp_path):
     folder = tmp_path / "run"
     quick = [*QUICK, "--epochs", 1, "--train-samples", 8, "--no-eval", "--output-dir", folder]
     assert abft_fast("train", *quick).returncode == 0
-    (folder / "note").write_text("old")
+    (folder / "evaluation.json").write_text("old")
     assert abft_fast("train", *quick).returncode == 2
     assert abft_fast("train", *quick, "--overwrite").returncode == 0
-    assert not (folder / "note").exists()
+    assert not (folder / "evaluation.json").exists()
 
 
 def test_resume_takes_no_other_options(tmp_path):

@@ -27,6 +27,7 @@ def run(tmp_path_factory):
 def test_the_run_folder(run):
     folder, _ = run
     evaluation = json.loads((folder / "evaluation.json").read_text())
+    assert set(evaluation) == {"before", "after"}
     for side in ("before", "after"):
         assert set(evaluation[side]["trec"]) == METRICS
         assert 0 <= evaluation[side]["trec"]["accuracy"] <= 1

@@ -7,6 +7,8 @@ import torch
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.backbone import query_key_projections
+from abft_fast.evaluation import label_logits
+from abft_fast.preflight import check_attention
 from tests.tiny_models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.families
@@ -196,9 +198,79 @@ def test_layers_without_attention_are_skipped_and_said(caplog):
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
     )
-    behavior = attention_behavior_loss(model, pack(make_prompts()[:1]))
+    prompts = make_prompts()
+    behavior = attention_behavior_loss(model, pack(prompts))
     assert len(behavior.label_mass) == 2
     assert "layer 0 has no attention" in caplog.text and "layer 2" in caplog.text
+    # Their state would run on from prompt to prompt: they are run one at a time.
+    alone = [attention_behavior_loss(model, pack([prompt])) for prompt in prompts]
+    torch.testing.assert_close(
+        behavior.label_mass, torch.cat([one.label_mass for one in alone], dim=1)
+    )
+    torch.testing.assert_close(behavior.loss, torch.stack([one.loss for one in alone]).mean())
+    rows, _, _ = label_logits(model, prompts, [5, 6])
+    expected = [model(torch.tensor([p.input_ids])).logits[0, -1, [5, 6]] for p in prompts]
+    torch.testing.assert_close(rows, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    check_attention(model, prompts)
+
+
+def test_rope_that_depends_on_length_does_not_leak():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = tiny_model(
+        "phi3",
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, **factors,
+            "original_max_position_embeddings": 20,
+        },
+        original_max_position_embeddings=20,
+    )  # fmt: skip
+    prompts = make_prompts()
+    together = attention_behavior_loss(model, pack(prompts)).label_mass
+    alone = [attention_behavior_loss(model, pack([p])).label_mass for p in prompts]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1))
+
+
+def test_a_window_that_does_not_arrive_is_refused():
+    model = tiny_model("phimoe", sliding_window=7, num_key_value_heads=2, num_local_experts=2)
+    with pytest.raises(ValueError, match="does not hand its window"):
+        attention_behavior_loss(model, pack(make_prompts()))
+
+
+def test_two_models_of_one_config_object_are_both_prepared():
+    first = tiny_model("llama")
+    second = type(first)(first.config).eval()
+    packed = pack(make_prompts())
+    attention_behavior_loss(first, packed)
+    grads = []
+    for gradient in ("full", "local"):
+        second.zero_grad()
+        behavior = attention_behavior_loss(second, packed, gradient=gradient, head_filter=False)
+        behavior.loss.backward()
+        grads.append(second.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert not torch.allclose(*grads)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_attention_matrices_can_still_be_asked_for(family):
+    ids = torch.randint(3, 97, (1, 19))
+    model = tiny_model(family)
+    before = model(ids, output_attentions=True).attentions
+    attention_behavior_loss(model, pack(make_prompts()))
+    after = model(ids, output_attentions=True).attentions
+    torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_autocast_leaves_the_loss_in_float32(family):
+    model = tiny_model(family)
+    packed = pack(make_prompts())
+    exact = attention_behavior_loss(model, packed, head_filter=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        behavior = attention_behavior_loss(model, packed, head_filter=False)
+    behavior.loss.backward()
+    assert behavior.loss.dtype == behavior.label_mass.dtype == torch.float32
+    assert relative_error(behavior.loss, exact.loss) < 0.05
+    assert all(w.grad.isfinite().all() for _, w, _, _ in trained_weights(model))
 
 
 @pytest.mark.parametrize("gradient", ["Full", 0, -1, True, 1.5, None])

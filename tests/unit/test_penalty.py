@@ -4,6 +4,7 @@ from abft_fast.penalty import PenaltyController
 
 pytestmark = pytest.mark.unit
 
+PAPER = (0.03, 0.005, 0.005)
 HEADS = [10.0, 12.0, 11.0, 15.0, 9.0, 9.5]
 
 
@@ -22,21 +23,21 @@ def by_equation(heads, p, i, d):
     ("kind", "factors"), [("pid", (0.03, 0.005, 0.005)), ("p", (0.03, 0, 0)), ("none", (0, 0, 0))]
 )
 def test_follows_the_papers_equation(kind, factors):
-    controller = PenaltyController(kind, 0.5)
+    controller = PenaltyController(kind, 0.5, *PAPER)
     for heads in HEADS:
         controller.update(heads)
     assert controller.penalty == pytest.approx(by_equation(HEADS, *factors))
 
 
 def test_first_two_steps_leave_it_alone():
-    controller = PenaltyController("pid", 0.5)
+    controller = PenaltyController("pid", 0.5, *PAPER)
     controller.update(1.0)
     controller.update(100.0)
     assert controller.penalty == 0.5
 
 
 def test_never_below_zero():
-    controller = PenaltyController("pid", 0.5)
+    controller = PenaltyController("pid", 0.5, *PAPER)
     for heads in (100.0, 100.0, 10.0):
         controller.update(heads)
     assert controller.penalty == 0.0

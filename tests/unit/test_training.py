@@ -7,7 +7,13 @@ from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.backbone import query_key_projections
 from abft_fast.config import TrainConfig, resolve
 from abft_fast.errors import RunError, UserError
-from abft_fast.model import train_lora, train_weights, trained_parameters
+from abft_fast.model import (
+    enable_checkpointing,
+    load_adapter,
+    train_lora,
+    train_weights,
+    trained_parameters,
+)
 from abft_fast.preflight import check_attention
 from abft_fast.training import backward, check_step, pseudo_batches
 from tests.tiny_models import tiny_model
@@ -155,3 +161,21 @@ def _without_softcap(module):
             module.attn_logit_softcapping = cap
 
     return wrapped
+
+
+def test_an_adapter_of_other_layers_is_refused(tmp_path):
+    train_lora(tiny_model("llama"), rank=4).save_pretrained(tmp_path)
+    assert load_adapter(tiny_model("llama"), tmp_path)
+    for depth in (2, 6):
+        with pytest.raises(UserError, match="adapts other layers"):
+            load_adapter(tiny_model("llama", num_hidden_layers=depth), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_checkpointing_leaves_dropout_off(family):
+    changes = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.5} if family == "opt" else {}
+    model = tiny_model(family, **changes)
+    packed = pack(make_prompts(4))
+    expected = attention_behavior_loss(model, packed).loss
+    enable_checkpointing(model)
+    torch.testing.assert_close(attention_behavior_loss(model, packed).loss, expected)

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import torch
+
+from abft_fast import checkpoint
+from abft_fast.config import TrainConfig, resolve
+from abft_fast.errors import RunError, UserError
+from abft_fast.files import atomic_folder, write_json
+from abft_fast.model import train_weights, trained_parameters
+from abft_fast.penalty import PenaltyController
+from abft_fast.run import Run
+from tests.tiny_models import tiny_model
+
+pytestmark = pytest.mark.unit
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = resolve(TrainConfig, {})
+    first = Run.reserve(config)
+    first.create(config)
+    second = Run.reserve(config)
+    second.create(config)
+    assert first.folder != second.folder
+
+
+def test_a_folder_taken_meanwhile_is_left_alone(tmp_path):
+    config = resolve(TrainConfig, {"output_dir": str(tmp_path / "run")})
+    slow, quick = Run.reserve(config), Run.reserve(config)
+    quick.create(config)
+    quick.append_metrics({"step": 1})
+    with pytest.raises(UserError, match="taken by another run"):
+        slow.create(config)
+    assert quick.metrics() == [{"step": 1}]
+
+
+def test_a_config_cut_short_is_not_resumed_as_something_else(tmp_path):
+    config = resolve(TrainConfig, {"output_dir": str(tmp_path), "dataset": "trec", "lr": "0.5"})
+    Run(tmp_path).create(config)
+    assert Run.open(tmp_path)[1].model_dump() == config.model_dump()
+    (tmp_path / "config.yaml").write_text("model: builtin\n")
+    with pytest.raises(UserError, match="lacks"):
+        Run.open(tmp_path)
+
+
+def test_a_metrics_row_cut_short_is_dropped(tmp_path):
+    run = Run(tmp_path)
+    for step in (1, 2, 3):
+        run.append_metrics({"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    run.forget_metrics_after(2)
+    assert run.metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "half").write_text("x")
+        raise RuntimeError
+    assert not (tmp_path / "a").exists()
+    with atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "whole").write_text("x")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    write_json(tmp_path / "b.json", {"x": 1})
+    assert json.loads((tmp_path / "b.json").read_text()) == {"x": 1}
+
+
+def trainable(hidden=32):
+    trained = trained_parameters(train_weights(tiny_model("llama", hidden_size=hidden)))
+    optimizer = torch.optim.Adam(trained.values(), lr=0.1)
+    return trained, optimizer, PenaltyController("pid", 0.5, 0.03, 0.005, 0.005)
+
+
+def test_a_checkpoint_restores_everything(tmp_path):
+    trained, optimizer, controller = trainable()
+    for parameter in trained.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for heads in (3.0, 5.0, 4.0):
+        controller.update(heads)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, trained, optimizer, controller)
+    expected_noise = torch.rand(3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+    fresh, fresh_optimizer, fresh_controller = trainable()
+    assert checkpoint.restore(tmp_path, fresh, fresh_optimizer, fresh_controller) == 3
+    assert torch.equal(torch.rand(3), expected_noise)
+    assert fresh_controller == controller
+    for name, parameter in trained.items():
+        assert torch.equal(fresh[name], parameter)
+        theirs, ours = optimizer.state[parameter], fresh_optimizer.state[fresh[name]]
+        assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in ours)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
+    trained, optimizer, controller = trainable()
+    assert checkpoint.restore(tmp_path, trained, optimizer, controller) == 0
+    checkpoint.save(tmp_path, 1, trained, optimizer, controller)
+    with pytest.raises(RunError, match="other weights"):
+        checkpoint.restore(tmp_path, *trainable(hidden=64))
+    (tmp_path / "step-000001" / "state.safetensors").write_bytes(b"short")
+    with pytest.raises(RunError, match="cannot be read"):
+        checkpoint.restore(tmp_path, trained, optimizer, controller)
