@@ -156,7 +156,7 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
             }
             controller.update(heads)
             run.append_metrics(row)
-            accelerator.log(row, step=step)
+            accelerator.log({k: v for k, v in row.items() if v is not None}, step=step)
             if step % config.save_steps == 0 or step == len(batches):
                 checkpoint.save(run.checkpoints, step, trained, optimizer, controller)
             advance(1, f"loss {row['loss']:.3f}, {heads:.1f} induction heads")
