@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.backbone import query_key_projections
 from abft_fast.evaluation import label_logits
+from abft_fast.model import train_lora, trained_parameters
 from abft_fast.preflight import check_attention
 from tests.tiny_models import FAMILIES, tiny_model
 
@@ -282,3 +284,35 @@ def test_a_malformed_gradient_is_refused(gradient):
 def test_a_token_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocabulary"):
         attention_behavior_loss(tiny_model("llama"), pack([EncodedPrompt([3, 97, 4], [1], [True])]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_a_backbone_without_lm_head(family):
+    model = tiny_model(family)
+    packed = pack(make_prompts())
+    expected = attention_behavior_loss(model, packed)
+    torch.testing.assert_close(attention_behavior_loss(model.base_model, packed), expected)
+
+
+def test_an_nf4_base_with_lora_learns(tmp_path):
+    """bitsandbytes' own CPU path, for real."""
+    tiny_model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+        device_map="cpu",
+    )
+    assert type(quantized.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    model = train_lora(quantized, rank=4)
+    optimizer = torch.optim.Adam(trained_parameters(model).values(), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = attention_behavior_loss(model, pack(make_prompts()), head_filter=False).loss
+        loss.backward()
+        assert any(p.grad.abs().max() > 0 for p in trained_parameters(model).values())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
