@@ -103,12 +103,12 @@ def packed_attention(
     Raises:
         ValueError: the layer is said to be windowed but its window did not arrive.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if abft is None:
         return _ordinary_attention(
-            module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, **kwargs
+            module, query, key, value, attention_mask, scale, dropout, softcap, s_aux, **kwargs
         )
     _check_window(module, sliding_window, abft.longest)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if abft.loss_options is not None:
         packed = abft.on(query.device)
         ends = packed.cu_seqlens[1:]
@@ -197,19 +197,18 @@ def _explicit_attention(
 
 
 def _ordinary_attention(
-    module, query, key, value, mask, scaling, dropout, softcap, sinks, **kwargs
+    module, query, key, value, mask, scale, dropout, softcap, sinks, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
     """What a model set to this attention does outside this library, `generate` for one."""
     wanted = kwargs.get("output_attentions", module.config.output_attentions)
     if softcap is None and sinks is None and not wanted:
         return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs
         )
     if mask is None:
         rows, columns = query.shape[2], key.shape[2]
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
         mask = mask.tril(columns - rows)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, alpha = _explicit_attention(query, key, value, mask, scale, dropout, softcap, sinks)
     return out.transpose(1, 2).contiguous(), alpha if wanted else None
 

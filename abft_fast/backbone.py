@@ -35,10 +35,14 @@ class Projection:
     rows: Tensor | None
 
 
+def without_peft(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper, its adapters still in place; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def backbone(model: nn.Module) -> PreTrainedModel:
     """The decoder without its LM head, out of a bare, headed or PEFT-wrapped model."""
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    model = without_peft(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model must be a transformers model, not {type(model).__name__}")
     return model.base_model
@@ -48,9 +52,11 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     """Attention modules by layer index; layers without Q and K projections are not in it."""
     found = {}
     for module in backbone(model).modules():
+        if getattr(module, "layer_idx", None) is None:  # almost all, and this runs every forward
+            continue
         separate = all(hasattr(module, name) for name in _SEPARATE)
         fused = any(hasattr(module, name) for name in _FUSED)
-        if (separate or fused) and getattr(module, "layer_idx", None) is not None:
+        if separate or fused:
             found[module.layer_idx] = module
     return dict(sorted(found.items()))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from abft_fast.attention import AttentionBehavior, PackedForward
-from abft_fast.backbone import attention_layers, must_run_alone, prepare
+from abft_fast.backbone import attention_layers, must_run_alone, prepare, without_peft
 from abft_fast.packing import PackedPrompts, pack
 
 
@@ -86,8 +86,6 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
     inner = prepare(model)
     if len(forward.packed) > 1 and must_run_alone(inner, forward.longest):
         raise ValueError(f"{inner.config.model_type}: prompts must be run one at a time")
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
     embedding = inner.get_input_embeddings().weight
     packed = forward.on(embedding.device)
     if embedding.device.type == "cpu" and int(packed.input_ids.max()) >= len(embedding):
@@ -95,7 +93,7 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
             f"input_ids holds {int(packed.input_ids.max())}, "
             f"the model's vocabulary ends at {len(embedding) - 1}"
         )
-    output = model(
+    output = without_peft(model)(
         input_ids=packed.input_ids[None],
         position_ids=packed.position_ids[None],
         # A 4-D mask is passed through as it is: none is built, prompts are kept apart by `abft`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import random
 import time
 from pathlib import Path
@@ -142,6 +143,7 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
             check_step(config, step, loss, norm.item(), heads)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - started
             row = {
                 "step": step,
                 "loss": loss,
@@ -150,9 +152,9 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
                 "correct_share_above_chance": behavior.correct_share_above_chance,
                 "gradient_norm": norm.item(),
                 "learning_rate": config.lr,
-                "tokens_per_second": sum(map(len, batch)) / (time.perf_counter() - started),
+                "tokens_per_second": sum(map(len, batch)) / seconds,
                 "peak_memory_bytes": peak_memory(accelerator.device),
-                "seconds": time.perf_counter() - started,
+                "seconds": seconds,
             }
             controller.update(heads)
             run.append_metrics(row)
@@ -196,7 +198,7 @@ def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: 
     Raises:
         RunError: loss or gradient is not finite; at step 1, no induction heads or no gradient.
     """
-    if not (torch.isfinite(torch.tensor([loss, norm])).all()):
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise RunError(
             f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower --lr "
             f"(now {config.lr:g}) or use another --mixed-precision"
