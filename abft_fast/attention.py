@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from abft_kernels import LastRowLoss, last_row_loss
+from abft_kernels import LastRowLoss, flash_attention_with_last_row_loss
+from abft_kernels.problem import Scores
+from abft_kernels.separate_attention import explicit_attention
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -46,25 +47,36 @@ class PackedForward:
 
     Attributes:
         packed: the batch.
-        loss_options: keywords of `last_row_loss`; None runs attention alone.
+        loss_options: penalty, reward and, where it is not the default, head_filter.
         block: layers a gradient may cross; None is all of them.
         layers: filled by the attention function, one entry a layer.
     """
 
     packed: PackedPrompts
-    loss_options: dict | None = None
+    loss_options: dict
     block: int | None = None
     layers: dict[int, LastRowLoss] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bounds = self.packed.cu_seqlens.tolist()
         self.longest = max(b - a for a, b in itertools.pairwise(self.bounds))
-        self._by_device: dict[torch.device, PackedPrompts] = {}
+        self._by_device: dict[torch.device, tuple[PackedPrompts, dict]] = {}
 
     def on(self, device: torch.device) -> PackedPrompts:
         """The batch on a layer's device; layers may live on several."""
+        return self._moved(device)[0]
+
+    def loss_options_on(self, device: torch.device) -> dict:
+        """The loss's options, its factors as tensors, so that no layer has to copy them."""
+        return self._moved(device)[1]
+
+    def _moved(self, device: torch.device) -> tuple[PackedPrompts, dict]:
         if device not in self._by_device:
-            self._by_device[device] = self.packed.to(device)
+            factors = {
+                name: torch.as_tensor(self.loss_options[name], device=device)
+                for name in ("penalty", "reward")
+            }
+            self._by_device[device] = self.packed.to(device), {**self.loss_options, **factors}
         return self._by_device[device]
 
     def behavior(self) -> AttentionBehavior:
@@ -109,33 +121,25 @@ def packed_attention(
             module, query, key, value, attention_mask, scale, dropout, softcap, s_aux, **kwargs
         )
     _check_window(module, sliding_window, abft.longest)
-    if abft.loss_options is not None:
-        packed = abft.on(query.device)
-        ends = packed.cu_seqlens[1:]
-        result = last_row_loss(
-            query[0, :, ends.long() - 1].transpose(0, 1),
-            key[0].transpose(0, 1),
-            packed.cu_seqlens[:-1],
-            ends,
-            packed.label_positions,
-            packed.label_offsets,
-            packed.label_is_correct,
-            scale=scale,
-            softcap=softcap,
-            window=sliding_window,
-            sinks=s_aux,
-            **abft.loss_options,
-        )
-        # Checkpointing runs a layer twice; the second run only rebuilds what backward needs.
-        abft.layers.setdefault(module.layer_idx, result)
-    out = [
-        _prompt_attention(
-            query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
-            scale, dropout, sliding_window, softcap, s_aux,
-        )
-        for a, b in itertools.pairwise(abft.bounds)
-    ]  # fmt: skip
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+    packed = abft.on(query.device)
+    # Under autocast RoPE leaves queries and keys in float32, values come in 16 bits.
+    out, result = flash_attention_with_last_row_loss(
+        *(t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value)),
+        packed.cu_seqlens,
+        packed.label_positions,
+        packed.label_offsets,
+        packed.label_is_correct,
+        longest=abft.longest,
+        scale=scale,
+        softcap=softcap,
+        window=sliding_window,
+        sinks=s_aux,
+        dropout=dropout,
+        **abft.loss_options_on(query.device),
+    )
+    # Checkpointing runs a layer twice; the second run only rebuilds what backward needs.
+    abft.layers.setdefault(module.layer_idx, result)
+    return out[None], None
 
 
 def _check_window(module: nn.Module, window: int | None, longest: int) -> None:
@@ -153,49 +157,6 @@ def _check_window(module: nn.Module, window: int | None, longest: int) -> None:
         )
 
 
-def _prompt_attention(query, key, value, scale, dropout, window, softcap, sinks) -> Tensor:
-    n = query.shape[2]
-    windowed = window is not None and n > window
-    mask = None
-    if windowed or softcap is not None or sinks is not None:
-        position = torch.arange(n, device=query.device)
-        distance = position[:, None] - position
-        mask = distance >= 0
-        if windowed:
-            mask &= distance < window
-    if softcap is not None or sinks is not None:
-        return _explicit_attention(query, key, value, mask, scale, dropout, softcap, sinks)[0]
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        dropout_p=dropout,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _explicit_attention(
-    query, key, value, mask, scale, dropout, softcap, sinks
-) -> tuple[Tensor, Tensor]:
-    """Scores written out, for what `scaled_dot_product_attention` cannot do; and the weights."""
-    group = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(group, dim=1).transpose(2, 3) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column], dim=-1)
-    alpha = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    if sinks is not None:
-        alpha = alpha[..., :-1]
-    dropped = F.dropout(alpha, p=dropout, training=dropout > 0)
-    return dropped @ value.repeat_interleave(group, dim=1), alpha
-
-
 def _ordinary_attention(
     module, query, key, value, mask, scale, dropout, softcap, sinks, **kwargs
 ) -> tuple[Tensor, Tensor | None]:
@@ -209,7 +170,8 @@ def _ordinary_attention(
         rows, columns = query.shape[2], key.shape[2]
         mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
         mask = mask.tril(columns - rows)
-    out, alpha = _explicit_attention(query, key, value, mask, scale, dropout, softcap, sinks)
+    scores = Scores(scale, softcap, window=None)  # the mask has it
+    out, alpha = explicit_attention(query, key, value, mask, scores, sinks, dropout)
     return out.transpose(1, 2).contiguous(), alpha if wanted else None
 
 

@@ -103,7 +103,7 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
         **kwargs,
     )
     missing = set(attention_layers(inner)) - set(forward.layers)
-    if missing and forward.loss_options is not None:
+    if missing:
         raise ValueError(
             f"{inner.config.model_type}: attention of layers {sorted(missing)} does not reach "
             "the loss (no keyword arrives through AttentionInterface); not supported"

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abft_fast import attention_behavior_loss, builtin_model_path, data, pack
+from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, data, pack
 from abft_fast.attention import PackedForward
 from abft_fast.backbone import backbone, query_key_projections
 from abft_fast.environment import versions
@@ -56,7 +56,9 @@ def packed_gradient(model, prompts):
 
 def trivial(model, prompts):
     """The packed pass with nothing of ours in it but the packing."""
-    run_packed(backbone(model), PackedForward(pack(prompts))).last_hidden_state.mean().backward()
+    unlabeled = [EncodedPrompt(prompt.input_ids, [], []) for prompt in prompts]
+    forward = PackedForward(pack(unlabeled), {"penalty": 0.0, "reward": 0.0})
+    run_packed(backbone(model), forward).last_hidden_state.mean().backward()
 
 
 def gradient_of(contender, model, prompts):

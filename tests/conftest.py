@@ -1,4 +1,4 @@
-"""Settings of every test: one seed, few threads, nothing from the network."""
+"""Settings of every test: one seed, nothing from the network, kernels interpreted without a GPU."""
 
 import os
 
@@ -7,6 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when kernels are defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

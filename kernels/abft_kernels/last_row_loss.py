@@ -2,125 +2,244 @@
 
 Source: Cho et al. 2025, "Mechanistic Fine-tuning for In-context Learning", section 3. With
 alpha = softmax(s), g = penalty on wrong labels, -reward on right ones, 0 elsewhere, and
-G = sum_j alpha_j g_j, the gradient of one head's loss is ds_j = alpha_j (g_j - G).
+G = sum_j alpha_j g_j, the gradient of one head's loss is ds_j = alpha_j (g_j - G). So
+dq = scale (sum_j alpha_j g_j k_j - G sum_j alpha_j k_j), both sums from the forward's one pass over
+the keys, and the backward only writes dk_j = scale ds_j q, for heads that have a loss.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from abft_kernels import torch_backend
+from abft_kernels.checks import check_options, check_tensors, check_values
+from abft_kernels.problem import LabelLoss, Normalizer, Rows, Scores
 from abft_kernels.reference import LastRowLoss
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "triton", "torch")
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
-class _LastRowLossTorch(torch.autograd.Function):
-    """Rows are padded to the longest one; nothing loops over rows or heads."""
+def choose_backend(query: Tensor, requested: str = "auto") -> str:
+    """`"triton"` or `"torch"`, whichever is to compute the loss of these queries.
 
-    @staticmethod
-    def forward(
-        ctx,
-        query,
-        key,
-        sinks,
-        key_start,
-        key_end,
-        label_positions,
-        label_offsets,
-        label_is_correct,
-        penalty,
-        reward,
-        scale,
-        head_filter,
-        softcap,
-        window,
-    ):
-        rows, query_heads, _ = query.shape
-        lengths = key_end - key_start
-        column = torch.arange(int(lengths.max()), device=key.device)
-        visible = column < lengths[:, None]
-        if window is not None:
-            visible &= column >= lengths[:, None] - window
-        index = (key_start[:, None] + column).clamp_max(key.shape[0] - 1)
+    Raises:
+        ValueError: the requested one is unknown or cannot run here.
+    """
+    if requested not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {requested!r}")
+    if requested == "torch":
+        return "torch"
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reason = f"its arithmetic is float32, query is {query.dtype}"
+    elif not _TRITON:
+        reason = "the package triton is not installed"
+    elif query.is_cuda or (requested == "triton" and _backend("triton").INTERPRETED):
+        return "triton"
+    else:
+        reason = f"query is on the {query.device.type}, where only TRITON_INTERPRET=1 runs kernels"
+    if requested == "triton":
+        raise ValueError(f"backend 'triton' cannot run: {reason}")
+    return "torch"
 
-        keys, grouped_query = _gather_keys(query, key, index)
-        scores = torch.einsum("rhgd,rnhd->rhgn", grouped_query, keys).flatten(1, 2) * scale
-        if softcap is not None:
-            tanh = torch.tanh(scores / softcap)
-            scores = softcap * tanh
-        scores = scores.masked_fill(~visible[:, None], -torch.inf)
-        if sinks is not None:
-            sink_scores = sinks.to(scores.dtype).expand(rows, query_heads)[..., None]
-            alpha = torch.softmax(torch.cat([scores, sink_scores], dim=-1), dim=-1)
-            alpha, sink_alpha = alpha[..., :-1], alpha[..., -1]
-        else:
-            alpha = torch.softmax(scores, dim=-1)
 
-        # (R, n): how often a key is a correct, or a wrong, label of its row.
-        counts = label_offsets.diff().long()
-        label_row = torch.repeat_interleave(torch.arange(rows, device=key.device), counts)
-        label_column = label_positions.long() - key_start.long()[label_row]
-        is_correct = label_is_correct.to(alpha.dtype)
-        correct, wrong = (
-            alpha.new_zeros(rows, len(column)).index_put_(
-                (label_row, label_column), values, accumulate=True
+def _backend(name: str) -> ModuleType:
+    if name == "torch":
+        return torch_backend
+    from abft_kernels import triton_kernels  # exists on Linux alone
+
+    return triton_kernels
+
+
+class Residuals(NamedTuple):
+    """What a forward leaves for the backward, a few numbers a row and head.
+
+    Attributes:
+        peak, total: (R, Hq) each, the row's Normalizer.
+        mean_weight: (R, Hq), G.
+        key_sum: (R, Hq, D), dq over scale and incoming gradient; (0,) where none is wanted.
+    """
+
+    peak: Tensor
+    total: Tensor
+    mean_weight: Tensor
+    key_sum: Tensor
+
+
+def loss_forward(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    rows: Rows,
+    scores: Scores,
+    sinks: Tensor | None,
+    penalty: Tensor,
+    reward: Tensor,
+    head_filter: bool,
+    needs_grad: bool,
+    normalizer: Normalizer | None = None,
+) -> tuple[LabelLoss, Residuals]:
+    """All rows' losses. Given their normalizers, only heads with a loss have their keys read."""
+    if backend == "torch" or query.device.type == "cpu":
+        check_values(key.shape[0], rows)
+    compute = _backend(backend)
+    with torch.autocast(query.device.type, enabled=False):  # it would round scores
+        known = normalizer is not None
+        if not known:
+            normalizer, mean_key = compute.scan_keys(
+                query, key, rows, scores, sinks, sum_keys=needs_grad
             )
-            for values in (is_correct, 1 - is_correct)
-        )
-        correct_mass = torch.einsum("rhn,rn->rh", alpha, correct)
-        wrong_mass = torch.einsum("rhn,rn->rh", alpha, wrong)
-        label_mass = correct_mass + wrong_mass
-        k = counts.to(alpha.dtype)
-        threshold = torch.where(counts > 0, k / (k + lengths.to(alpha.dtype).log()), 0.0)
-        is_induction = label_mass > threshold[:, None]
-        kept = is_induction if head_filter else torch.ones_like(is_induction)
-
-        loss = penalty * wrong_mass + reward * (correct.sum(dim=-1, keepdim=True) - correct_mass)
-        loss = torch.where(kept, loss, 0.0)
-
-        weight = (penalty * wrong - reward * correct)[:, None]
-        mean_weight = (alpha * weight).sum(dim=-1, keepdim=True)
-        grad_scores = alpha * (weight - mean_weight) * kept[..., None]
-        if softcap is not None:
-            grad_scores = grad_scores * (1 - tanh * tanh)
-        grad_sinks = None if sinks is None else -sink_alpha * mean_weight[..., 0] * kept
-
-        ctx.save_for_backward(query, key, sinks, grad_scores, grad_sinks, index, visible)
-        ctx.scale = scale
-        ctx.mark_non_differentiable(label_mass, correct_mass, is_induction)
-        return loss, label_mass, correct_mass, is_induction
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, *_):
-        query, key, sinks, grad_scores, grad_sinks, index, visible = ctx.saved_tensors
-        keys, grouped_query = _gather_keys(query, key, index)
-        group = (keys.shape[2], grouped_query.shape[2])
-        grad_scores = (grad_scores * grad_loss[..., None] * ctx.scale).unflatten(1, group)
-
-        grad_query = grad_key = None
-        if ctx.needs_input_grad[0]:
-            grad_query = torch.einsum("rhgn,rnhd->rhgd", grad_scores, keys)
-            grad_query = grad_query.flatten(1, 2).to(query.dtype)
-        if ctx.needs_input_grad[1]:
-            per_row = torch.einsum("rhgn,rhgd->rnhd", grad_scores, grouped_query)
-            grad_key = torch.zeros_like(key, dtype=per_row.dtype)
-            grad_key.index_add_(0, index[visible], per_row[visible])  # rows may share keys
-            grad_key = grad_key.to(key.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_sinks = (grad_sinks * grad_loss).sum(dim=0).to(sinks.dtype)
-        else:
-            grad_sinks = None
-        return (grad_query, grad_key, grad_sinks, *[None] * 11)
+        found = compute.label_loss(
+            query, key, rows, scores, normalizer, penalty, reward,
+            head_filter=head_filter, sum_keys=needs_grad,
+        )  # fmt: skip
+        if not needs_grad:
+            return found, Residuals(*normalizer, found.mean_weight, found.label_key)
+        if known:
+            active = found.is_induction if head_filter else torch.ones_like(found.is_induction)
+            _, mean_key = compute.scan_keys(
+                query, key, rows, scores, sinks, active=active, sum_keys=True
+            )
+        key_sum = torch.addcmul(found.label_key, found.mean_weight[..., None], mean_key, value=-1)
+    return found, Residuals(*normalizer, found.mean_weight, key_sum)
 
 
-def _gather_keys(query: Tensor, key: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys (R, n, Hkv, D) and queries (R, Hkv, group, D) in the dtype of the arithmetic."""
+def loss_coefficient(
+    grad_loss: Tensor, is_induction: Tensor, head_filter: bool, scores: Scores
+) -> Tensor:
+    """Incoming gradient times the scale, (R, Hq); 0 for heads the filter left out."""
+    coefficient = grad_loss * scores.scale
+    return torch.where(is_induction, coefficient, 0.0) if head_filter else coefficient
+
+
+def loss_grad_key(
+    backend: str, query: Tensor, key: Tensor, rows: Rows, scores: Scores, *args, **kw
+):
+    """The backend's `grad_key`."""
+    with torch.autocast(query.device.type, enabled=False):
+        return _backend(backend).grad_key(query, key, rows, scores, *args, **kw)
+
+
+def loss_grad_sinks(
+    sinks: Tensor, coefficient: Tensor, residuals: Residuals, scores: Scores
+) -> Tensor:
+    """Gradient of the sinks, (Hq,): keys that are no label and have no vector."""
+    alpha = torch.exp(sinks.to(residuals.peak.dtype) - residuals.peak) / residuals.total
+    grad = -(coefficient / scores.scale * alpha * residuals.mean_weight).sum(dim=0)
+    return grad.to(sinks.dtype)
+
+
+@torch.library.custom_op("abft::last_row_loss", mutates_args=())
+def _forward_op(
+    query: Tensor,
+    key: Tensor,
+    sinks: Tensor | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    label_positions: Tensor,
+    label_offsets: Tensor,
+    label_is_correct: Tensor,
+    penalty: Tensor,
+    reward: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    head_filter: bool,
+    backend: str,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = Rows(key_start, key_end, label_positions, label_offsets, label_is_correct)
+    found, residuals = loss_forward(
+        backend, query, key, rows, Scores(scale, softcap, window), sinks,
+        penalty, reward, head_filter, needs_grad,
+    )  # fmt: skip
+    return (*found[:4], *residuals)
+
+
+@_forward_op.register_fake
+def _(query, key, *args):
+    return fake_loss(query, needs_grad=args[-1])
+
+
+def fake_loss(query: Tensor, needs_grad: bool) -> tuple[Tensor, ...]:
+    """Shapes of loss, masses, filter and residuals, for (R, Hq, D) queries."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    key_heads = key.shape[1]
-    return key[index].to(dtype), query.to(dtype).unflatten(1, (key_heads, -1))
+    loss, label_mass, correct_mass, peak, total, mean_weight = (
+        query.new_empty(query.shape[:2], dtype=dtype) for _ in range(6)
+    )
+    is_induction = query.new_empty(query.shape[:2], dtype=torch.bool)
+    key_sum = query.new_empty(query.shape if needs_grad else 0, dtype=dtype)
+    return loss, label_mass, correct_mass, is_induction, peak, total, mean_weight, key_sum
+
+
+@torch.library.custom_op("abft::last_row_loss_grad_key", mutates_args=())
+def _grad_key_op(
+    query: Tensor,
+    key: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    label_positions: Tensor,
+    label_offsets: Tensor,
+    label_is_correct: Tensor,
+    peak: Tensor,
+    total: Tensor,
+    mean_weight: Tensor,
+    coefficient: Tensor,
+    penalty: Tensor,
+    reward: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    backend: str,
+) -> Tensor:
+    rows = Rows(key_start, key_end, label_positions, label_offsets, label_is_correct)
+    return loss_grad_key(
+        backend, query, key, rows, Scores(scale, softcap, window),
+        Normalizer(peak, total), mean_weight, coefficient, penalty, reward,
+    )  # fmt: skip
+
+
+@_grad_key_op.register_fake
+def _(query, key, *_):
+    return key.new_empty(key.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, key, sinks, *indices, penalty, reward, scale, softcap, window = inputs[:13]
+    ctx.head_filter, ctx.backend, needs_grad = inputs[13:]
+    ctx.scores = Scores(scale, softcap, window)
+    _, label_mass, correct_mass, is_induction, *residuals = output
+    ctx.mark_non_differentiable(label_mass, correct_mass, is_induction, *residuals)
+    if needs_grad:
+        ctx.save_for_backward(
+            query, key, sinks, *indices, penalty, reward, is_induction, *residuals
+        )
+
+
+def _backward(ctx, grad_loss, *_):
+    *saved, peak, total, mean_weight, key_sum = ctx.saved_tensors
+    query, key, sinks, *indices, penalty, reward, is_induction = saved
+    residuals = Residuals(peak, total, mean_weight, key_sum)
+    coefficient = loss_coefficient(grad_loss, is_induction, ctx.head_filter, ctx.scores)
+    grad_query = grad_key = grad_sinks = None
+    if ctx.needs_input_grad[0]:
+        grad_query = (coefficient[..., None] * residuals.key_sum).to(query.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_key = _grad_key_op(
+            query, key, *indices, *residuals[:3], coefficient, penalty, reward,
+            *ctx.scores, ctx.backend,
+        )  # fmt: skip
+    if ctx.needs_input_grad[2]:
+        grad_sinks = loss_grad_sinks(sinks, coefficient, residuals, ctx.scores)
+    return (grad_query, grad_key, grad_sinks, *[None] * 13)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def last_row_loss(
@@ -163,111 +282,44 @@ def last_row_loss(
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
         window: the row sees its last `window` keys only; n stays the prompt's length.
         sinks: (Hq,) logits that take part in the softmax and are then dropped (GPT-OSS).
-        backend: `"torch"`, or `"auto"` for the best one there is.
+        backend: `"triton"` (a GPU; arithmetic in float32), `"torch"` (anything), or `"auto"`.
 
     Returns:
         LastRowLoss of four (R, Hq) tensors. A row without labels has loss 0. The gradient reaches
-        query, key and sinks; none passes through the filter.
+        query, key and sinks; none passes through the filter. On a GPU nothing waits for the
+        device, so an index out of its bounds shows as NaN in the row's loss.
 
     Raises:
         ValueError: an argument is malformed; the message names it.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    _check_tensors(
-        query, key, key_start, key_end, label_positions, label_offsets, label_is_correct, sinks
+    rows = Rows(key_start, key_end, label_positions, label_offsets, label_is_correct)
+    check_tensors(query, key, query.shape[0] if query.ndim else 0, rows, sinks)
+    check_options(penalty, reward, scale, softcap, window)
+    loss, label_mass, correct_mass, is_induction, *_ = _forward_op(
+        query,
+        key,
+        sinks,
+        *rows,
+        scalar_like(penalty, query),
+        scalar_like(reward, query),
+        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        None if softcap is None else float(softcap),
+        window,
+        head_filter,
+        choose_backend(query, backend),
+        wants_gradient(query, key, sinks),
     )
-    _check_options(penalty, reward, scale, softcap, window)
-    _check_values(key, key_start, key_end, label_positions, label_offsets)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    # Under autocast einsum would round scores and probabilities to half precision.
-    with torch.autocast(query.device.type, enabled=False):
-        results = _LastRowLossTorch.apply(
-            query,
-            key,
-            sinks,
-            key_start,
-            key_end,
-            label_positions,
-            label_offsets,
-            label_is_correct,
-            penalty,
-            reward,
-            scale,
-            head_filter,
-            softcap,
-            window,
-        )
-    return LastRowLoss(*results)
+    return LastRowLoss(loss, label_mass, correct_mass, is_induction)
 
 
-def _check_tensors(
-    query, key, key_start, key_end, label_positions, label_offsets, label_is_correct, sinks
-) -> None:
-    if query.ndim != 3 or query.shape[0] == 0:
-        raise ValueError(f"query must be (R, Hq, D) with R >= 1, not {tuple(query.shape)}")
-    if not query.is_floating_point():
-        raise ValueError(f"query must be of a floating-point dtype, not {query.dtype}")
-    rows, query_heads, head_dim = query.shape
-    if key.ndim != 3 or key.shape[2] != head_dim:
-        raise ValueError(f"key must be (T, Hkv, D={head_dim}), not {tuple(key.shape)}")
-    if key.dtype != query.dtype:
-        raise ValueError(f"key must have query's dtype {query.dtype}, not {key.dtype}")
-    if key.shape[1] == 0 or query_heads % key.shape[1]:
-        raise ValueError(
-            f"query has {query_heads} heads, not a multiple of key's {key.shape[1]} heads"
-        )
-    labels = label_positions.shape[0] if label_positions.ndim else 0
-    expected = {
-        "key": (key, key.shape, key.dtype),
-        "key_start": (key_start, (rows,), torch.int32),
-        "key_end": (key_end, (rows,), torch.int32),
-        "label_positions": (label_positions, (labels,), torch.int32),
-        "label_offsets": (label_offsets, (rows + 1,), torch.int32),
-        "label_is_correct": (label_is_correct, (labels,), torch.bool),
-    }
-    if sinks is not None:
-        if not sinks.is_floating_point():
-            raise ValueError(f"sinks must be of a floating-point dtype, not {sinks.dtype}")
-        expected["sinks"] = (sinks, (query_heads,), sinks.dtype)
-    for name, (tensor, shape, dtype) in expected.items():
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on query's device {query.device}")
+def scalar_like(value: float | Tensor, query: Tensor) -> Tensor:
+    """A 0-d tensor on query's device, without making the host wait for it."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if isinstance(value, Tensor) and value.device == query.device:
+        return value.detach().to(dtype)
+    return torch.full((), float(value), dtype=dtype, device=query.device)
 
 
-def _check_options(penalty, reward, scale, softcap, window) -> None:
-    for name, value in (("penalty", penalty), ("reward", reward)):
-        if isinstance(value, Tensor):
-            if value.ndim:
-                raise ValueError(f"{name} must be a float or a 0-d tensor")
-        elif not value >= 0:
-            raise ValueError(f"{name} must be at least 0, not {value}")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be above 0, not {scale}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, not {softcap}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, not {window}")
-
-
-def _check_values(key, key_start, key_end, label_positions, label_offsets) -> None:
-    key_start, key_end = key_start.cpu(), key_end.cpu()
-    label_positions, label_offsets = label_positions.cpu(), label_offsets.cpu()
-    if (key_start < 0).any() or (key_start >= key_end).any():
-        raise ValueError("key_start must be at least 0 and below key_end: every row sees a key")
-    if (key_end > key.shape[0]).any():
-        raise ValueError(f"key_end must be at most the number of keys, {key.shape[0]}")
-    counts = label_offsets.diff()
-    if label_offsets[0] != 0 or label_offsets[-1] != len(label_positions) or (counts < 0).any():
-        raise ValueError(
-            f"label_offsets must rise from 0 to the number of labels, {len(label_positions)}"
-        )
-    first = torch.repeat_interleave(key_start, counts)
-    last = torch.repeat_interleave(key_end, counts)
-    if (label_positions < first).any() or (label_positions >= last).any():
-        raise ValueError("label_positions must lie inside their row's key_start:key_end")
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward may come."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -8,62 +8,9 @@ from abft_kernels import last_row_loss, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.last_row_cases import DEVICE, FEATURES, assert_as_good_as_eager, gradients, make_case
+
 pytestmark = pytest.mark.unit
-
-
-def make_case(lengths, labels, query_heads=4, key_heads=2, head_dim=8, dtype=torch.float64, seed=0):
-    """Packed random rows; `labels[r]` label tokens in row r, sharpened so that heads pass S > T."""
-    generator = torch.Generator().manual_seed(seed)
-    ends = torch.tensor(lengths).cumsum(0)
-    starts = ends - torch.tensor(lengths)
-    positions, correct = [], []
-    for start, n, k in zip(starts.tolist(), lengths, labels, strict=True):
-        chosen = torch.randperm(n, generator=generator)[:k].sort().values + start
-        positions += chosen.tolist()
-        correct += (torch.rand(k, generator=generator) < 0.5).tolist()
-    query = torch.randn(len(lengths), query_heads, head_dim, generator=generator, dtype=dtype)
-    key = torch.randn(sum(lengths), key_heads, head_dim, generator=generator, dtype=dtype)
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(labels))
-    group = query_heads // key_heads
-    key[positions] += query[owner].unflatten(1, (key_heads, group))[:, :, 0]
-    return {
-        "query": query,
-        "key": key,
-        "key_start": starts.int(),
-        "key_end": ends.int(),
-        "label_positions": torch.tensor(positions, dtype=torch.int32),
-        "label_offsets": torch.tensor([0, *labels]).cumsum(0).int(),
-        "label_is_correct": torch.tensor(correct, dtype=torch.bool),
-        "penalty": 0.5,
-        "reward": 1.0,
-    }
-
-
-FEATURES = {
-    "plain": {},
-    "no-filter": {"head_filter": False},
-    "softcap": {"softcap": 3.0},
-    "window": {"window": 5},
-    "sinks": {"sinks": torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64)},
-    "all": {
-        "softcap": 3.0,
-        "window": 7,
-        "sinks": torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64),
-        "scale": 0.7,
-    },
-}
-
-
-def gradients(function, case, **options):
-    leaves = {name: case[name].detach().requires_grad_() for name in ("query", "key")}
-    if options.get("sinks") is not None:
-        leaves["sinks"] = options["sinks"].detach().clone().requires_grad_()
-    result = function(**{**case, **options, **leaves})
-    weights = torch.linspace(0.5, 1.5, result.loss.numel(), dtype=result.loss.dtype)
-    grads = torch.autograd.grad(
-        (result.loss * weights.view_as(result.loss)).sum(), list(leaves.values()), allow_unused=True
-    )
-    return result, grads
 
 
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())
@@ -73,9 +20,9 @@ def gradients(function, case, **options):
     ids=["ragged", "one-token", "only-a-label", "all-labels"],
 )
 def test_matches_the_specification(lengths, labels, options):
-    case = make_case(lengths, labels)
-    expected, expected_grads = gradients(reference.last_row_loss, case, **options)
-    actual, actual_grads = gradients(last_row_loss, case, **options)
+    case = make_case(lengths, labels, **options)
+    expected, expected_grads = gradients(reference.last_row_loss, case)
+    actual, actual_grads = gradients(last_row_loss, case)
     for name in ("loss", "label_mass", "correct_mass", "is_induction"):
         torch.testing.assert_close(getattr(actual, name), getattr(expected, name), msg=name)
     for actual_grad, expected_grad in zip(actual_grads, expected_grads, strict=True):
@@ -107,50 +54,31 @@ def test_any_shape_matches_the_specification(rows, heads, head_dim, seed):
 
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())
 def test_gradcheck(options):
-    case = make_case([11, 1, 6], [3, 1, 2], seed=3)
-    options = dict(options)
-    sinks = options.pop("sinks", None)
-    inputs = [case.pop("query").requires_grad_(), case.pop("key").requires_grad_()]
-    if sinks is not None:
-        inputs.append(sinks.clone().requires_grad_())
+    case = make_case([11, 1, 6], [3, 1, 2], seed=3, **options)
+    inputs = [case.pop(name).requires_grad_() for name in ("query", "key")]
+    if "sinks" in case:
+        inputs.append(case.pop("sinks").requires_grad_())
 
     def loss(query, key, sinks=None):
-        return last_row_loss(query, key, **case, **options, sinks=sinks).loss
+        return last_row_loss(query, key, **case, sinks=sinks).loss
 
     assert torch.autograd.gradcheck(loss, inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_error_is_at_most_twice_eagers(dtype):
-    """Eager computes the same row in `dtype` with a float32 softmax, as transformers does."""
-    case = make_case([63, 111, 5], [4, 6, 1], head_dim=60)
-    low = {**case, "query": case["query"].to(dtype), "key": case["key"].to(dtype)}
-    exact = {**low, "query": low["query"].double(), "key": low["key"].double()}
-    truth = reference.last_row_loss(**exact, head_filter=False).loss
-    actual = last_row_loss(**low, head_filter=False).loss
-    assert actual.dtype == torch.float32
-
-    eager = []
-    for row in range(3):
-        keys = low["key"][case["key_start"][row] : case["key_end"][row]].repeat_interleave(2, dim=1)
-        scores = torch.einsum("hd,nhd->hn", low["query"][row], keys) * 60**-0.5
-        alpha = torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype)
-        owned = slice(case["label_offsets"][row], case["label_offsets"][row + 1])
-        on_labels = alpha[:, case["label_positions"][owned] - case["key_start"][row]]
-        correct = case["label_is_correct"][owned]
-        eager.append(
-            0.5 * on_labels[:, ~correct].sum(-1) + (1 - on_labels[:, correct]).float().sum(-1)
-        )
-    eager_error = (torch.stack(eager).double() - truth).abs().max()
-    assert (actual.double() - truth).abs().max() <= 2 * eager_error
+@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())
+def test_error_is_at_most_twice_eagers(options, dtype):
+    case = make_case([63, 111, 5], [4, 6, 1], head_dim=60, dtype=dtype, **options)
+    assert last_row_loss(**case, backend="torch").loss.dtype == torch.float32
+    assert_as_good_as_eager(last_row_loss, case, backend="torch")
 
 
 def test_rows_may_share_keys():
     case = make_case([12, 12], [3, 3])
     case["key"] = case["key"][:12]
     case["label_positions"][3:] -= 12
-    case["key_start"] = torch.zeros(2, dtype=torch.int32)
-    case["key_end"] = torch.full((2,), 12, dtype=torch.int32)
+    case["key_start"] = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    case["key_end"] = torch.full((2,), 12, dtype=torch.int32, device=DEVICE)
     expected, expected_grads = gradients(reference.last_row_loss, case)
     actual, actual_grads = gradients(last_row_loss, case)
     torch.testing.assert_close(actual, expected)
@@ -163,7 +91,9 @@ def test_threshold_is_strict_and_uses_the_natural_logarithm():
     case["query"].zero_()
     result = last_row_loss(**case)
     assert 3 / (3 + math.log(4)) < 3 / 4 and result.is_induction[0].all()
-    torch.testing.assert_close(result.label_mass[0], torch.full((4,), 0.75, dtype=torch.float64))
+    torch.testing.assert_close(
+        result.label_mass[0], torch.full((4,), 0.75, dtype=torch.float64, device=DEVICE)
+    )
     alone = last_row_loss(**make_case([1], [1]))
     assert not alone.is_induction.any()  # S = T = 1
     assert (alone.loss == 0).all()

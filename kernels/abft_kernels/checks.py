@@ -1,0 +1,80 @@
+"""Arguments of the public functions: one clear line for whatever is malformed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from abft_kernels.problem import Rows
+
+
+def check_tensors(query: Tensor, key: Tensor, query_rows: int, rows: Rows, sinks) -> None:
+    """Shapes, dtypes and devices; `query` may hold more rows than the `query_rows` with a loss."""
+    if query.ndim != 3 or query.shape[0] == 0:
+        raise ValueError(f"query must be (R, Hq, D) with R >= 1, not {tuple(query.shape)}")
+    if not query.is_floating_point():
+        raise ValueError(f"query must be of a floating-point dtype, not {query.dtype}")
+    _, query_heads, head_dim = query.shape
+    if key.ndim != 3 or key.shape[2] != head_dim:
+        raise ValueError(f"key must be (T, Hkv, D={head_dim}), not {tuple(key.shape)}")
+    if key.dtype != query.dtype:
+        raise ValueError(f"key must have query's dtype {query.dtype}, not {key.dtype}")
+    if key.shape[1] == 0 or query_heads % key.shape[1]:
+        raise ValueError(
+            f"query has {query_heads} heads, not a multiple of key's {key.shape[1]} heads"
+        )
+    labels = rows.label_positions.shape[0] if rows.label_positions.ndim else 0
+    expected = {
+        "key": (key, key.shape, key.dtype),
+        "key_start": (rows.key_start, (query_rows,), torch.int32),
+        "key_end": (rows.key_end, (query_rows,), torch.int32),
+        "label_positions": (rows.label_positions, (labels,), torch.int32),
+        "label_offsets": (rows.label_offsets, (query_rows + 1,), torch.int32),
+        "label_is_correct": (rows.label_is_correct, (labels,), torch.bool),
+    }
+    if sinks is not None:
+        if not sinks.is_floating_point():
+            raise ValueError(f"sinks must be of a floating-point dtype, not {sinks.dtype}")
+        expected["sinks"] = (sinks, (query_heads,), sinks.dtype)
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on query's device {query.device}")
+
+
+def check_options(penalty, reward, scale, softcap, window) -> None:
+    """Numbers that are given to the host; tensors are taken as they are."""
+    for name, value in (("penalty", penalty), ("reward", reward)):
+        if isinstance(value, Tensor):
+            if value.ndim:
+                raise ValueError(f"{name} must be a float or a 0-d tensor")
+        elif not value >= 0:
+            raise ValueError(f"{name} must be at least 0, not {value}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be above 0, not {scale}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be above 0, not {softcap}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, not {window}")
+
+
+def check_values(tokens: int, rows: Rows) -> None:
+    """Indices lie where they must; waits for the device, so kernels do without (they yield NaN)."""
+    key_start, key_end = rows.key_start.cpu(), rows.key_end.cpu()
+    label_positions, label_offsets = rows.label_positions.cpu(), rows.label_offsets.cpu()
+    if (key_start < 0).any() or (key_start >= key_end).any():
+        raise ValueError("key_start must be at least 0 and below key_end: every row sees a key")
+    if (key_end > tokens).any():
+        raise ValueError(f"key_end must be at most the number of keys, {tokens}")
+    counts = label_offsets.diff()
+    if label_offsets[0] != 0 or label_offsets[-1] != len(label_positions) or (counts < 0).any():
+        raise ValueError(
+            f"label_offsets must rise from 0 to the number of labels, {len(label_positions)}"
+        )
+    first = torch.repeat_interleave(key_start, counts)
+    last = torch.repeat_interleave(key_end, counts)
+    if (label_positions < first).any() or (label_positions >= last).any():
+        raise ValueError("label_positions must lie inside their row's key_start:key_end")

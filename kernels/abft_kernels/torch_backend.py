@@ -1,0 +1,166 @@
+"""What the kernels compute, in plain torch: for CPUs, float64, and platforms without Triton.
+
+Same functions and results as `triton_kernels`. Rows are taken one after the other, all their heads
+at once, so memory is linear in the longest row. Arithmetic is float64: in float32 a label's score
+and the same score inside its row's sum would be rounded differently, as matrix products of
+different shapes are. Autocast must be off.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from abft_kernels.problem import LabelLoss, Normalizer, Rows, Scores
+
+
+def scan_keys(
+    query: Tensor,
+    key: Tensor,
+    rows: Rows,
+    scores: Scores,
+    sinks: Tensor | None,
+    *,
+    active: Tensor | None = None,
+    sum_keys: bool,
+) -> tuple[Normalizer, Tensor]:
+    """Every row's normalizer and sum_j alpha_j c_j k_j, (R, Hq, D).
+
+    With `active`, (R, Hq) bool, nothing is computed for other heads: the sums are 0.
+    """
+    grouped = _grouped(query, key)
+    dtype = _result_dtype(query)
+    normalizer = Normalizer(*(query.new_zeros(query.shape[:2], dtype=dtype) for _ in range(2)))
+    mean_key = query.new_zeros(query.shape if sum_keys else 0, dtype=dtype)
+    wanted = range(len(query)) if active is None else active.any(dim=1).nonzero()[:, 0].tolist()
+    for row in wanted:
+        first, end = _visible(rows, scores, row)
+        keys = key[first:end].to(grouped.dtype)
+        row_scores, slope = _cap(torch.einsum("hgd,nhd->hgn", grouped[row], keys), scores)
+        peak = row_scores.amax(dim=-1).to(dtype).to(row_scores.dtype)
+        weight = torch.exp(row_scores - peak[..., None])
+        total = weight.sum(dim=-1)
+        if sinks is not None:
+            total += torch.exp(sinks.to(total.dtype).view_as(total) - peak)
+        normalizer.peak[row], normalizer.total[row] = peak.flatten(), total.flatten()
+        if sum_keys:
+            weight *= slope / total[..., None]
+            mean_key[row] = torch.einsum("hgn,nhd->hgd", weight, keys).flatten(0, 1)
+    if sum_keys and active is not None:
+        mean_key *= active[..., None]
+    return normalizer, mean_key
+
+
+def label_loss(
+    query: Tensor,
+    key: Tensor,
+    rows: Rows,
+    scores: Scores,
+    normalizer: Normalizer,
+    penalty: Tensor,
+    reward: Tensor,
+    *,
+    head_filter: bool,
+    sum_keys: bool,
+) -> LabelLoss:
+    """Losses and masses of all rows, given their normalizers."""
+    grouped = _grouped(query, key)
+    counts = rows.label_offsets.diff().long()
+    owner = torch.repeat_interleave(torch.arange(len(query), device=query.device), counts)
+    positions = rows.label_positions.long()
+    keys = key[positions].to(grouped.dtype)  # (M, Hkv, D)
+    label_scores, slope = _cap(torch.einsum("mhgd,mhd->mhg", grouped[owner], keys), scores)
+    # Rounding must not lift a probability above 1, where S = T = 1 is no induction head.
+    alpha = torch.exp(label_scores.flatten(1) - normalizer.peak[owner]) / normalizer.total[owner]
+    alpha = alpha.clamp_max(1.0)
+    if scores.window is not None:
+        first = rows.key_end[owner].long() - scores.window
+        alpha = alpha * (positions >= first)[:, None]
+
+    def by_row(values: Tensor) -> Tensor:
+        return values.new_zeros(len(query), *values.shape[1:]).index_add_(0, owner, values)
+
+    is_correct = rows.label_is_correct.to(alpha.dtype)[:, None]
+    correct_mass, wrong_mass = by_row(alpha * is_correct), by_row(alpha * (1 - is_correct))
+    label_mass = correct_mass + wrong_mass
+    lengths = (rows.key_end - rows.key_start).to(alpha.dtype)
+    threshold = torch.where(counts > 0, counts / (counts + lengths.log()), 0.0)
+    is_induction = label_mass > threshold[:, None]
+    loss = penalty * wrong_mass + reward * (by_row(is_correct) - correct_mass)
+    if head_filter:
+        loss = torch.where(is_induction, loss, 0.0)
+
+    label_key = alpha.new_empty(0)
+    if sum_keys:
+        weight = alpha * slope.flatten(1) * (penalty - (penalty + reward) * is_correct)
+        weight = weight.unflatten(1, grouped.shape[1:3])
+        label_key = by_row(torch.einsum("mhg,mhd->mhgd", weight, keys).flatten(1, 2))
+    mean_weight = penalty * wrong_mass - reward * correct_mass
+    dtype = _result_dtype(query)
+    masses = (t.to(dtype) for t in (loss, label_mass, correct_mass))
+    return LabelLoss(*masses, is_induction, mean_weight.to(dtype), label_key.to(dtype))
+
+
+def grad_key(
+    query: Tensor,
+    key: Tensor,
+    rows: Rows,
+    scores: Scores,
+    normalizer: Normalizer,
+    mean_weight: Tensor,
+    coefficient: Tensor,
+    penalty: Tensor,
+    reward: Tensor,
+    *,
+    accumulate_into: Tensor | None = None,
+) -> Tensor:
+    """Gradient of the keys, (T, Hkv, D), new or added in place to one that is there.
+
+    `coefficient`, (R, Hq), is the incoming gradient times the scale, 0 for heads without a loss.
+    """
+    grouped = _grouped(query, key)
+    groups = grouped.shape[1:3]
+    grad = key.new_zeros(key.shape, dtype=grouped.dtype)
+    offsets = rows.label_offsets.tolist()
+    label_weight = torch.where(rows.label_is_correct, -reward, penalty).to(grouped.dtype)
+    for row in (coefficient != 0).any(dim=1).nonzero()[:, 0].tolist():
+        first, end = _visible(rows, scores, row)
+        keys = key[first:end].to(grouped.dtype)
+        row_scores, slope = _cap(torch.einsum("hgd,nhd->hgn", grouped[row], keys), scores)
+        peak, total = (part[row].view(groups)[..., None] for part in normalizer)
+        alpha = torch.exp(row_scores - peak) / total
+        owned = slice(offsets[row], offsets[row + 1])
+        column = rows.label_positions[owned].long() - first
+        inside = column >= 0  # a window may hide labels
+        weight = alpha.new_zeros(end - first)
+        weight.index_add_(0, column[inside], label_weight[owned][inside])
+        grad_scores = alpha * (weight - mean_weight[row].view(groups)[..., None]) * slope
+        grad_scores *= coefficient[row].view(groups)[..., None]
+        grad[first:end] += torch.einsum("hgn,hgd->nhd", grad_scores, grouped[row])
+    if accumulate_into is None:
+        return grad.to(key.dtype)
+    return accumulate_into.add_(grad)
+
+
+def _grouped(query: Tensor, key: Tensor) -> Tensor:
+    """Queries by key head, (R, Hkv, group, D), in the dtype of the arithmetic."""
+    dtype = torch.float32 if query.device.type == "mps" else torch.float64  # mps has no float64
+    return query.to(dtype).unflatten(1, (key.shape[1], -1))
+
+
+def _result_dtype(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+def _cap(products: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """Scores of `query @ key`, and their slope c: d score / d (scale * query @ key)."""
+    products = products * scores.scale
+    if scores.softcap is None:
+        return products, torch.ones_like(products)
+    tanh = torch.tanh(products / scores.softcap)
+    return scores.softcap * tanh, 1 - tanh * tanh
+
+
+def _visible(rows: Rows, scores: Scores, row: int) -> tuple[int, int]:
+    first, end = int(rows.key_start[row]), int(rows.key_end[row])
+    return first if scores.window is None else max(first, end - scores.window), end

@@ -1,0 +1,210 @@
+"""Attention and loss in one op: equal to attention and loss one after the other, under autograd."""
+
+import itertools
+
+import pytest
+import torch
+from abft_kernels import (
+    choose_attention,
+    flash_attention_with_last_row_loss,
+    last_row_loss,
+    reference,
+)
+from abft_kernels.problem import Scores
+from abft_kernels.separate_attention import explicit_attention, visible_keys
+
+from tests.last_row_cases import DEVICE, eager, error, make_case
+
+pytestmark = pytest.mark.unit
+FEATURES = {
+    "plain": {},
+    "no-filter": {"head_filter": False},
+    "window": {"window": 7},
+    "sinks": {"sinks": True},
+    "softcap": {"softcap": 3.0},
+    "all": {"softcap": 3.0, "window": 7, "sinks": True, "scale": 0.7},
+}
+LENGTHS, LABELS = [23, 1, 9, 40], [4, 1, 0, 6]
+
+
+def make_fused(dtype, query_heads=4, key_heads=2, head_dim=16, **options):
+    """Queries of every row whose last rows are those of `make_case`."""
+    case = make_case(
+        LENGTHS, LABELS, query_heads, key_heads, head_dim, dtype, sharpness=2.0, **options
+    )
+    case["cu_seqlens"] = torch.cat([case.pop("key_start")[:1] * 0, case.pop("key_end")])
+    generator = torch.Generator().manual_seed(1)
+    shape = (sum(LENGTHS), query_heads, head_dim)
+    q = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+    q[case["cu_seqlens"][1:].long() - 1] = case.pop("query")
+    v = torch.randn(shape, generator=generator, dtype=torch.float64)[:, :key_heads]
+    case |= {"q": q, "k": case.pop("key"), "v": v.to(dtype).to(DEVICE)}
+    return case
+
+
+def one_after_the_other(q, k, v, cu_seqlens, *labels, sinks=None, **options):
+    """The specification: the attention matrix written out, the loss from its own function."""
+    bounds = list(itertools.pairwise(cu_seqlens.tolist()))
+    scale = options.get("scale") or q.shape[-1] ** -0.5
+    scores = Scores(scale, options.get("softcap"), options.get("window"))
+    outs = []
+    for a, b in bounds:
+        prompt = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
+        mask = visible_keys(b - a, scores.window, q.device)
+        outs.append(explicit_attention(*prompt, mask, scores, sinks)[0][0].transpose(0, 1))
+    ends = cu_seqlens[1:]
+    result = reference.last_row_loss(
+        q[ends.long() - 1], k, cu_seqlens[:-1], ends, *labels, sinks=sinks, **options
+    )
+    return torch.cat(outs), result
+
+
+def run(function, case, use=("out", "loss"), **options):
+    """Output, results and the gradients of all inputs."""
+    names = [name for name in ("q", "k", "v", "sinks") if name in case]
+    leaves = {name: case[name].detach().clone().requires_grad_() for name in names}
+    arguments = {**case, **options, **leaves}
+    positional = [
+        arguments.pop(name)
+        for name in (
+            "q", "k", "v", "cu_seqlens", "label_positions", "label_offsets", "label_is_correct"
+        )
+    ]  # fmt: skip
+    out, result = function(*positional, **arguments)
+    total = 0.0
+    if "out" in use:
+        weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64, device=DEVICE)
+        total = total + (out * weights.view_as(out).to(out.dtype)).sum()
+    if "loss" in use:
+        weights = torch.linspace(1, 2, result.loss.numel(), dtype=torch.float64, device=DEVICE)
+        total = total + (result.loss * weights.view_as(result.loss)).sum()
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return out, result, dict(zip(names, grads, strict=True))
+
+
+fused = flash_attention_with_last_row_loss
+
+
+@pytest.mark.parametrize("use", [("out", "loss"), ("loss",), ("out",)], ids="+".join)
+@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (7, 1)], ids=str)
+def test_equals_one_after_the_other(heads, options, use):
+    case = make_fused(torch.float64, *heads, **options)
+    out, result, grads = run(fused, case, use)
+    expected_out, expected, expected_grads = run(one_after_the_other, case, use)
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(tuple(result), tuple(expected))
+    assert expected.is_induction.any() and not expected.is_induction.all()
+    for name, exact in expected_grads.items():
+        pair = (torch.zeros_like(case[name]) if g is None else g for g in (grads[name], exact))
+        torch.testing.assert_close(*pair, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())
+def test_sixteen_bits_take_the_attentions_log_sum_exp(options, backend):
+    """And lose no more than eager attention does, though the CPU's log-sum-exp is not exact."""
+    case = make_fused(torch.float16, **options)
+    double = {n: t.double() if n in ("q", "k", "v", "sinks") else t for n, t in case.items()}
+    out, result, grads = run(fused, case, backend=backend)
+    exact_out, exact, exact_grads = run(one_after_the_other, double)
+    assert torch.equal(result.is_induction, exact.is_induction)
+    ends = case["cu_seqlens"][1:]
+    last = {n: case[n] for n in ("label_positions", "label_offsets", "label_is_correct")}
+    last |= {"query": case["q"][ends.long() - 1], "key": case["k"], "key_end": ends}
+    last |= {"key_start": case["cu_seqlens"][:-1], "penalty": 0.5, "reward": 1.0}
+    last |= {n: case[n] for n in ("sinks",) if n in case}
+    last |= {n: v for n, v in options.items() if n != "sinks"}
+    base = eager(**last, threshold_from=exact.is_induction)
+    for ours, theirs, true in zip(result[:3], base[:3], exact[:3], strict=True):
+        assert ours.dtype == torch.float32 and error(ours, true) <= error(theirs, true)
+    assert error(out, exact_out) <= 2e-3
+    for name, exact_grad in exact_grads.items():
+        assert error(grads[name], exact_grad) <= 4e-3, name
+
+
+def test_heads_without_a_loss_have_no_gradient_from_it():
+    case = make_fused(torch.float32)
+    _, result, grads = run(fused, case, use=("loss",))
+    induction = result.is_induction.unflatten(1, (2, 2)).any(2)  # (R, Hkv)
+    for row, (a, b) in enumerate(itertools.pairwise(case["cu_seqlens"].tolist())):
+        assert torch.equal(grads["k"][a:b].abs().sum((0, 2)) > 0, induction[row])
+    assert (grads["v"] == 0).all()
+
+
+def test_without_gradient_nothing_is_kept_for_it():
+    case = make_fused(torch.float32)
+    with torch.no_grad():
+        out, result = fused(**case)
+    assert not out.requires_grad and not result.loss.requires_grad
+    expected_out, expected, _ = run(fused, case)
+    assert torch.equal(out, expected_out) and torch.equal(result.loss, expected.loss)
+
+
+def test_dropout_leaves_the_loss_alone():
+    case = make_fused(torch.float32)
+    out, result, _ = run(fused, case)
+    dropped, same, grads = run(fused, case, dropout=0.5)
+    torch.testing.assert_close(tuple(same), tuple(result))
+    assert not torch.allclose(out, dropped) and grads["v"].isfinite().all()
+
+
+def test_masses_carry_no_gradient():
+    case = make_fused(torch.float32)
+    case["q"].requires_grad_()
+    out, result = fused(**case)
+    assert out.requires_grad and result.loss.requires_grad
+    assert not result.label_mass.requires_grad and not result.correct_mass.requires_grad
+
+
+def test_the_choice_is_named_and_explained():
+    q = torch.zeros(3, 4, 8)
+    name, reasons = choose_attention(q)
+    assert name == "sdpa" and "flash-attn:" in reasons and "varlen: it runs on a GPU" in reasons
+    name, reasons = choose_attention(q, softcap=2.0)
+    assert name == "separate" and "sdpa: it has no soft-cap" in reasons
+    assert choose_attention(q, dropout=0.1)[0] == "separate"
+    with pytest.raises(ValueError, match="attention varlen: it runs on a GPU, not on the cpu"):
+        choose_attention(q, requested="varlen")
+    with pytest.raises(ValueError, match="attention must be one of auto, flash-attn"):
+        choose_attention(q, requested="fastest")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": torch.zeros(3, 2, 8)}, "v must be like k"),
+        ({"cu_seqlens": torch.tensor([0, 80], dtype=torch.int32)}, "label_offsets"),
+        ({"penalty": -1.0}, "penalty"),
+    ],
+    ids=["v", "cu_seqlens", "penalty"],
+)
+def test_a_bad_argument_is_named(change, message):
+    case = {**make_fused(torch.float32), **change}
+    with pytest.raises(ValueError, match=message):
+        fused(**case)
+
+
+def test_attention_alone_when_there_are_no_labels():
+    case = make_fused(torch.float32)
+    expected, _, _ = run(fused, case)
+    empty = {
+        "label_positions": case["label_positions"][:0],
+        "label_offsets": torch.zeros_like(case["label_offsets"]),
+        "label_is_correct": case["label_is_correct"][:0],
+    }
+    out, result, grads = run(fused, {**case, **empty}, use=("loss",))
+    assert torch.equal(out, expected) and (result.loss == 0).all()
+    assert all((grad == 0).all() for grad in grads.values())
+
+
+def test_standalone_and_fused_agree_on_a_layer():
+    case = make_fused(torch.float16)
+    _, fused_result, _ = run(fused, case)
+    ends = case["cu_seqlens"][1:]
+    labels = (case[n] for n in ("label_positions", "label_offsets", "label_is_correct"))
+    alone = last_row_loss(
+        case["q"][ends.long() - 1], case["k"], case["cu_seqlens"][:-1], ends, *labels,
+        penalty=0.5, reward=1.0,
+    )  # fmt: skip
+    torch.testing.assert_close(tuple(fused_result), tuple(alone), atol=2e-4, rtol=2e-4)
