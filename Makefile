@@ -1,4 +1,4 @@
-.PHONY: install train test lint builtin-model readme clean
+.PHONY: install train test lint builtin-model readme kernels-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -34,6 +34,10 @@ builtin-model: install
 # README's table of options, from the definitions in abft_fast/config.py.
 readme: install
 	$(BIN)/python -m abft_fast.options_table README.md
+
+# Every variant of the kernels for every GPU target; no GPU needed, an hour on two cores.
+kernels-report: install
+	$(BIN)/python kernels/compile_report.py --output docs/kernels.md
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

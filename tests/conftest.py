@@ -12,6 +12,19 @@ if not torch.cuda.is_available():  # read when kernels are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+_RUN_ON_THE_GPU = ("test_triton_kernels", "test_fused", "test_last_row_loss", "test_torch_library")
+
+
+def pytest_collection_modifyitems(items):
+    """With a GPU, what runs on it is marked so; without one, what needs it is skipped."""
+    for item in items:
+        if not torch.cuda.is_available():
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+        elif item.module.__name__.rpartition(".")[2] in _RUN_ON_THE_GPU:
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # read once, when kernels are deco
 # Programs that keep a processor's memory busy, and the fewest keys that are worth one.
 _PROGRAMS_PER_PROCESSOR = 8
 _KEYS_PER_SPLIT = 512
+_TILE_BYTES = 16384  # of keys; three are in flight, on cards with 99 KiB for a program
 
 
 @triton.jit
@@ -535,8 +536,8 @@ class _Shape:
         self.dim_block = max(16, triton.next_power_of_2(self.head_dim))
         self.group = self.query_heads // self.key_heads
         self.group_block = max(16, triton.next_power_of_2(self.group))
-        wide = self.dim_block > 128 or query.element_size() > 2
-        self.key_block = 32 if wide else 64
+        row_bytes = self.dim_block * query.element_size()
+        self.key_block = max(16, min(64, _TILE_BYTES // row_bytes))
 
     def constants(self) -> dict[str, int]:
         return {

@@ -1,0 +1,294 @@
+"""Compile every variant of the kernels for every GPU there is a compiler for, without a GPU.
+
+    python kernels/compile_report.py [--quick] [--output docs/kernels.md]
+
+The launchers themselves run, on CPU tensors and a driver that only names a target; what they would
+launch is recorded and compiled ahead of time. The compiled code says which registers, spills and
+shared memory it needs, and so how many programs a processor can hold. Exit code 1: one did not
+compile, or a head dimension up to 128 spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from abft_kernels import triton_kernels
+from abft_kernels.problem import Rows, Scores
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+GROUPS = (4, 32)  # query heads a key head: up to 16 share one tile size, 32 have the next
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Processor(NamedTuple):
+    """One GPU's target and what one of its processors holds; AMD's registers are a lane's."""
+
+    target: GPUTarget
+    shared_kib: int
+    warps: int
+
+
+PROCESSORS = {
+    "sm_80": Processor(GPUTarget("cuda", 80, 32), 164, 64),
+    "sm_86": Processor(GPUTarget("cuda", 86, 32), 100, 48),
+    "sm_89": Processor(GPUTarget("cuda", 89, 32), 100, 48),
+    "sm_90": Processor(GPUTarget("cuda", 90, 32), 228, 64),
+    "sm_100": Processor(GPUTarget("cuda", 100, 32), 228, 64),
+    "gfx90a": Processor(GPUTarget("hip", "gfx90a", 64), 64, 32),
+    "gfx942": Processor(GPUTarget("hip", "gfx942", 64), 64, 32),
+}
+
+
+class Variant(NamedTuple):
+    """What a user's model decides."""
+
+    head_dim: int
+    dtype: torch.dtype
+    group: int
+    softcap: float | None
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel needs, and how many of its programs a processor holds at once."""
+
+    registers: int
+    spilled: int
+    shared: int
+    programs: int
+
+
+class _TargetDriver:
+    """Enough of a Triton driver to launch nothing on a target that is not here."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def recorded_launches(target: GPUTarget, run: Callable[[], None]) -> Iterator[tuple]:
+    """Distinct compilations `run` asks for on a target: (kernel, what the launch specialized)."""
+    found = {}
+
+    def hook(*, key, fn, compile, **_):
+        found[fn.name, key] = fn.jit_function, compile
+        return True  # compile and launch nothing
+
+    triton.runtime.driver.set_active(_TargetDriver(target))
+    triton.knobs.runtime.jit_cache_hook = hook
+    try:
+        run()
+    finally:
+        triton.knobs.runtime.jit_cache_hook = None
+    return found.values()
+
+
+def run_all(variant: Variant) -> None:
+    """Call every launcher, with and without what comes and goes between calls."""
+    key_heads = 2
+    shape = (2, key_heads * variant.group, variant.head_dim)
+    query = torch.zeros(shape, dtype=variant.dtype)
+    key = torch.zeros(64, key_heads, variant.head_dim, dtype=variant.dtype)
+    indices = torch.zeros(3, dtype=torch.int32)
+    rows = Rows(indices[:2], indices[:2], indices, indices, indices.bool())
+    scores = Scores(1.0, variant.softcap, None)
+    per_head = torch.zeros(shape[:2])
+    active = per_head.bool()
+    factor = torch.zeros(())
+    for sinks, selected, sum_keys in (
+        (None, None, False),
+        (None, None, True),
+        (torch.zeros(shape[1], dtype=variant.dtype), None, True),
+        (None, active, True),
+    ):
+        normalizer, _ = triton_kernels.scan_keys(
+            query, key, rows, scores, sinks, active=selected, sum_keys=sum_keys
+        )
+    for head_filter, sum_keys in itertools.product((True, False), repeat=2):
+        triton_kernels.label_loss(
+            query, key, rows, scores, normalizer, factor, factor,
+            head_filter=head_filter, sum_keys=sum_keys,
+        )  # fmt: skip
+    for grad in (None, torch.zeros_like(key)):
+        triton_kernels.grad_key(
+            query, key, rows, scores, normalizer, per_head, per_head, factor, factor,
+            accumulate_into=grad,
+        )  # fmt: skip
+
+
+def compile_launch(processor: Processor, kernel, launch: dict) -> Resources:
+    """Compile one recorded launch and read what it needs out of the binary."""
+    source = ASTSource(kernel, launch["signature"], launch["constants"], launch["configs"][0])
+    options = {n: launch[n] for n in ("num_warps", "num_stages", "enable_fp_fusion")}
+    compiled = triton.compile(source, target=processor.target, options=options)
+    shared, warps = compiled.metadata.shared, launch["num_warps"]
+    if processor.target.backend == "hip":
+        assembly = compiled.asm["amdgcn"]
+        registers = _amd_count(assembly, "vgpr_count") + _amd_count(assembly, "agpr_count")
+        spilled = _amd_count(assembly, "vgpr_spill_count")
+        # Four SIMDs a processor, 512 registers a lane each.
+        by_registers = 4 * min(512 // _ceil(registers, 8), 8) // warps
+    else:
+        usage = _cuda_usage(compiled.asm["cubin"])
+        registers, spilled = usage["REG"], usage["STACK"] + usage["LOCAL"]
+        by_registers = 65536 // (_ceil(registers, 8) * 32 * warps)
+        shared += 1024  # the system's own
+    by_shared = processor.shared_kib * 1024 // max(shared, 1)
+    programs = min(by_registers, by_shared, processor.warps // warps)
+    return Resources(registers, spilled, shared, programs)
+
+
+def _ceil(value: int, unit: int) -> int:
+    return -(-max(value, 1) // unit) * unit
+
+
+def _amd_count(assembly: str, name: str) -> int:
+    found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+    return int(found[1]) if found else 0
+
+
+def _cuda_usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+
+
+def compile_variant(job: tuple[str, Variant]) -> list[tuple[str, str, Variant, Resources | str]]:
+    """Everything one variant needs on one target; an error's first line instead of resources."""
+    name, variant = job
+    processor = PROCESSORS[name]
+    results = []
+    for kernel, launch in recorded_launches(processor.target, lambda: run_all(variant)):
+        try:
+            found = compile_launch(processor, kernel, launch)
+        except Exception as error:
+            found = str(error).splitlines()[0] if str(error) else repr(error)
+        results.append((name, kernel.__name__.strip("_").removesuffix("_kernel"), variant, found))
+    return results
+
+
+def quick_jobs() -> list[tuple[str, Variant]]:
+    """One variant of each kind that the rest resemble."""
+    variants = [
+        Variant(128, torch.bfloat16, 4, None),
+        Variant(80, torch.float16, 32, 50.0),
+        Variant(64, torch.float32, 4, 50.0),
+    ]
+    jobs = [(name, variants[0]) for name in PROCESSORS]
+    return jobs + [(name, variant) for name in ("sm_80", "sm_90") for variant in variants[1:]]
+
+
+def all_jobs() -> list[tuple[str, Variant]]:
+    variants = itertools.product(HEAD_DIMS, DTYPES, GROUPS, (None, 50.0))
+    return [(name, Variant(*v)) for v in variants for name in PROCESSORS]
+
+
+def report(results: list[tuple[str, str, Variant, Resources]]) -> str:
+    """A Markdown table: kernel, dtype and head dimension by target, the worst of its variants."""
+    worst = defaultdict(lambda: Resources(0, 0, 0, 1 << 30))
+    for target, kernel, variant, found in results:
+        row = (kernel, str(variant.dtype).removeprefix("torch."), variant.head_dim, target)
+        so_far = worst[row]
+        worst[row] = Resources(
+            *(max(a, b) for a, b in zip(so_far[:3], found[:3], strict=True)),
+            min(so_far.programs, found.programs),
+        )
+    targets = [name for name in PROCESSORS if any(row[3] == name for row in worst)]
+    lines = [
+        "| kernel | dtype | D | " + " | ".join(targets) + " |",
+        "|---|---|---|" + "---|" * len(targets),
+    ]
+    for kernel, dtype, head_dim in sorted({row[:3] for row in worst}):
+        cells = []
+        for target in targets:
+            found = worst.get((kernel, dtype, head_dim, target))
+            if found is None:
+                cells.append("-")
+                continue
+            spill = f" **spills {found.spilled}**" if found.spilled else ""
+            cells.append(f"{found.registers} / {found.shared / 1024:.0f} / {found.programs}{spill}")
+        lines.append(f"| {kernel} | {dtype} | {head_dim} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+HEADER = """# What the kernels need
+
+Written by `make kernels-report` (Triton {version}). A cell is *registers a thread / shared memory a
+program in KiB / programs a processor can hold at once*, each the worst over {groups} query heads a
+key head, with and without soft-cap, sinks and gradient. Nothing here was run: these are figures of
+the compiled code.
+
+{variants} kernels were compiled; {spills} of them spill, {small_spills} with a head dimension up to
+128.
+
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few variants of each kind")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    if triton_kernels.INTERPRETED:
+        sys.exit("TRITON_INTERPRET is set: kernels are interpreted, nothing can be compiled")
+
+    jobs = quick_jobs() if options.quick else all_jobs()
+    results = []
+    with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        for done, found in enumerate(pool.imap(compile_variant, jobs, chunksize=1), 1):
+            results += found
+            print(f"\r{done}/{len(jobs)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+    failed = [(*row, found) for *row, found in results if isinstance(found, str)]
+    for target, kernel, variant, line in failed:
+        print(f"{target} {kernel} {variant}: {line}", file=sys.stderr)
+    compiled = [row for row in results if not isinstance(row[3], str)]
+    spills = [row for row in compiled if row[3].spilled]
+    small_spills = [row for row in spills if row[2].head_dim <= 128]
+    for target, kernel, variant, found in small_spills:
+        print(f"{target} {kernel} {variant} spills {found.spilled} bytes", file=sys.stderr)
+    text = HEADER.format(
+        version=triton.__version__,
+        groups=" and ".join(map(str, GROUPS)),
+        variants=len(compiled),
+        spills=len(spills),
+        small_spills=len(small_spills),
+    ) + report(compiled)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+    sys.exit(1 if failed or small_spills else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Kernels compile for every GPU without one, and changing sizes compile nothing new."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.unit
+KERNELS_FOLDER = Path(__file__).parents[2] / "kernels"
+
+
+def run_compiled(*arguments):
+    """A process of its own: this one's kernels are interpreted."""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (KERNELS_FOLDER, KERNELS_FOLDER.parent)))
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_representative_variants_compile_for_every_target_without_spills():
+    run = run_compiled(KERNELS_FOLDER / "compile_report.py", "--quick")
+    assert run.returncode == 0, run.stderr
+    for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx90a", "gfx942"):
+        assert target in run.stdout
+    for kernel in ("scan_keys", "combine_splits", "label_loss", "grad_key"):
+        assert f"| {kernel} | bfloat16 | 128 |" in run.stdout
+    assert "spills" not in run.stdout.split("| kernel |")[1]
+
+
+COUNT_COMPILATIONS = """
+import torch
+from compile_report import PROCESSORS, recorded_launches
+from abft_kernels.last_row_loss import _forward_op, _grad_key_op
+from tests.last_row_cases import make_case
+
+def launch(lengths, labels, **options):
+    # The launchers' own results are never written here, so only what they launch matters.
+    case = make_case(lengths, labels, dtype=torch.bfloat16, head_dim=64, **options)
+    leaves = case["query"], case["key"], None
+    indices = [case[n] for n in (
+        "key_start", "key_end", "label_positions", "label_offsets", "label_is_correct")]
+    factors = [torch.tensor(float(case[n])) for n in ("penalty", "reward")]
+    tail = (0.125, None, case.get("window"))
+    *_, peak, total, mean_weight, _ = _forward_op(
+        *leaves, *indices, *factors, *tail, True, "triton", True)
+    coefficient = torch.ones_like(peak)
+    _grad_key_op(*leaves[:2], *indices, peak, total, mean_weight, coefficient, *factors, *tail,
+                 "triton")
+
+def count(*calls):
+    def run():
+        for lengths, labels, options in calls:
+            launch(lengths, labels, **options)
+    return len(recorded_launches(PROCESSORS["sm_90"].target, run))
+
+first = ([300, 40], [4, 4], {})
+others = [
+    ([301, 40, 7], [5, 4, 1], {"penalty": 0.7}),
+    ([1], [1], {"penalty": 0.0, "reward": 3.0}),
+    ([16], [16], {"window": 16}),
+    ([4000, 1, 1], [64, 0, 1], {"window": 1}),
+    ([1] * 16, [0] * 16, {}),
+]
+print(count(first), count(first, *others))
+"""
+
+
+def test_new_lengths_counts_and_penalties_compile_nothing():
+    run = run_compiled("-c", COUNT_COMPILATIONS)
+    assert run.returncode == 0, run.stderr
+    alone, together = map(int, run.stdout.split())
+    assert alone == 4  # one of each kernel
+    assert together == alone

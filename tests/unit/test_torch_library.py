@@ -1,0 +1,83 @@
+"""Both ops obey torch.library's rules, and torch.compile goes through them in one graph."""
+
+import pytest
+import torch
+from abft_kernels import flash_attention_with_last_row_loss, last_row_loss
+
+from tests.last_row_cases import DEVICE, make_case
+from tests.unit.test_fused import make_fused, run
+
+pytestmark = pytest.mark.unit
+BACKENDS = ["torch", "triton"]
+LABELS = ("label_positions", "label_offsets", "label_is_correct")
+
+
+def standalone_arguments(backend, grad=True, **options):
+    case = make_case([17, 9], [4, 2], dtype=torch.float32, head_dim=16, **options)
+    leaves = (case[name].requires_grad_(grad) for name in ("query", "key"))
+    sinks = case["sinks"].requires_grad_(grad) if "sinks" in case else None
+    indices = (case[name] for name in ("key_start", "key_end", *LABELS))
+    factors = torch.tensor(0.5, device=DEVICE), torch.tensor(1.0, device=DEVICE)
+    softcap, window = case.get("softcap"), case.get("window")
+    return (*leaves, sinks, *indices, *factors, 0.25, softcap, window, True, backend, grad)
+
+
+def fused_arguments(backend, grad=True, **options):
+    case = make_fused(torch.float32, **options)
+    leaves = (case[name].requires_grad_(grad) for name in ("q", "k", "v"))
+    sinks = case["sinks"].requires_grad_(grad) if "sinks" in case else None
+    labels = (case[name] for name in LABELS)
+    factors = torch.tensor(0.5, device=DEVICE), torch.tensor(1.0, device=DEVICE)
+    window = case.get("window")
+    options = (40, 0.25, None, window, True, "sdpa", backend, grad)
+    return (*leaves, sinks, case["cu_seqlens"], *labels, *factors, *options)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+@pytest.mark.parametrize(
+    "options", [{}, {"sinks": True, "window": 5}], ids=["plain", "sinks-window"]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, options, grad):
+    torch.library.opcheck(
+        torch.ops.abft.last_row_loss.default, standalone_arguments(backend, grad, **options)
+    )
+    if DEVICE == "cpu":
+        torch.library.opcheck(
+            torch.ops.abft.flash_attention_with_last_row_loss.default,
+            fused_arguments(backend, grad, **options),
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_standalone_is_one_graph_and_the_same(backend):
+    def step(query, key, *indices):
+        loss = last_row_loss(query, key, *indices, penalty=0.5, reward=1.0, backend=backend).loss
+        return (loss * loss).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for lengths in ([17, 9], [30, 4, 8]):
+        case = make_case(lengths, [3] * len(lengths), dtype=torch.float32, head_dim=16)
+        leaves = [case[name].requires_grad_() for name in ("query", "key")]
+        indices = [case[name] for name in ("key_start", "key_end", *LABELS)]
+        expected = step(*leaves, *indices)
+        actual = compiled(*leaves, *indices)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves)
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_fused_is_one_graph_and_the_same(backend):
+    case = make_fused(torch.float32, sinks=True, window=7)
+
+    def eager(*args, **options):
+        return flash_attention_with_last_row_loss(*args, longest=40, backend=backend, **options)
+
+    expected, expected_result, expected_grads = run(eager, case)
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    out, result, grads = run(compiled, case)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(tuple(result), tuple(expected_result))
+    torch.testing.assert_close(grads, expected_grads)
