@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from abft_kernels import LastRowLoss, flash_attention_with_last_row_loss
+from abft_kernels import (
+    LastRowLoss,
+    choose_attention,
+    choose_backend,
+    flash_attention_with_last_row_loss,
+)
 from abft_kernels.problem import Scores
 from abft_kernels.separate_attention import explicit_attention
 from torch import Tensor, nn
@@ -50,12 +55,15 @@ class PackedForward:
         loss_options: penalty, reward and, where it is not the default, head_filter.
         block: layers a gradient may cross; None is all of them.
         layers: filled by the attention function, one entry a layer.
+        attentions: filled by it too: (attention, backend of the loss) it ran on, and why not on
+            a faster attention.
     """
 
     packed: PackedPrompts
     loss_options: dict
     block: int | None = None
     layers: dict[int, LastRowLoss] = field(default_factory=dict)
+    attentions: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bounds = self.packed.cu_seqlens.tolist()
@@ -123,8 +131,13 @@ def packed_attention(
     _check_window(module, sliding_window, abft.longest)
     packed = abft.on(query.device)
     # Under autocast RoPE leaves queries and keys in float32, values come in 16 bits.
+    query, key, value = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
+    name, reasons = choose_attention(query, softcap=softcap, dropout=dropout)
+    abft.attentions[name, choose_backend(query)] = reasons
     out, result = flash_attention_with_last_row_loss(
-        *(t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value)),
+        query,
+        key,
+        value,
         packed.cu_seqlens,
         packed.label_positions,
         packed.label_offsets,
@@ -135,6 +148,7 @@ def packed_attention(
         window=sliding_window,
         sinks=s_aux,
         dropout=dropout,
+        attention=name,
         **abft.loss_options_on(query.device),
     )
     # Checkpointing runs a layer twice; the second run only rebuilds what backward needs.

@@ -107,7 +107,6 @@ def eval_(flags: dict[str, Any]) -> None:
 
     from abft_fast import model as models
     from abft_fast.files import write_json
-    from abft_fast.preflight import check_attention
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
     from abft_fast.training import Job
@@ -116,7 +115,7 @@ def eval_(flags: dict[str, Any]) -> None:
     if config.adapter is not None:
         job.model = models.load_adapter(job.model, config.adapter)
     prompts = job.encode(job.dataset.test_prompts(config.k), "test")
-    check_attention(job.model, prompts.prompts, job.accelerator.autocast)
+    job.check_attention(prompts)
     metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
     if config.output is not None:
         write_json(config.output, {config.dataset: asdict(metrics)})

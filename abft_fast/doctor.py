@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from abft_kernels import choose_attention, choose_backend
 from transformers import AutoConfig
 
 from abft_fast import data
@@ -26,13 +27,7 @@ def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
         findings.append(("device", f"{', '.join(environment['gpus'])}, CUDA {torch.version.cuda}"))
     else:
         findings.append(("device", f"CPU, {environment['threads']} threads (no usable GPU)"))
-    findings.append(
-        (
-            "attention",
-            "scaled_dot_product_attention, one call a prompt; written-out scores for models with "
-            "soft-cap or sinks. The loss: torch backend, the only one in this version",
-        )
-    )
+    findings += _attention()
     for name in data.DATASETS:
         try:
             good = data.hash_is_pinned(name)
@@ -55,3 +50,15 @@ def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
     if free < 2**30:
         problems.append(f"only {free / 2**20:.0f} MiB free where runs are written")
     return findings, problems
+
+
+def _attention() -> list[tuple[str, str]]:
+    """What a model's attention and its loss would run on here, and why."""
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    query = torch.zeros(1, 1, 128, dtype=dtype, device="cuda" if gpu else "cpu")
+    findings = []
+    for what, softcap in (("attention", None), ("with soft-cap", 50.0)):
+        name, reasons = choose_attention(query, softcap=softcap)
+        findings.append((what, f"{name} ({reasons})" if reasons else name))
+    return [*findings, ("its loss", choose_backend(query))]

@@ -23,8 +23,11 @@ def check_attention(
     model: nn.Module,
     prompts: Sequence[EncodedPrompt],
     autocast: Callable = contextlib.nullcontext,
-) -> None:
+) -> dict[tuple[str, str], str]:
     """Compare last hidden states of a short and a long prompt, packed and each by itself.
+
+    Returns:
+        What the packed attention ran on; see `PackedForward.attentions`.
 
     Raises:
         UserError: they differ: the family does something in its attention that the packed one
@@ -38,10 +41,11 @@ def check_attention(
     batches = [[p] for p in pair] if must_run_alone(inner, len(longest)) else [pair]
     model.eval()
     with torch.no_grad(), autocast():
-        packed = []
+        packed, attentions = [], {}
         for batch in batches:
             forward = PackedForward(pack(batch), {"penalty": 0.0, "reward": 0.0})
             packed.append(run_packed(inner, forward).last_hidden_state[0])
+            attentions |= forward.attentions
         arithmetic = packed[0].dtype
         if torch.is_autocast_enabled(device.type):
             arithmetic = torch.get_autocast_dtype(device.type)
@@ -59,3 +63,4 @@ def check_attention(
             f"{inner.config.model_type}: packed attention differs from the model's own by "
             f"{error:.1%}, so its loss would be wrong; this family is not supported"
         )
+    return attentions

@@ -67,6 +67,14 @@ class Job:
             )
         return encoded
 
+    def check_attention(self, prompts: EncodedPrompts) -> None:
+        """Make sure that packed attention is the model's own, and say what it runs on."""
+        found = check_attention(self.model, prompts.prompts, self.accelerator.autocast)
+        for (name, backend), reasons in found.items():
+            self.progress.say(f"attention: {name}, its loss: {backend}")
+            if name == "separate":
+                self.progress.say(f"one prompt at a time, keys read twice: {reasons}")
+
     def evaluate(self, prompts: EncodedPrompts, what: str) -> tuple[Metrics, Behavior]:
         """Score the model as it is on the test prompts."""
         with self.progress.bar(what, len(prompts.prompts)) as advance:
@@ -92,7 +100,7 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
     prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
     encoded = job.encode(prompts, "training")
     tests = None if config.no_eval else job.encode(job.dataset.test_prompts(config.k), "test")
-    check_attention(job.model, encoded.prompts, job.accelerator.autocast)
+    job.check_attention(encoded)
     set_seed(config.seed)
     job.model = (
         models.train_lora(job.model, config.lora_r)  # starts as a change of 0

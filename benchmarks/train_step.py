@@ -11,25 +11,19 @@ anything is timed, packed and eager gradients are compared. A row a contender go
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import math
-import platform
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from record import append, spread, where
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, data, pack
 from abft_fast.attention import PackedForward
 from abft_fast.backbone import backbone, query_key_projections
-from abft_fast.environment import versions
 from abft_fast.objective import run_packed
 from abft_fast.prompts import PromptEncoder
-
-RESULTS = Path(__file__).parent / "results" / "train_step.csv"
 
 
 def eager_gradient(model, prompts):
@@ -107,33 +101,22 @@ def main() -> None:
             if round_:  # the first is the warm-up
                 seconds[name].append(time.perf_counter() - started)
 
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        for name, values in seconds.items():
-            p20, p50, p80 = (statistics.quantiles(values, n=10)[i] for i in (1, 4, 7))
-            ratios = [a / b for a, b in zip(values, seconds["trivial"], strict=True)]
-            row = {
-                "date": datetime.date.today().isoformat(),
-                "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-                "threads": torch.get_num_threads(),
-                "torch": versions()["torch"],
-                "transformers": versions()["transformers"],
-                "dataset": options.dataset,
-                "tokens": sum(map(len, prompts)),
-                "contender": name,
-                "p20_s": round(p20, 4),
-                "p50_s": round(p50, 4),
-                "p80_s": round(p80, 4),
-                "p50_ratio_to_trivial": round(statistics.median(ratios), 2),
-                "gradient_error": f"{error:.1e}",
-            }
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-                new = False
-            writer.writerow(row)
-            print(f"{name:7} {p50:.3f} s a step, {row['p50_ratio_to_trivial']} x the trivial loss")
+    for name, values in seconds.items():
+        p20, p50, p80 = spread(values)
+        ratios = [a / b for a, b in zip(values, seconds["trivial"], strict=True)]
+        row = {
+            **where(device),
+            "dataset": options.dataset,
+            "tokens": sum(map(len, prompts)),
+            "contender": name,
+            "p20_s": round(p20, 4),
+            "p50_s": round(p50, 4),
+            "p80_s": round(p80, 4),
+            "p50_ratio_to_trivial": round(statistics.median(ratios), 2),
+            "gradient_error": f"{error:.1e}",
+        }
+        append("train_step", row)
+        print(f"{name:7} {p50:.3f} s a step, {row['p50_ratio_to_trivial']} x the trivial loss")
 
 
 if __name__ == "__main__":

@@ -26,28 +26,30 @@ def scan_keys(
 ) -> tuple[Normalizer, Tensor]:
     """Every row's normalizer and sum_j alpha_j c_j k_j, (R, Hq, D).
 
-    With `active`, (R, Hq) bool, nothing is computed for other heads: the sums are 0.
+    With `active`, (R, Hq) bool, key heads without an active head are not read; their sums are 0.
     """
     grouped = _grouped(query, key)
     dtype = _result_dtype(query)
     normalizer = Normalizer(*(query.new_zeros(query.shape[:2], dtype=dtype) for _ in range(2)))
     mean_key = query.new_zeros(query.shape if sum_keys else 0, dtype=dtype)
+    groups = grouped.shape[1:3]
     wanted = range(len(query)) if active is None else active.any(dim=1).nonzero()[:, 0].tolist()
     for row in wanted:
         first, end = _visible(rows, scores, row)
-        keys = key[first:end].to(grouped.dtype)
-        row_scores, slope = _cap(torch.einsum("hgd,nhd->hgn", grouped[row], keys), scores)
+        heads = slice(None) if active is None else active[row].view(groups).any(dim=1)
+        keys = key[first:end, heads].to(grouped.dtype)
+        row_scores, slope = _cap(torch.einsum("hgd,nhd->hgn", grouped[row, heads], keys), scores)
         peak = row_scores.amax(dim=-1).to(dtype).to(row_scores.dtype)
         weight = torch.exp(row_scores - peak[..., None])
         total = weight.sum(dim=-1)
         if sinks is not None:
-            total += torch.exp(sinks.to(total.dtype).view_as(total) - peak)
-        normalizer.peak[row], normalizer.total[row] = peak.flatten(), total.flatten()
+            total += torch.exp(sinks.to(total.dtype).view(groups)[heads] - peak)
+        normalizer.peak[row].view(groups)[heads] = peak.to(dtype)
+        normalizer.total[row].view(groups)[heads] = total.to(dtype)
         if sum_keys:
             weight *= slope / total[..., None]
-            mean_key[row] = torch.einsum("hgn,nhd->hgd", weight, keys).flatten(0, 1)
-    if sum_keys and active is not None:
-        mean_key *= active[..., None]
+            found = torch.einsum("hgn,nhd->hgd", weight, keys).to(dtype)
+            mean_key[row].unflatten(0, groups)[heads] = found
     return normalizer, mean_key
 
 
@@ -120,26 +122,26 @@ def grad_key(
     """
     grouped = _grouped(query, key)
     groups = grouped.shape[1:3]
-    grad = key.new_zeros(key.shape, dtype=grouped.dtype)
+    grad = torch.zeros_like(key) if accumulate_into is None else accumulate_into
     offsets = rows.label_offsets.tolist()
     label_weight = torch.where(rows.label_is_correct, -reward, penalty).to(grouped.dtype)
     for row in (coefficient != 0).any(dim=1).nonzero()[:, 0].tolist():
         first, end = _visible(rows, scores, row)
-        keys = key[first:end].to(grouped.dtype)
-        row_scores, slope = _cap(torch.einsum("hgd,nhd->hgn", grouped[row], keys), scores)
-        peak, total = (part[row].view(groups)[..., None] for part in normalizer)
+        heads = (coefficient[row] != 0).view(groups).any(dim=1)
+        keys, queries = key[first:end, heads].to(grouped.dtype), grouped[row, heads]
+        row_scores, slope = _cap(torch.einsum("hgd,nhd->hgn", queries, keys), scores)
+        peak, total = (part[row].view(groups)[heads, :, None] for part in normalizer)
         alpha = torch.exp(row_scores - peak) / total
         owned = slice(offsets[row], offsets[row + 1])
         column = rows.label_positions[owned].long() - first
         inside = column >= 0  # a window may hide labels
         weight = alpha.new_zeros(end - first)
         weight.index_add_(0, column[inside], label_weight[owned][inside])
-        grad_scores = alpha * (weight - mean_weight[row].view(groups)[..., None]) * slope
-        grad_scores *= coefficient[row].view(groups)[..., None]
-        grad[first:end] += torch.einsum("hgn,hgd->nhd", grad_scores, grouped[row])
-    if accumulate_into is None:
-        return grad.to(key.dtype)
-    return accumulate_into.add_(grad)
+        grad_scores = alpha * (weight - mean_weight[row].view(groups)[heads, :, None]) * slope
+        grad_scores *= coefficient[row].view(groups)[heads, :, None]
+        found = torch.einsum("hgn,hgd->nhd", grad_scores, queries)
+        grad[first:end, heads] += found.to(grad.dtype)
+    return grad
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:

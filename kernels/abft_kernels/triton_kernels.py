@@ -431,7 +431,8 @@ def scan_keys(
 ) -> tuple[Normalizer, Tensor]:
     """Every row's normalizer and sum_j alpha_j c_j k_j, (R, Hq, D), all float32.
 
-    With `active`, (R, Hq) bool, nothing is computed for other heads: the sums are 0.
+    With `active`, (R, Hq) bool, key heads without an active head are not read; the sums of other
+    heads are 0.
     """
     query, key = _unit_stride(query), _unit_stride(key)
     shape = _Shape(query, key)

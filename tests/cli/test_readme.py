@@ -15,13 +15,16 @@ pytestmark = pytest.mark.cli
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_loop_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    rows = [[float(x) for x in line.split()] for line in result.stdout.splitlines()]
+def test_the_loop_and_the_layer_run():
+    loop, layer = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    printed = []
+    for code in (loop, layer):
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        printed.append(result.stdout)
+    rows = [[float(x) for x in line.split()] for line in printed[0].splitlines()]
     assert len(rows) == 2 and all(loss > 0 and heads > 0 for loss, heads in rows)
 
 
