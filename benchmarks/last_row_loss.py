@@ -37,7 +37,7 @@ GPU = DEVICE == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
 LABELS = 16
 FACTORS = {"penalty": 0.5, "reward": 1.0}
-EAGER_LIMIT = 8192 if GPU else 4096  # tokens a prompt up to which a matrix is written out
+EAGER_LIMIT = 8192 if GPU else 16384  # tokens a prompt up to which a matrix is written out
 
 
 class Layer:
@@ -60,7 +60,7 @@ class Layer:
         for row in range(self.rows):
             owned = self.positions[row * len(inside) : (row + 1) * len(inside)].long()
             last = self.query[(row + 1) * length - 1].unflatten(0, (key_heads, group))
-            self.key[owned, ::8] += last[::8, 0]
+            self.key[owned, ::8] += 2 * last[::8, 0]
 
     @property
     def last_query(self) -> Tensor:
