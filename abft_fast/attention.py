@@ -21,6 +21,7 @@ from abft_kernels import (
 from abft_kernels.problem import Scores
 from abft_kernels.separate_attention import explicit_attention
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -46,14 +47,23 @@ class AttentionBehavior(NamedTuple):
     is_induction: Tensor
 
 
+class LossComplete(Exception):  # noqa: N818 - no error
+    """Raised in the last layer's attention to leave the forward: the loss needs nothing after."""
+
+
 @dataclass
 class PackedForward:
     """One packed forward: its batch, what to ask of the last rows, and their answers by layer.
+
+    With `block`, a block's losses yield their gradients as soon as its last attention is done, and
+    its graph is freed: no graph is longer than a block, and none holds what comes after that
+    attention in its layer.
 
     Attributes:
         packed: the batch.
         loss_options: penalty, reward and, where it is not the default, head_filter.
         block: layers a gradient may cross; None is all of them.
+        stop_after: layer whose attention ends the forward; None runs it to its end.
         layers: filled by the attention function, one entry a layer.
         attentions: filled by it too: (attention, backend of the loss) it ran on, and why not on
             a faster attention.
@@ -62,6 +72,7 @@ class PackedForward:
     packed: PackedPrompts
     loss_options: dict
     block: int | None = None
+    stop_after: int | None = None
     layers: dict[int, LastRowLoss] = field(default_factory=dict)
     attentions: dict[tuple[str, str], str] = field(default_factory=dict)
 
@@ -69,6 +80,10 @@ class PackedForward:
         self.bounds = self.packed.cu_seqlens.tolist()
         self.longest = max(b - a for a, b in itertools.pairwise(self.bounds))
         self._by_device: dict[torch.device, tuple[PackedPrompts, dict]] = {}
+        self._checkpointed = False
+        self._grad_enabled = torch.is_grad_enabled()
+        self._block_parameters: list[nn.Parameter] = []
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
 
     def on(self, device: torch.device) -> PackedPrompts:
         """The batch on a layer's device; layers may live on several."""
@@ -87,18 +102,88 @@ class PackedForward:
             self._by_device[device] = self.packed.to(device), {**self.loss_options, **factors}
         return self._by_device[device]
 
+    def enter(self, index: int, layer: nn.Module) -> bool:
+        """A decoder layer begins; whether a block does, whose input is to be detached."""
+        # What autograd saves inside a checkpointed layer cannot be read before that layer ends.
+        self._checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+        if self.block is None:
+            return False
+        begins = index % self.block == 0
+        if begins:
+            self.finish_block()
+            self._block_parameters = []
+            torch.set_grad_enabled(self._grad_enabled)
+        self._block_parameters += [p for p in layer.parameters() if p.requires_grad]
+        return begins
+
+    def attended(self, index: int, result: LastRowLoss) -> None:
+        """Keep a layer's losses.
+
+        Raises:
+            LossComplete: this was the last layer the loss needs.
+        """
+        # Checkpointing runs a layer twice; the second run only rebuilds what backward needs.
+        self.layers.setdefault(index, result)
+        if self._checkpointed:
+            return
+        if self.block is not None and (index + 1) % self.block == 0:
+            self.finish_block()
+            torch.set_grad_enabled(False)  # until the next block begins
+        if index == self.stop_after:
+            raise LossComplete
+
+    def finish_block(self) -> None:
+        """Replace the graph of losses that still have one by the gradients of their parameters."""
+        pending = [index for index, found in self.layers.items() if found.loss.requires_grad]
+        if not pending or self._checkpointed:
+            return
+        parameters = list(dict.fromkeys(self._block_parameters))
+        with torch.autocast(self.layers[pending[0]].loss.device.type, enabled=False):
+            gradients = torch.autograd.grad(self._mean_loss(pending), parameters, allow_unused=True)
+        pairs = zip(parameters, gradients, strict=True)
+        self._gradients += [(p, gradient) for p, gradient in pairs if gradient is not None]
+        for index in pending:
+            found = self.layers[index]
+            self.layers[index] = found._replace(loss=found.loss.detach())
+
+    def _mean_loss(self, indices: list[int]) -> Tensor:
+        losses = [self.layers[index].loss.sum() for index in indices]
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum() / len(self.packed)
+
     def behavior(self) -> AttentionBehavior:
         """All layers' answers together, on the first layer's device."""
-        layers = [self.layers[index] for index in sorted(self.layers)]
-        device = layers[0].loss.device
-        total = torch.stack([layer.loss.sum().to(device) for layer in layers]).sum()
+        if self.block is not None:
+            self.finish_block()
+        indices = sorted(self.layers)
+        loss = self._mean_loss(indices)
+        if self._gradients:
+            parameters, gradients = zip(*self._gradients, strict=True)
+            loss = _WithGradients.apply(loss, gradients, *parameters)
+        layers = [self.layers[index] for index in indices]
         return AttentionBehavior(
-            total / len(self.packed),
+            loss,
             *(
-                torch.stack([getattr(layer, name).to(device) for layer in layers])
+                torch.stack([getattr(layer, name).to(loss.device) for layer in layers])
                 for name in ("label_mass", "correct_mass", "is_induction")
             ),
         )
+
+
+class _WithGradients(torch.autograd.Function):
+    """A scalar, and the gradients of parameters that were found on the way to it."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *parameters):
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients of these blocks were used in a backward before")
+        return None, None, *(g.mul_(grad_loss.to(g.device)) for g in gradients)
 
 
 def packed_attention(
@@ -151,8 +236,7 @@ def packed_attention(
         attention=name,
         **abft.loss_options_on(query.device),
     )
-    # Checkpointing runs a layer twice; the second run only rebuilds what backward needs.
-    abft.layers.setdefault(module.layer_idx, result)
+    abft.attended(module.layer_idx, result)
     return out[None], None
 
 

@@ -180,7 +180,7 @@ class _BlockBoundary:
 
     def __call__(self, module, args, kwargs):
         forward = kwargs.get("abft")
-        if forward is None or forward.block is None or self.index % forward.block:
+        if forward is None or not forward.enter(self.index, module):
             return None
         if args:
             return (args[0].detach(), *args[1:]), kwargs

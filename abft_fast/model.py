@@ -22,7 +22,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from abft_fast.backbone import Projection, prepare, query_key_projections
+from abft_fast.backbone import (
+    Projection,
+    decoder_layers,
+    prepare,
+    query_key_projections,
+)
 from abft_fast.builtin import builtin_model_path
 from abft_fast.errors import UserError
 
@@ -126,6 +131,8 @@ def enable_checkpointing(model: nn.Module) -> None:
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    # The loss leaves the forward in the last attention, which a checkpoint could not replay.
+    decoder_layers(prepare(model))[-1].gradient_checkpointing = False
     model.train()
 
 

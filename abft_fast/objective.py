@@ -5,10 +5,12 @@ Source: Cho et al. 2025, section 3. This is the piece for a training loop of one
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
-from abft_fast.attention import AttentionBehavior, PackedForward
+from abft_fast.attention import AttentionBehavior, LossComplete, PackedForward
 from abft_fast.backbone import attention_layers, must_run_alone, prepare, without_peft
 from abft_fast.packing import PackedPrompts, pack
 
@@ -52,8 +54,9 @@ def attention_behavior_loss(
     if len(packed) > 1 and must_run_alone(inner, int(packed.cu_seqlens.diff().max())):
         batches = [pack([prompt]) for prompt in packed.unpack()]
     found = []
+    last = max(attention_layers(inner))
     for batch in batches:
-        forward = PackedForward(batch, options, block)
+        forward = PackedForward(batch, options, block, stop_after=last)
         run_packed(inner, forward)
         found.append(forward.behavior())
     behavior = join(found)
@@ -77,7 +80,10 @@ def join(parts: list[AttentionBehavior]) -> AttentionBehavior:
 
 
 def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
-    """Run a backbone, or a model with its LM head, on packed prompts; transformers' own output.
+    """Run a backbone, or a model with its LM head, on packed prompts.
+
+    Returns:
+        transformers' own output; None where `forward.stop_after` ended it.
 
     Raises:
         ValueError: a token id is outside the vocabulary, a layer's attention did not reach this
@@ -93,15 +99,18 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
             f"input_ids holds {int(packed.input_ids.max())}, "
             f"the model's vocabulary ends at {len(embedding) - 1}"
         )
-    output = without_peft(model)(
-        input_ids=packed.input_ids[None],
-        position_ids=packed.position_ids[None],
-        # A 4-D mask is passed through as it is: none is built, prompts are kept apart by `abft`.
-        attention_mask=packed.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
-        use_cache=False,
-        abft=forward,
-        **kwargs,
-    )
+    output = None
+    # Blocks switch gradients off where they need none.
+    with contextlib.suppress(LossComplete), torch.set_grad_enabled(torch.is_grad_enabled()):
+        output = without_peft(model)(
+            input_ids=packed.input_ids[None],
+            position_ids=packed.position_ids[None],
+            # Passed through as it is: no mask is built, prompts are kept apart by `abft`.
+            attention_mask=packed.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
+            use_cache=False,
+            abft=forward,
+            **kwargs,
+        )
     missing = set(attention_layers(inner)) - set(forward.layers)
     if missing:
         raise ValueError(

@@ -126,10 +126,10 @@ def run_all(variant: Variant) -> None:
         normalizer, _ = triton_kernels.scan_keys(
             query, key, rows, scores, sinks, active=selected, sum_keys=sum_keys
         )
-    for head_filter, sum_keys in itertools.product((True, False), repeat=2):
+    for sum_keys in (True, False):
         triton_kernels.label_loss(
             query, key, rows, scores, normalizer, factor, factor,
-            head_filter=head_filter, sum_keys=sum_keys,
+            head_filter=True, sum_keys=sum_keys,
         )  # fmt: skip
     for grad in (None, torch.zeros_like(key)):
         triton_kernels.grad_key(
@@ -274,6 +274,9 @@ def main() -> None:
     compiled = [row for row in results if not isinstance(row[3], str)]
     spills = [row for row in compiled if row[3].spilled]
     small_spills = [row for row in spills if row[2].head_dim <= 128]
+    too_large = [row for row in compiled if not row[3].programs]
+    for target, kernel, variant, found in too_large:
+        print(f"{target} {kernel} {variant} does not fit: {found}", file=sys.stderr)
     for target, kernel, variant, found in small_spills:
         print(f"{target} {kernel} {variant} spills {found.spilled} bytes", file=sys.stderr)
     text = HEADER.format(
@@ -287,7 +290,7 @@ def main() -> None:
         options.output.write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
-    sys.exit(1 if failed or small_spills else 0)
+    sys.exit(1 if failed or too_large or small_spills else 0)
 
 
 if __name__ == "__main__":

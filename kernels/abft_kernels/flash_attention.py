@@ -21,7 +21,15 @@ from torch.nn import functional as F
 from abft_kernels.problem import Scores
 from abft_kernels.separate_attention import visible_keys
 
-_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+try:
+    from flash_attn.flash_attn_interface import (
+        _flash_attn_varlen_backward,
+        _flash_attn_varlen_forward,
+    )
+except ImportError:
+    _FLASH_ATTN = False
+else:
+    _FLASH_ATTN = True
 _VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
 
 
@@ -56,7 +64,7 @@ def _left(scores: Scores, none: int | None) -> int | None:
 
 def _flash_attn_unable(q: Tensor, softcap: float | None) -> str | None:
     if not _FLASH_ATTN:
-        return "the package flash-attn is not installed"
+        return "the package flash-attn 2 cannot be imported"
     return _needs_recent_gpu(q)
 
 
@@ -73,8 +81,6 @@ def _needs_recent_gpu(q: Tensor) -> str | None:
 
 
 def _flash_attn_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, Tensor]:
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
-
     out, lse, *_ = _flash_attn_varlen_forward(
         *_padded(q, k, v),
         prompts.cu_seqlens,
@@ -92,8 +98,6 @@ def _flash_attn_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tens
 
 
 def _flash_attn_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scores):
-    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
-
     grad_out, padded_q, padded_k, padded_v, out = _padded(grad_out, q, k, v, out)
     grads = [torch.empty_like(t) for t in (padded_q, padded_k, padded_v)]
     _flash_attn_varlen_backward(
@@ -125,6 +129,10 @@ def _padded(*tensors: Tensor) -> list[Tensor]:
     missing = -tensors[0].shape[-1] % 8
     if missing:
         return [F.pad(t, (0, missing)) for t in tensors]
+    return _unit_stride(*tensors)
+
+
+def _unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
@@ -211,7 +219,7 @@ def _cpu_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scores)
 
 def _prompt(a: int, b: int, *tensors: Tensor) -> list[Tensor]:
     """One prompt of each, as (1, H, n, D)."""
-    return [t[a:b].transpose(0, 1)[None] for t in tensors]
+    return [t[a:b].transpose(0, 1)[None] for t in _unit_stride(*tensors)]
 
 
 def _cpu_mask(length: int, q: Tensor, scores: Scores) -> dict:
@@ -237,7 +245,7 @@ def attention_forward(
     if sinks is not None:
         without = lse
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-        out = out * torch.exp(without - lse).T[..., None].to(out.dtype)
+        out = (out * torch.exp(without - lse).T[..., None]).to(out.dtype)
     return out, lse
 
 
@@ -249,5 +257,5 @@ def attention_backward(
     if sinks is None:
         return dq, dk, dv, None
     alpha = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
-    delta = torch.einsum("thd,thd->ht", grad_out.to(lse.dtype), out.to(lse.dtype))
+    delta = (grad_out.to(lse.dtype) * out).sum(dim=-1).T
     return dq, dk, dv, -(alpha * delta).sum(dim=1).to(sinks.dtype)

@@ -95,11 +95,14 @@ def _forward_op(
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
+    if cu_seqlens.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] != len(query)):
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {len(query)}")
     prompts, scores = Prompts(cu_seqlens, longest), Scores(scale, softcap, window)
     out, lse = attention_forward(attention, query, key, value, sinks, prompts, scores)
     last = cu_seqlens[1:].long() - 1
     normalizer = None
-    if query.element_size() == 2:
+    # Soft-capped scores are not the same numbers: flash-attn's tanh is an approximation.
+    if query.element_size() == 2 and softcap is None:
         peak = lse.T[last].contiguous()
         normalizer = Normalizer(peak, torch.ones_like(peak))
     found, residuals = loss_forward(
@@ -162,12 +165,14 @@ def _backward_op(
     prompts, scores = Prompts(cu_seqlens, longest), Scores(scale, softcap, window)
     residuals = Residuals(peak, total, mean_weight, key_sum)
     if grad_out is None:  # the output is not used, as in the last layer
-        grads = [None if t is None else torch.zeros_like(t) for t in (query, key, value, sinks)]
+        inputs = (query, key, value, sinks)
+        grads = [None if t is None else t.new_zeros(t.shape) for t in inputs]
     else:
         grads = attention_backward(
             attention, grad_out, query, key, value, sinks, out, lse, prompts, scores
         )
-    grad_query, grad_key, grad_value, grad_sinks = grads
+    grad_query, grad_key, grad_value = (grad.contiguous() for grad in grads[:3])
+    grad_sinks = grads[3]
     if grad_loss is None:
         no_sinks = query.new_empty(0)
         return grad_query, grad_key, grad_value, no_sinks if sinks is None else grad_sinks
@@ -265,8 +270,11 @@ def flash_attention_with_last_row_loss(
     rows = _rows(cu_seqlens, label_positions, label_offsets, label_is_correct)
     check_tensors(q, k, len(cu_seqlens) - 1, rows, sinks)
     check_options(penalty, reward, scale, softcap, window)
-    if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(f"v must be like k, {tuple(k.shape)} {k.dtype}, not {tuple(v.shape)}")
+    if (v.shape, v.dtype, v.device) != (k.shape, k.dtype, k.device):
+        raise ValueError(
+            f"v must be like k, {tuple(k.shape)} {k.dtype} on {k.device}, "
+            f"not {tuple(v.shape)} {v.dtype} on {v.device}"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen, _ = choose_attention(q, softcap=softcap, dropout=dropout, requested=attention)
     if chosen == "separate":

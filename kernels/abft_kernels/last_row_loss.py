@@ -88,6 +88,8 @@ def loss_forward(
     if backend == "torch" or query.device.type == "cpu":
         check_values(key.shape[0], rows)
     compute = _backend(backend)
+    rows = Rows(*(index.contiguous() for index in rows))
+    sinks = None if sinks is None else sinks.contiguous()
     with torch.autocast(query.device.type, enabled=False):  # it would round scores
         known = normalizer is not None
         if not known:
@@ -121,6 +123,7 @@ def loss_grad_key(
     backend: str, query: Tensor, key: Tensor, rows: Rows, scores: Scores, *args, **kw
 ):
     """The backend's `grad_key`."""
+    rows = Rows(*(index.contiguous() for index in rows))
     with torch.autocast(query.device.type, enabled=False):
         return _backend(backend).grad_key(query, key, rows, scores, *args, **kw)
 

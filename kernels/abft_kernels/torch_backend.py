@@ -122,7 +122,7 @@ def grad_key(
     """
     grouped = _grouped(query, key)
     groups = grouped.shape[1:3]
-    grad = torch.zeros_like(key) if accumulate_into is None else accumulate_into
+    grad = key.new_zeros(key.shape) if accumulate_into is None else accumulate_into
     offsets = rows.label_offsets.tolist()
     label_weight = torch.where(rows.label_is_correct, -reward, penalty).to(grouped.dtype)
     for row in (coefficient != 0).any(dim=1).nonzero()[:, 0].tolist():

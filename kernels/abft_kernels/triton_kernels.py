@@ -45,7 +45,7 @@ def _tanh(x):
 
 @triton.jit
 def _dot_float32(weight, operand):
-    """weight @ operand with float32 weights kept exact: 16-bit operands meet them in two parts."""
+    """weight @ operand; 16-bit operands meet float32 weights in two parts, high and low."""
     if operand.dtype == tl.float32:
         product = tl.dot(weight, operand, input_precision="ieee")
     else:
@@ -84,7 +84,7 @@ def _load_query(
     member = tl.arange(0, GROUP_BLOCK)
     dim = tl.arange(0, DIM_BLOCK)
     row_offset = tl.full([GROUP_BLOCK], row, tl.int64) * row_stride
-    head_offset = (key_head * GROUP + member) * head_stride
+    head_offset = (key_head * GROUP + member).to(tl.int64) * head_stride
     return tl.load(
         query_ptr + (row_offset + head_offset)[:, None] + dim[None, :],
         mask=(member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
@@ -117,7 +117,17 @@ def _visible_keys(key_start_ptr, key_end_ptr, row, window, tokens):
     return tl.maximum(tl.maximum(start, end - window), 0), tl.minimum(end, tokens)
 
 
-_COUNTS = ["window", "tokens", "splits", "rows"]
+@triton.jit
+def _own_labels(label_offsets_ptr, row, rows, labels):
+    """First and one past the last label of a row, inside the tensor, and whether they were."""
+    first = tl.load(label_offsets_ptr + row)
+    last = tl.load(label_offsets_ptr + row + 1)
+    sound = (first >= 0) & (first <= last) & (last <= labels)
+    sound = sound & ((row > 0) | (first == 0)) & ((row < rows - 1) | (last == labels))
+    return tl.maximum(first, 0), tl.minimum(last, labels), sound
+
+
+_COUNTS = ["window", "tokens", "splits", "rows", "labels", "head_filter"]
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -250,11 +260,10 @@ def _label_loss_kernel(
     penalty_ptr, reward_ptr,  # scalars
     loss_ptr, label_mass_ptr, correct_mass_ptr, is_induction_ptr, mean_weight_ptr,  # (R, Hq) out
     label_key_ptr,  # (R, Hq, D) out, if SUM_KEYS
-    scale, softcap, window, tokens,
+    scale, softcap, window, tokens, rows, labels, head_filter,
     query_row_stride, query_head_stride, key_token_stride, key_head_stride,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     LABEL_BLOCK: tl.constexpr, CAPPED: tl.constexpr, SUM_KEYS: tl.constexpr,
-    HEAD_FILTER: tl.constexpr,
 ):  # fmt: skip
     """Loss, masses and filter of one row's group of heads, from its label keys alone.
 
@@ -274,10 +283,9 @@ def _label_loss_kernel(
     reward = tl.load(reward_ptr)
     start = tl.load(key_start_ptr + row)
     end = tl.load(key_end_ptr + row)
-    first_label = tl.load(label_offsets_ptr + row)
-    last_label = tl.load(label_offsets_ptr + row + 1)
+    first_label, last_label, sound = _own_labels(label_offsets_ptr, row, rows, labels)
 
-    broken = ((start < 0) | (start >= end) | (end > tokens)).to(tl.int32)
+    broken = ((start < 0) | (start >= end) | (end > tokens) | (sound == 0)).to(tl.int32)
     correct_count = 0.0
     correct_mass = tl.zeros([GROUP_BLOCK], tl.float32)
     wrong_mass = tl.zeros([GROUP_BLOCK], tl.float32)
@@ -296,8 +304,8 @@ def _label_loss_kernel(
         )  # fmt: skip
         scores, slope = _attention_scores(query, key, scale, softcap, CAPPED)
         # Rounding must not lift a probability above 1, where S = T = 1 is no induction head.
-        alpha = tl.minimum(tl.exp(scores - peak[:, None]) / total[:, None], 1.0)
-        alpha = tl.where(seen[None, :], alpha, 0.0)
+        alpha = tl.exp(scores - peak[:, None]) / total[:, None]
+        alpha = tl.where(seen[None, :], tl.where(alpha > 1, 1.0, alpha), 0.0)  # NaN stays
         correct_count += tl.sum(correct, 0)
         correct_mass += tl.sum(alpha * correct[None, :], 1)
         wrong_mass += tl.sum(alpha * (1 - correct)[None, :], 1)
@@ -311,8 +319,7 @@ def _label_loss_kernel(
     threshold = tl.where(count > 0, count / (count + tl.log(length)), 0.0)
     is_induction = label_mass > threshold
     loss = penalty * wrong_mass + reward * (correct_count - correct_mass)
-    if HEAD_FILTER:
-        loss = tl.where(is_induction, loss, 0.0)
+    loss = tl.where(is_induction | (head_filter == 0), loss, 0.0)
     # A bad index cannot be reported without waiting for the device; it must not pass either.
     bad = exists & (broken > 0)
     nan = float("nan")
@@ -339,7 +346,7 @@ def _grad_key_kernel(
     coefficient_ptr,  # (R, Hq), scale * incoming gradient, 0 for heads without loss
     penalty_ptr, reward_ptr,
     grad_key_ptr,  # (T, Hkv, D) out, or in and out if ACCUMULATE
-    scale, softcap, window, tokens, rows,
+    scale, softcap, window, tokens, rows, labels,
     query_row_stride, query_head_stride, key_token_stride, key_head_stride,
     grad_token_stride, grad_head_stride,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
@@ -389,8 +396,8 @@ def _grad_key_kernel(
             weight = tl.zeros([KEY_BLOCK], tl.float32)
             penalty = tl.load(penalty_ptr)
             reward = tl.load(reward_ptr)
-            last_label = tl.load(label_offsets_ptr + row + 1)
-            for block in range(tl.load(label_offsets_ptr + row), last_label, LABEL_BLOCK):
+            first_label, last_label, _ = _own_labels(label_offsets_ptr, row, rows, labels)
+            for block in range(first_label, last_label, LABEL_BLOCK):
                 label = block + tl.arange(0, LABEL_BLOCK)
                 owned = label < last_label
                 position = tl.load(label_positions_ptr + label, mask=owned, other=-1)
@@ -402,8 +409,8 @@ def _grad_key_kernel(
             grad_scores = alpha * (weight[None, :] - mean_weight[:, None]) * slope
             grad_scores *= coefficient[:, None]
             # Scaled to at most 1, so that float16's range does not cut small gradients off.
-            peak = tl.maximum(tl.max(tl.abs(grad_scores)), 1e-30)
-            grad_key += _dot_float32(tl.trans(grad_scores / peak), query) * peak
+            largest = tl.maximum(tl.max(tl.abs(grad_scores)), 1e-30)
+            grad_key += _dot_float32(tl.trans(grad_scores / largest), query) * largest
 
     if touched > 0 or not ACCUMULATE:
         dim = tl.arange(0, DIM_BLOCK)
@@ -438,7 +445,7 @@ def scan_keys(
     shape = _Shape(query, key)
     splits = _count_splits(query, key)
     parts = (shape.rows, shape.query_heads, splits)
-    part_max, part_sum = query.new_empty((2, *parts), dtype=torch.float32)
+    part_max, part_sum = (query.new_empty(parts, dtype=torch.float32) for _ in range(2))
     part_key = query.new_empty((*parts, shape.head_dim) if sum_keys else 0, dtype=torch.float32)
     normalizer = Normalizer(*(query.new_empty(parts[:2], dtype=torch.float32) for _ in range(2)))
     mean_key = query.new_empty(query.shape if sum_keys else 0, dtype=torch.float32)
@@ -487,9 +494,10 @@ def label_loss(
         _label_loss_kernel[(shape.rows, shape.key_heads)](
             query, key, *rows, *normalizer, penalty, reward,
             loss, label_mass, correct_mass, is_induction, mean_weight, label_key,
-            *shape.scores(scores), shape.tokens, *shape.strides(query, key),
-            **shape.constants(), LABEL_BLOCK=shape.key_block, CAPPED=scores.softcap is not None,
-            SUM_KEYS=sum_keys, HEAD_FILTER=head_filter, **_OPTIONS,
+            *shape.scores(scores), shape.tokens, shape.rows, len(rows.label_positions),
+            int(head_filter), *shape.strides(query, key), **shape.constants(),
+            LABEL_BLOCK=shape.key_block, CAPPED=scores.softcap is not None, SUM_KEYS=sum_keys,
+            **_OPTIONS,
         )  # fmt: skip
     return LabelLoss(loss, label_mass, correct_mass, is_induction, mean_weight, label_key)
 
@@ -515,12 +523,14 @@ def grad_key(
     query, key = _unit_stride(query), _unit_stride(key)
     shape = _Shape(query, key)
     grad = key.new_empty(key.shape) if accumulate_into is None else accumulate_into
+    if grad.stride(-1) != 1:
+        raise ValueError("accumulate_into must be contiguous along the head dimension")
     with _on_device(query):
         _grad_key_kernel[(triton.cdiv(shape.tokens, shape.key_block), shape.key_heads)](
             query, key, *rows, *normalizer, mean_weight, coefficient.contiguous(),
             penalty, reward, grad,
-            *shape.scores(scores), shape.tokens, shape.rows, *shape.strides(query, key),
-            *grad.stride()[:2],
+            *shape.scores(scores), shape.tokens, shape.rows, len(rows.label_positions),
+            *shape.strides(query, key), *grad.stride()[:2],
             **shape.constants(), KEY_BLOCK=shape.key_block, LABEL_BLOCK=_LABEL_BLOCK,
             ROW_BLOCK=_ROW_BLOCK, CAPPED=scores.softcap is not None,
             ACCUMULATE=accumulate_into is not None, **shape.launch(),

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
-from abft_fast.backbone import query_key_projections
+from abft_fast.backbone import backbone, decoder_layers, query_key_projections
 from abft_fast.evaluation import label_logits
 from abft_fast.model import train_lora, trained_parameters
 from abft_fast.preflight import check_attention
@@ -145,8 +145,8 @@ def test_the_model_still_works_as_before(family):
     assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 22)
 
 
-@pytest.mark.parametrize("gradient", ["full", 2])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("gradient", ["full", "local", 2])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_non_reentrant_checkpointing_changes_nothing(family, gradient):
     packed = pack(make_prompts())
     grads = []
@@ -157,6 +157,44 @@ def test_non_reentrant_checkpointing_changes_nothing(family, gradient):
         attention_behavior_loss(model, packed, gradient=gradient).loss.backward()
         grads.append([weight.grad for _, weight, _, _ in trained_weights(model)])
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_computed_that_the_loss_does_not_need(family):
+    """Of the last layer only what comes before its attention, and no graph after a block's."""
+    model = tiny_model(family)
+    model.requires_grad_(False)
+    for _, weight, _, _ in trained_weights(model):
+        weight.requires_grad_()
+    finished = []
+    for layer in decoder_layers(backbone(model)):
+        layer.register_forward_hook(
+            lambda module, args, out: finished.append(
+                (out[0] if isinstance(out, tuple) else out).requires_grad
+            )
+        )
+    for gradient, graph in (
+        ("full", [True, True, True]),
+        ("local", [False] * 3),
+        (2, [True, False, True]),
+        (3, [True, True, False]),
+    ):
+        finished.clear()
+        attention_behavior_loss(model, pack(make_prompts()), gradient=gradient)
+        assert finished == graph, gradient
+
+
+def test_gradients_of_blocks_scale_and_are_used_once():
+    model = tiny_model("llama")
+    grads = []
+    for factor in (1.0, 3.0):
+        model.zero_grad()
+        loss = attention_behavior_loss(model, pack(make_prompts()), gradient=2).loss * factor
+        loss.backward(retain_graph=True)
+        grads.append(model.model.layers[1].self_attn.q_proj.weight.grad.clone())
+    torch.testing.assert_close(grads[1], 3 * grads[0])
+    with pytest.raises(RuntimeError, match="used in a backward before"):
+        loss.backward()
 
 
 def test_reentrant_checkpointing_is_refused():

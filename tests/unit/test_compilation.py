@@ -39,7 +39,7 @@ from tests.last_row_cases import make_case
 
 def launch(lengths, labels, **options):
     # The launchers' own results are never written here, so only what they launch matters.
-    case = make_case(lengths, labels, dtype=torch.bfloat16, head_dim=64, **options)
+    case = make_case(lengths, labels, 7, 1, dtype=torch.bfloat16, head_dim=64, **options)
     leaves = case["query"], case["key"], None
     indices = [case[n] for n in (
         "key_start", "key_end", "label_positions", "label_offsets", "label_is_correct")]

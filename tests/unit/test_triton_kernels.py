@@ -147,6 +147,28 @@ def test_only_heads_with_a_loss_are_read():
     assert (grad[:, 0] != 2).any()
 
 
+def test_nan_is_passed_on():
+    for name in ("query", "key"):
+        case = make_case([40], [2], dtype=torch.float32)
+        case[name][0, 0, 0] = torch.nan
+        result = last_row_loss(**case, backend="triton")
+        assert result.label_mass[0, 0].isnan() and not result.is_induction[0, 0]
+        assert result.label_mass[0, -1].isfinite()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu has larger ones")
+def test_a_query_view_may_lie_far_apart():
+    """A row's heads 2**31 elements apart: nothing else of that memory is touched."""
+    case = make_case([20], [2], 3, 3, 16, dtype=torch.float16)
+    torch.use_deterministic_algorithms(False)  # which would fill it
+    far = torch.empty(2 * (2**30 + 64) + 16, dtype=torch.float16)
+    view = far.as_strided((1, 3, 16), (0, 2**30 + 64, 1))
+    view.copy_(case["query"])
+    expected = last_row_loss(**case, backend="triton")
+    actual = last_row_loss(**{**case, "query": view}, backend="triton")
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("many", [17, 300])
 def test_many_labels(many):
     check(make_case([many + 40], [many], head_dim=16, dtype=torch.float32))
@@ -169,6 +191,11 @@ def test_results_are_bitwise_repeatable():
         {"key_end": [41]},
         {"key_start": [-1]},
         {"key_start": [40]},
+        {"label_offsets": [1, 2]},
+        {"label_offsets": [0, 1]},
+        {"label_offsets": [2, 0]},
+        {"label_offsets": [0, 500_000_000]},
+        {"label_offsets": [-500_000_000, 2]},
     ],
     ids=str,
 )
