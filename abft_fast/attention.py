@@ -62,6 +62,7 @@ class PackedForward:
     Attributes:
         packed: the batch.
         loss_options: penalty, reward and, where it is not the default, head_filter.
+        attention: what is to compute attention; see `abft_kernels.choose_attention`.
         block: layers a gradient may cross; None is all of them.
         stop_after: layer whose attention ends the forward; None runs it to its end.
         layers: filled by the attention function, one entry a layer.
@@ -71,6 +72,7 @@ class PackedForward:
 
     packed: PackedPrompts
     loss_options: dict
+    attention: str = "auto"
     block: int | None = None
     stop_after: int | None = None
     layers: dict[int, LastRowLoss] = field(default_factory=dict)
@@ -217,7 +219,9 @@ def packed_attention(
     packed = abft.on(query.device)
     # Under autocast RoPE leaves queries and keys in float32, values come in 16 bits.
     query, key, value = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
-    name, reasons = choose_attention(query, softcap=softcap, dropout=dropout)
+    name, reasons = choose_attention(
+        query, softcap=softcap, dropout=dropout, requested=abft.attention
+    )
     abft.attentions[name, choose_backend(query)] = reasons
     out, result = flash_attention_with_last_row_loss(
         query,

@@ -132,12 +132,31 @@ def prepare(model: nn.Module) -> PreTrainedModel:
             "so the loss cannot see it; not supported"
         )
     inner.set_attn_implementation(attention.NAME)
+    _keep_gradients_through_nf4(inner)
     if not prepared:
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(_BlockBoundary(index), with_kwargs=True)
             if index not in with_attention:
                 logger.warning("%s: layer %d has no attention, so no loss", family, index)
     return inner
+
+
+def _keep_gradients_through_nf4(inner: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking NF4 weights on a CPU, as it does in forwards without grad.
+
+    Its products with repacked weights have no gradient, in later forwards either, and say nothing.
+    """
+    for module in inner.modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        weight = module.weight
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                weight.data, weight.quant_state
+            )
 
 
 def must_run_alone(inner: PreTrainedModel, longest: int) -> bool:

@@ -50,6 +50,13 @@ class Options(BaseModel):
         "refuse", description="What to do with prompts beyond the model's context length."
     )
     token_budget: int = Field(8192, ge=1, description="Tokens a packed batch, at most.")
+    quantized: bool = Field(
+        False, description="Quantize the weights as they are loaded (bitsandbytes); see bits."
+    )
+    bits: int = Field(4, description="Of a quantized weight: 4 (NF4, double quantization) or 8.")
+    attention_backend: Literal["auto", "flash-attn", "varlen", "sdpa", "separate"] = Field(
+        "auto", description="What computes attention; `abft-fast doctor` says what there is."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
     mixed_precision: Literal["auto", "no", "bf16"] = Field(
         "auto",
@@ -60,6 +67,13 @@ class Options(BaseModel):
         None, exclude=True, description="YAML file of options; flags override it."
     )
     debug: bool = Field(False, exclude=True, description="Show tracebacks.")
+
+    @field_validator("bits")
+    @classmethod
+    def _check_bits(cls, value: int) -> int:
+        if value not in (4, 8):
+            raise ValueError("use 4 or 8")
+        return value
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -136,6 +150,12 @@ class TrainConfig(Options):
         raise ValueError("use full, local or a number of layers from 1")
 
     @model_validator(mode="after")
+    def _check_trainable(self) -> Self:
+        if self.quantized and self.trainable == "full":
+            raise ValueError("--trainable full needs float weights: drop --quantized, or use lora")
+        return self
+
+    @model_validator(mode="after")
     def _default_learning_rate(self) -> Self:
         if self.lr is None:
             paper = {"lora": 1e-4, "full": 2e-5}
@@ -192,8 +212,10 @@ def flag(name: str) -> str:
 
 
 def _one_line(error: dict) -> str:
-    name = flag(str(error["loc"][0])) if error["loc"] else "options"
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # of several options together, and they are in it
+        return message
+    name = flag(str(error["loc"][0]))
     if error["type"] == "extra_forbidden":
         return f"{name}: no such option"
-    message = error["msg"].removeprefix("Value error, ")
     return f"{name} {error['input']}: {message[0].lower()}{message[1:]}"

@@ -80,6 +80,7 @@ def evaluate(
     token_budget: int,
     on_batch: Callable[[int], None] = lambda prompts: None,
     autocast: Callable = contextlib.nullcontext,
+    attention: str = "auto",
 ) -> tuple[Metrics, Behavior]:
     """Predict every prompt's label and score the predictions.
 
@@ -90,6 +91,7 @@ def evaluate(
         token_budget: tokens a packed batch.
         on_batch: called with the number of prompts done after each batch.
         autocast: context manager around each forward.
+        attention: what computes attention, by `abft_kernels.choose_attention`.
 
     Raises:
         FloatingPointError: a label's logit is not finite.
@@ -101,7 +103,7 @@ def evaluate(
         for batch in micro_batches([len(p) for p in encoded.prompts], token_budget):
             prompts = [encoded.prompts[i] for i in batch]
             with autocast():
-                rows, heads, packed = label_logits(model, prompts, label_ids)
+                rows, heads, packed = label_logits(model, prompts, label_ids, attention)
             logits[batch] = rows.float().cpu()
             behavior.add(heads, packed)
             on_batch(len(batch))
@@ -111,13 +113,16 @@ def evaluate(
 
 
 def label_logits(
-    model: nn.Module, prompts: Sequence[EncodedPrompt], label_ids: Sequence[int]
+    model: nn.Module,
+    prompts: Sequence[EncodedPrompt],
+    label_ids: Sequence[int],
+    attention: str = "auto",
 ) -> tuple[Tensor, AttentionBehavior, PackedPrompts]:
     """Logits of the label words after each prompt, (R, labels), and the heads on the way."""
     packed = pack(prompts)
-    forward = PackedForward(packed, {"penalty": 0.0, "reward": 0.0})
+    forward = PackedForward(packed, {"penalty": 0.0, "reward": 0.0}, attention)
     if len(prompts) > 1 and must_run_alone(prepare(model), forward.longest):
-        alone = [label_logits(model, [prompt], label_ids) for prompt in prompts]
+        alone = [label_logits(model, [prompt], label_ids, attention) for prompt in prompts]
         behaviors = [behavior for _, behavior, _ in alone]
         return torch.cat([rows for rows, _, _ in alone]), join(behaviors), packed
     last = packed.cu_seqlens[1:].long() - 1

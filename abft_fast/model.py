@@ -15,8 +15,11 @@ from peft import (
 )
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,13 +36,19 @@ from abft_fast.errors import UserError
 
 
 def load(
-    name: str, device: torch.device, dtype: torch.dtype
+    name: str, device: torch.device, dtype: torch.dtype, bits: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
+    Args:
+        name: `builtin`, a local folder or a hub id.
+        device: where its weights go; quantized ones are quantized there as they arrive.
+        dtype: of its weights, and of the arithmetic with quantized ones.
+        bits: quantize with bitsandbytes to 4 (NF4, double quantization) or 8; None as it is stored.
+
     Raises:
         UserError: there is no such model, it is not on this machine and the hub is out of reach,
-            or its attention is out of this library's reach.
+            it cannot be quantized, or its attention is out of this library's reach.
     """
     path = str(builtin_model_path()) if name == "builtin" else name
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
@@ -50,14 +59,39 @@ def load(
     transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        quantization = _quantization(AutoConfig.from_pretrained(path), name, dtype, bits)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map={"": device}, **quantization
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_why_not_loaded(name, error)) from error
     try:
         prepare(model)
     except ValueError as error:
         raise UserError(f"model {name}: {error}") from error
-    return model.to(device), tokenizer
+    return model, tokenizer
+
+
+def _quantization(
+    config: PreTrainedConfig, name: str, dtype: torch.dtype, bits: int | None
+) -> dict[str, BitsAndBytesConfig]:
+    """What `from_pretrained` is told of it; nothing where the checkpoint is quantized itself."""
+    if bits is None:
+        return {}
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
+        raise UserError(f"model {name} is quantized already ({method}): leave out --quantized")
+    if bits == 8:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    }
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -80,7 +114,11 @@ def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:
         fan_in_fan_out=_is_transposed(projections[0].module),
         task_type="CAUSAL_LM",
     )
-    peft_model = get_peft_model(model, config)
+    try:
+        peft_model = get_peft_model(model, config)
+    except (ImportError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"LoRA cannot be added to {model.config.model_type}: {line}") from error
     adapted = [m for m in peft_model.modules() if hasattr(m, "lora_B")]
     if len(adapted) != len(projections):
         raise UserError(

@@ -23,6 +23,7 @@ def attention_behavior_loss(
     reward: float | Tensor = 1.0,
     head_filter: bool = True,
     gradient: str | int = "full",
+    attention: str = "auto",
 ) -> AttentionBehavior:
     """One forward of the decoder, without its LM head, and the loss of all its last rows.
 
@@ -36,14 +37,16 @@ def attention_behavior_loss(
         reward: B in the paper, on attention missing from right labels; a float or a 0-d tensor.
         head_filter: count induction heads only (paper, section 3).
         gradient: `"full"` lets a layer's loss train every earlier layer; `"local"` trains that
-            layer alone; an int N trains its own block of N consecutive layers.
+            layer alone; an int N trains its own block of N consecutive layers. The last two need
+            the memory of a block only: its gradients are found when its last attention is done.
+        attention: what computes attention, by `abft_kernels.choose_attention`.
 
     Returns:
         AttentionBehavior; `layers` counts the layers that have attention.
 
     Raises:
-        ValueError: gradient is malformed, a token id is outside the vocabulary, or the model's
-            attention does not reach this library.
+        ValueError: gradient is malformed, a token id is outside the vocabulary, the model's
+            attention does not reach this library, or the attention asked for cannot run.
         RuntimeError: a parameter is trained but the loss has no gradient, as under reentrant
             checkpointing.
     """
@@ -56,7 +59,7 @@ def attention_behavior_loss(
     found = []
     last = max(attention_layers(inner))
     for batch in batches:
-        forward = PackedForward(batch, options, block, stop_after=last)
+        forward = PackedForward(batch, options, attention, block, stop_after=last)
         run_packed(inner, forward)
         found.append(forward.behavior())
     behavior = join(found)

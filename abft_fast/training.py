@@ -46,7 +46,10 @@ class Job:
         device = self.accelerator.device
         half = device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
         self.model, tokenizer = models.load(
-            config.model, device, torch.bfloat16 if half else torch.float32
+            config.model,
+            device,
+            torch.bfloat16 if half else torch.float32,
+            config.bits if config.quantized else None,
         )
         self.encoder = PromptEncoder(
             tokenizer,
@@ -69,7 +72,11 @@ class Job:
 
     def check_attention(self, prompts: EncodedPrompts) -> None:
         """Make sure that packed attention is the model's own, and say what it runs on."""
-        found = check_attention(self.model, prompts.prompts, self.accelerator.autocast)
+        backend = self.config.attention_backend
+        try:
+            found = check_attention(self.model, prompts.prompts, self.accelerator.autocast, backend)
+        except ValueError as error:
+            raise UserError(f"--attention-backend {backend}: {error}") from error
         for (name, backend), reasons in found.items():
             self.progress.say(f"attention: {name}, its loss: {backend}")
             if name == "separate":
@@ -85,6 +92,7 @@ class Job:
                 self.config.token_budget,
                 advance,
                 self.accelerator.autocast,
+                self.config.attention_backend,
             )
 
 
@@ -192,6 +200,7 @@ def backward(
                 reward=config.reward,
                 head_filter=config.head_filter,
                 gradient=config.gradient,
+                attention=config.attention_backend,
             )
         share = result.loss * (len(micro) / len(batch))
         accelerator.backward(share)

@@ -17,19 +17,17 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from abft_kernels import choose_attention, flash_attention_with_last_row_loss, last_row_loss
 from abft_kernels.problem import Scores
 from abft_kernels.separate_attention import explicit_attention, visible_keys
-from record import append, spread, where
+from record import append, high_water_mark, reset_high_water_mark, spread, where
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -233,16 +231,10 @@ def memory(length: int) -> None:
     small = Layer(64, 64, 32, 8, 128)
     small.alone(gradient=True).loss.sum().backward()
     layer = Layer(length, length, 32, 8, 128)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = high_water_mark()
+    reset_high_water_mark(DEVICE)
+    before = high_water_mark(DEVICE)
     layer.alone(gradient=True).loss.sum().backward()
-    print(high_water_mark() - before)
-
-
-def high_water_mark() -> int:
-    """Most bytes resident so far."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+    print(high_water_mark(DEVICE) - before)
 
 
 def memory_slope(lengths: list[int]) -> None:

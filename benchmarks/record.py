@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -36,6 +37,22 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """20th, 50th and 80th percentile."""
     deciles = statistics.quantiles(values, n=10, method="inclusive")
     return deciles[1], deciles[4], deciles[7]
+
+
+def reset_high_water_mark(device: str) -> None:
+    """Begin to count the most memory held from here on."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def high_water_mark(device: str) -> int:
+    """Most bytes held since: allocated on a GPU, resident in the process on a CPU (Linux)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
 
 
 def append(name: str, row: dict[str, object]) -> None:

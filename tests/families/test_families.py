@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
-from abft_fast.backbone import backbone, decoder_layers, query_key_projections
+from abft_fast.backbone import backbone, decoder_layers, prepare, query_key_projections
 from abft_fast.evaluation import label_logits
 from abft_fast.model import train_lora, trained_parameters
 from abft_fast.preflight import check_attention
@@ -332,17 +333,48 @@ def test_a_backbone_without_lm_head(family):
     torch.testing.assert_close(attention_behavior_loss(model.base_model, packed), expected)
 
 
-def test_an_nf4_base_with_lora_learns(tmp_path):
+def nf4_llama(folder):
     """bitsandbytes' own CPU path, for real."""
-    tiny_model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    tiny_model("llama", hidden_size=64, intermediate_size=64).save_pretrained(folder)
     quantized = AutoModelForCausalLM.from_pretrained(
-        tmp_path,
+        folder,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         ),
         device_map="cpu",
     )
     assert type(quantized.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    return quantized
+
+
+def test_nf4_gives_the_gradient_of_its_dequantized_weights_whatever_ran_before(tmp_path):
+    """A forward without gradients repacks bitsandbytes' weights; ours must not lose any by it."""
+    quantized = nf4_llama(tmp_path)
+    with torch.no_grad():
+        quantized(torch.tensor([[5, 6, 7]]))
+    plain = tiny_model("llama", hidden_size=64, intermediate_size=64)
+    for name, module in quantized.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            prepare(quantized)
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data.copy_(weight)
+    grads = []
+    for model in (quantized, plain):
+        torch.manual_seed(0)
+        adapted = train_lora(model, rank=4)
+        for name, parameter in trained_parameters(adapted).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        with torch.no_grad():
+            attention_behavior_loss(adapted, pack(make_prompts()), head_filter=False)
+        attention_behavior_loss(adapted, pack(make_prompts()), head_filter=False).loss.backward()
+        grads.append([p.grad for p in trained_parameters(adapted).values()])
+    for ours, expected in zip(*grads, strict=True):
+        assert expected.norm() > 0 and relative_error(ours, expected) <= 1e-3
+
+
+def test_an_nf4_base_with_lora_learns(tmp_path):
+    quantized = nf4_llama(tmp_path)
     model = train_lora(quantized, rank=4)
     optimizer = torch.optim.Adam(trained_parameters(model).values(), lr=1e-2)
     losses = []
