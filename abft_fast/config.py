@@ -26,6 +26,14 @@ def _dataset(name: str) -> str:
     return data.resolve_name(str(name))
 
 
+def _named_or_count(value: Any, names: tuple[str, ...], allowed: str) -> str | int:
+    if value in names:
+        return value
+    if not isinstance(value, bool) and str(value).isdigit() and int(value) >= 1:
+        return int(value)
+    raise ValueError(f"use {allowed}")
+
+
 class Options(BaseModel):
     """What `train` and `eval` share; a field with exclude=True is not part of a run's config."""
 
@@ -49,7 +57,11 @@ class Options(BaseModel):
     on_long_prompt: Literal["refuse", "drop", "fewer-demonstrations"] = Field(
         "refuse", description="What to do with prompts beyond the model's context length."
     )
-    token_budget: int = Field(8192, ge=1, description="Tokens a packed batch, at most.")
+    token_budget: str | int = Field(
+        "auto",
+        description="Tokens a packed batch, at most; auto tries what a GPU holds, 8192 on a CPU. "
+        "Results do not depend on it.",
+    )
     quantized: bool = Field(
         False, description="Quantize the weights as they are loaded (bitsandbytes); see bits."
     )
@@ -67,6 +79,11 @@ class Options(BaseModel):
         None, exclude=True, description="YAML file of options; flags override it."
     )
     debug: bool = Field(False, exclude=True, description="Show tracebacks.")
+
+    @field_validator("token_budget", mode="before")
+    @classmethod
+    def _check_token_budget(cls, value: Any) -> str | int:
+        return _named_or_count(value, ("auto",), "auto or a number of tokens from 1")
 
     @field_validator("bits")
     @classmethod
@@ -143,11 +160,7 @@ class TrainConfig(Options):
     @field_validator("gradient", mode="before")
     @classmethod
     def _check_gradient(cls, value: Any) -> str | int:
-        if value in ("full", "local"):
-            return value
-        if not isinstance(value, bool) and str(value).isdigit() and int(value) >= 1:
-            return int(value)
-        raise ValueError("use full, local or a number of layers from 1")
+        return _named_or_count(value, ("full", "local"), "full, local or a number of layers from 1")
 
     @model_validator(mode="after")
     def _check_trainable(self) -> Self:

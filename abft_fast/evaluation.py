@@ -14,6 +14,7 @@ from abft_fast.backbone import must_run_alone, prepare
 from abft_fast.objective import join, run_packed
 from abft_fast.packing import EncodedPrompt, PackedPrompts, micro_batches, pack
 from abft_fast.prompts import EncodedPrompts
+from abft_fast.token_budget import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,26 @@ def evaluate(
         for batch in micro_batches([len(p) for p in encoded.prompts], token_budget):
             prompts = [encoded.prompts[i] for i in batch]
             with autocast():
-                rows, heads, packed = label_logits(model, prompts, label_ids, attention)
-            logits[batch] = rows.float().cpu()
-            behavior.add(heads, packed)
+                found = _within_memory(model, prompts, label_ids, attention)
+            logits[batch] = torch.cat([rows.float().cpu() for rows, _, _ in found])
+            for _, heads, packed in found:
+                behavior.add(heads, packed)
             on_batch(len(batch))
     if not logits.isfinite().all():
         raise FloatingPointError("the model's logits of the label words are not finite")
     return staicc_metrics(encoded.labels, logits), behavior.result()
+
+
+def _within_memory(model, prompts, label_ids, attention):
+    """`label_logits` of all prompts at once, or, out of memory, of halves of them."""
+    try:
+        return [label_logits(model, prompts, label_ids, attention)]
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(prompts) == 1:
+            raise
+    half = len(prompts) // 2
+    parts = prompts[:half], prompts[half:]
+    return [found for part in parts for found in _within_memory(model, part, label_ids, attention)]
 
 
 def label_logits(

@@ -26,6 +26,7 @@ class Run:
         self._metrics = folder / "metrics.jsonl"
         self._evaluation = folder / "evaluation.json"
         self._attention = folder / "attention.json"
+        self._token_budget = folder / "token_budget.json"
 
     @classmethod
     def reserve(cls, config: TrainConfig) -> Run:
@@ -101,6 +102,15 @@ class Run:
             write_json(path, content)
 
     @property
+    def token_budget(self) -> int | None:
+        """What `--token-budget auto` found; None before."""
+        return _read_json(self._token_budget).get("tokens")
+
+    def record_token_budget(self, tokens: int) -> None:
+        """Remember it for a resumed run."""
+        write_json(self._token_budget, {"tokens": tokens})
+
+    @property
     def artifact(self) -> Path:
         """What a finished run leaves: its adapter or its model."""
         adapter = self.folder / "adapter"
@@ -130,7 +140,7 @@ class Run:
 
 _ENTRIES = {
     "config.yaml", "environment.json", "run.log", "metrics.jsonl", "evaluation.json",
-    "attention.json", "checkpoints", "adapter", "model", "abft-fast",
+    "attention.json", "token_budget.json", "checkpoints", "adapter", "model", "abft-fast",
 }  # fmt: skip
 
 

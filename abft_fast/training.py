@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import random
@@ -28,6 +29,7 @@ from abft_fast.preflight import check_attention
 from abft_fast.progress import Progress
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.run import Run
+from abft_fast.token_budget import CPU_TOKENS, TokenBudget, find_token_budget
 
 
 class Job:
@@ -89,7 +91,7 @@ class Job:
                 self.model,
                 prompts,
                 self.encoder.label_ids,
-                self.config.token_budget,
+                CPU_TOKENS if self.config.token_budget == "auto" else self.config.token_budget,
                 advance,
                 self.accelerator.autocast,
                 self.config.attention_backend,
@@ -149,11 +151,16 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
     if config.tracker != "none":
         accelerator.init_trackers("abft-fast", config.model_dump(mode="json"))
     batches = pseudo_batches(len(prompts), config)
+    budget = TokenBudget(token_budget(config, run, job, prompts), job.progress.say)
     with job.progress.bar("training", len(batches), done) as advance:
         for step, chosen in enumerate(batches[done:], start=done + 1):
             started = time.perf_counter()
             batch = [prompts[i] for i in chosen]
-            loss, behavior = backward(model, batch, config, controller.penalty, accelerator)
+            loss, behavior = budget.attempt(
+                [len(prompt) for prompt in batch],
+                functools.partial(backward, model, batch, config, controller.penalty, accelerator),
+                optimizer.zero_grad,
+            )
             norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             heads = behavior.induction_heads
             check_step(config, step, loss, norm.item(), heads)
@@ -187,10 +194,11 @@ def backward(
     config: TrainConfig,
     penalty: float,
     accelerator: Accelerator,
+    tokens: int,
 ) -> tuple[float, Behavior]:
     """Accumulate the gradient of a pseudo-batch's mean loss; the same however it is split."""
     loss, behavior = torch.zeros((), device=accelerator.device), BehaviorMean()
-    for micro in micro_batches([len(p) for p in batch], config.token_budget):
+    for micro in micro_batches([len(p) for p in batch], tokens):
         packed = pack([batch[i] for i in micro]).to(accelerator.device)
         with accelerator.autocast():
             result = attention_behavior_loss(
@@ -207,6 +215,28 @@ def backward(
         loss += share.detach()
         behavior.add(result, packed)
     return loss.item(), behavior.result()
+
+
+def token_budget(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> int:
+    """The budget asked for, or the one found for this run, once."""
+    if config.token_budget != "auto":
+        return config.token_budget
+    if job.accelerator.device.type != "cuda":
+        return CPU_TOKENS
+    if run.token_budget is None:
+        lengths = [len(prompt) for prompt in prompts]
+        most = sum(sorted(lengths)[-config.pseudo_batch_size :])
+
+        def forward_and_backward(indices: list[int]) -> None:
+            try:
+                batch = [prompts[i] for i in indices]
+                backward(job.model, batch, config, config.penalty, job.accelerator, most)
+            finally:
+                job.model.zero_grad(set_to_none=True)
+
+        run.record_token_budget(find_token_budget(lengths, forward_and_backward, most))
+        job.progress.say(f"token budget: {run.token_budget} a batch")
+    return run.token_budget
 
 
 def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: float) -> None:

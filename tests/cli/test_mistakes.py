@@ -28,13 +28,17 @@ def last_line(result):
         (["train", "--device", "cuda"], "--device cuda: this machine has no usable GPU"),
         (["train", "--tracker", "wandb"], "--tracker wandb: not installed"),
         (["train", "--seed", "99999999999"], "--seed 99999999999"),
+        (["train", "--bits", "5"], "--bits 5: use 4 or 8"),
+        (["train", "--quantized", "--trainable", "full"], "drop --quantized, or use lora"),
+        (["train", "--token-budget", "0"], "--token-budget 0: use auto or a number of tokens"),
+        (["train", "--attention-backend", "varlen"], "--attention-backend varlen: "),
         (["eval", "--adapter", "nowhere"], "adapter nowhere holds no adapter_config.json"),
         (["eval", "--output", "no/where.json"], "folder no does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_one_line_and_nothing_written(arguments, message, tmp_path):
-    if "cuda" in arguments:
+    if "cuda" in arguments or "varlen" in arguments:
         import torch
 
         if torch.cuda.is_available():

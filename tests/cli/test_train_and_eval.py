@@ -4,11 +4,14 @@ import json
 import re
 
 import pytest
+import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path
+from abft_fast.errors import UserError
+from abft_fast.model import load
 from tests.command_line import QUICK, abft_fast
 
 pytestmark = pytest.mark.cli
@@ -141,3 +144,38 @@ def test_the_run_gets_a_name_under_runs(tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.endswith("-builtin-trec")
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("bits", "layer"), [("4", "Linear4bit"), ("8", "Linear8bitLt")])
+def test_a_quantized_base_is_trained_and_evaluated(bits, layer, tmp_path):
+    """Its weights stay as they were quantized; the log says what attention ran on."""
+    folder = tmp_path / "run"
+    result = abft_fast(
+        "train", *QUICK, "--quantized", "--bits", bits, "--gradient", "2", "--output-dir", folder
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["gradient_norm"] > 0 and row["induction_heads"] > 0 for row in rows)
+    assert re.search(r"attention: (sdpa|varlen|flash-attn), its loss: ", result.stderr)
+    quantized, _ = load("builtin", torch.device("cpu"), torch.float32, int(bits))
+    assert type(quantized.model.layers[0].self_attn.q_proj).__name__ == layer
+    output = tmp_path / "metrics.json"
+    again = abft_fast(
+        "eval", "--dataset", "trec", "--k", 2, "--quantized", "--bits", bits,
+        "--adapter", folder / "adapter", "--output", output, "--device", "cpu",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    after = json.loads((folder / "evaluation.json").read_text())["after"]["trec"]
+    found = json.loads(output.read_text())["trec"]
+    assert found["accuracy"] == pytest.approx(after["accuracy"], abs=0.01)
+
+
+def test_a_checkpoint_that_is_quantized_loads_as_it_is(tmp_path):
+    """And is not quantized a second time."""
+    quantized, tokenizer = load("builtin", torch.device("cpu"), torch.float32, 4)
+    quantized.save_pretrained(tmp_path / "nf4")
+    tokenizer.save_pretrained(tmp_path / "nf4")
+    model, _ = load(str(tmp_path / "nf4"), torch.device("cpu"), torch.float32)
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    with pytest.raises(UserError, match=r"quantized already .*: leave out --quantized"):
+        load(str(tmp_path / "nf4"), torch.device("cpu"), torch.float32, 4)

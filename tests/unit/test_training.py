@@ -42,8 +42,8 @@ def test_the_pseudo_batch_is_an_exact_mean(trainable):
     found = []
     for budget in (1, 100, 10**6):
         model = trainable(tiny_model("llama")).eval()
-        config = resolve(TrainConfig, {"token_budget": budget})
-        loss, behavior = backward(model, prompts, config, 0.5, Accelerator(cpu=True))
+        config = resolve(TrainConfig, {})
+        loss, behavior = backward(model, prompts, config, 0.5, Accelerator(cpu=True), budget)
         grads = [p.grad for p in trained_parameters(model).values()]
         found.append((loss, behavior.induction_heads, torch.cat([g.flatten() for g in grads])))
     for loss, heads, gradient in found[1:]:
