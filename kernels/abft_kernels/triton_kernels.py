@@ -441,7 +441,7 @@ def scan_keys(
     With `active`, (R, Hq) bool, key heads without an active head are not read; the sums of other
     heads are 0.
     """
-    query, key = _unit_stride(query), _unit_stride(key)
+    query, key = _readable(query), _readable(key)
     shape = _Shape(query, key)
     splits = _count_splits(query, key)
     parts = (shape.rows, shape.query_heads, splits)
@@ -460,7 +460,7 @@ def scan_keys(
         )  # fmt: skip
         _combine_splits_kernel[(shape.rows, shape.query_heads)](
             part_max, part_sum, part_key,
-            query if sinks is None else sinks, query if active is None else active,
+            query if sinks is None else _readable(sinks), query if active is None else active,
             *normalizer, mean_key, splits,
             HEAD_DIM=shape.head_dim, DIM_BLOCK=shape.dim_block, SPLIT_BLOCK=_SPLIT_BLOCK,
             HAS_SINKS=sinks is not None, ONLY_ACTIVE=active is not None, SUM_KEYS=sum_keys,
@@ -482,7 +482,7 @@ def label_loss(
     sum_keys: bool,
 ) -> LabelLoss:
     """Losses and masses of all rows, given their normalizers."""
-    query, key = _unit_stride(query), _unit_stride(key)
+    query, key = _readable(query), _readable(key)
     shape = _Shape(query, key)
     heads = (shape.rows, shape.query_heads)
     loss, label_mass, correct_mass, mean_weight = (
@@ -520,11 +520,10 @@ def grad_key(
     `coefficient`, (R, Hq), is the incoming gradient times the scale, 0 for heads without a loss;
     keys of a key head without any other are not read.
     """
-    query, key = _unit_stride(query), _unit_stride(key)
+    dtype = key.dtype
+    query, key = _readable(query), _readable(key)
     shape = _Shape(query, key)
-    grad = key.new_empty(key.shape) if accumulate_into is None else accumulate_into
-    if grad.stride(-1) != 1:
-        raise ValueError("accumulate_into must be contiguous along the head dimension")
+    grad = key.new_empty(key.shape) if accumulate_into is None else _readable(accumulate_into)
     with _on_device(query):
         _grad_key_kernel[(triton.cdiv(shape.tokens, shape.key_block), shape.key_heads)](
             query, key, *rows, *normalizer, mean_weight, coefficient.contiguous(),
@@ -535,7 +534,9 @@ def grad_key(
             ROW_BLOCK=_ROW_BLOCK, CAPPED=scores.softcap is not None,
             ACCUMULATE=accumulate_into is not None, **shape.launch(),
         )  # fmt: skip
-    return grad
+    if accumulate_into is None:
+        return grad.to(dtype)
+    return accumulate_into if grad is accumulate_into else accumulate_into.copy_(grad)
 
 
 class _Shape:
@@ -572,7 +573,10 @@ class _Shape:
         return (*query.stride()[:2], *key.stride()[:2])
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
+def _readable(tensor: Tensor) -> Tensor:
+    """A tensor as kernels take it: the last dimension together in memory."""
+    if INTERPRETED and tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()  # the interpreter computes bfloat16 wrongly
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -21,8 +21,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 pytestmark = pytest.mark.unit
-# The interpreter computes bfloat16 wrongly, so there it is left to the GPU.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
