@@ -57,7 +57,7 @@ class PackedForward:
 
     With `block`, a block's losses yield their gradients as soon as its last attention is done, and
     its graph is freed: no graph is longer than a block, and none holds what comes after that
-    attention in its layer.
+    attention in its layer. Where a layer is checkpointed, graphs are kept to the end.
 
     Attributes:
         packed: the batch.
@@ -82,7 +82,8 @@ class PackedForward:
         self.bounds = self.packed.cu_seqlens.tolist()
         self.longest = max(b - a for a, b in itertools.pairwise(self.bounds))
         self._by_device: dict[torch.device, tuple[PackedPrompts, dict]] = {}
-        self._checkpointed = False
+        self._entered: set[int] = set()
+        self._checkpointed = self._keep_graph = False
         self._grad_enabled = torch.is_grad_enabled()
         self._block_parameters: list[nn.Parameter] = []
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
@@ -106,16 +107,19 @@ class PackedForward:
 
     def enter(self, index: int, layer: nn.Module) -> bool:
         """A decoder layer begins; whether a block does, whose input is to be detached."""
+        begins = self.block is not None and index % self.block == 0
+        if index in self._entered:  # checkpointing's second run, which only rebuilds
+            return begins
+        self._entered.add(index)
         # What autograd saves inside a checkpointed layer cannot be read before that layer ends.
         self._checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
-        if self.block is None:
-            return False
-        begins = index % self.block == 0
+        self._keep_graph |= self._checkpointed
         if begins:
             self.finish_block()
             self._block_parameters = []
             torch.set_grad_enabled(self._grad_enabled)
-        self._block_parameters += [p for p in layer.parameters() if p.requires_grad]
+        if self.block is not None:
+            self._block_parameters += [p for p in layer.parameters() if p.requires_grad]
         return begins
 
     def attended(self, index: int, result: LastRowLoss) -> None:
@@ -124,29 +128,31 @@ class PackedForward:
         Raises:
             LossComplete: this was the last layer the loss needs.
         """
-        # Checkpointing runs a layer twice; the second run only rebuilds what backward needs.
-        self.layers.setdefault(index, result)
-        if self._checkpointed:
+        if index in self.layers:
             return
-        if self.block is not None and (index + 1) % self.block == 0:
+        self.layers[index] = result
+        if self.block is not None and (index + 1) % self.block == 0 and not self._keep_graph:
             self.finish_block()
             torch.set_grad_enabled(False)  # until the next block begins
-        if index == self.stop_after:
+        if index == self.stop_after and not self._checkpointed:
             raise LossComplete
 
     def finish_block(self) -> None:
         """Replace the graph of losses that still have one by the gradients of their parameters."""
         pending = [index for index, found in self.layers.items() if found.loss.requires_grad]
-        if not pending or self._checkpointed:
-            return
         parameters = list(dict.fromkeys(self._block_parameters))
+        if not pending or not parameters or self._keep_graph:
+            return
         with torch.autocast(self.layers[pending[0]].loss.device.type, enabled=False):
             gradients = torch.autograd.grad(self._mean_loss(pending), parameters, allow_unused=True)
         pairs = zip(parameters, gradients, strict=True)
         self._gradients += [(p, gradient) for p, gradient in pairs if gradient is not None]
-        for index in pending:
-            found = self.layers[index]
-            self.layers[index] = found._replace(loss=found.loss.detach())
+        self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        self.layers = {
+            index: found._replace(loss=found.loss.detach()) for index, found in self.layers.items()
+        }
 
     def _mean_loss(self, indices: list[int]) -> Tensor:
         losses = [self.layers[index].loss.sum() for index in indices]
@@ -161,6 +167,7 @@ class PackedForward:
         if self._gradients:
             parameters, gradients = zip(*self._gradients, strict=True)
             loss = _WithGradients.apply(loss, gradients, *parameters)
+        self._drop_graphs()  # a checkpoint's closure holds this object: the cycle is never freed
         layers = [self.layers[index] for index in indices]
         return AttentionBehavior(
             loss,
@@ -182,10 +189,7 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("the gradients of these blocks were used in a backward before")
-        return None, None, *(g.mul_(grad_loss.to(g.device)) for g in gradients)
+        return grad_loss, None, *(g * grad_loss.to(g.device) for g in ctx.gradients)
 
 
 def packed_attention(

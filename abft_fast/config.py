@@ -29,7 +29,7 @@ def _dataset(name: str) -> str:
 def _named_or_count(value: Any, names: tuple[str, ...], allowed: str) -> str | int:
     if value in names:
         return value
-    if not isinstance(value, bool) and str(value).isdigit() and int(value) >= 1:
+    if not isinstance(value, bool) and str(value).isdecimal() and int(value) >= 1:
         return int(value)
     raise ValueError(f"use {allowed}")
 
@@ -79,6 +79,12 @@ class Options(BaseModel):
         None, exclude=True, description="YAML file of options; flags override it."
     )
     debug: bool = Field(False, exclude=True, description="Show tracebacks.")
+
+    @model_validator(mode="after")
+    def _check_quantized(self) -> Self:
+        if self.bits != 4 and not self.quantized:
+            raise ValueError(f"--bits {self.bits} needs --quantized")
+        return self
 
     @field_validator("token_budget", mode="before")
     @classmethod

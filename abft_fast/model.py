@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from abft_fast.backbone import (
     Projection,
+    attention_layers,
     decoder_layers,
     prepare,
     query_key_projections,
@@ -170,7 +171,8 @@ def enable_checkpointing(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # The loss leaves the forward in the last attention, which a checkpoint could not replay.
-    decoder_layers(prepare(model))[-1].gradient_checkpointing = False
+    inner = prepare(model)
+    decoder_layers(inner)[max(attention_layers(inner))].gradient_checkpointing = False
     model.train()
 
 

@@ -5,8 +5,6 @@ Source: Cho et al. 2025, section 3. This is the piece for a training loop of one
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +35,10 @@ def attention_behavior_loss(
         reward: B in the paper, on attention missing from right labels; a float or a 0-d tensor.
         head_filter: count induction heads only (paper, section 3).
         gradient: `"full"` lets a layer's loss train every earlier layer; `"local"` trains that
-            layer alone; an int N trains its own block of N consecutive layers. The last two need
-            the memory of a block only: its gradients are found when its last attention is done.
+            layer alone; an int N trains its own block of N consecutive layers. The last two train
+            parameters of decoder layers only and need the memory of a block: its gradients are
+            found when its last attention is done (hooks on parameters run then, and again in the
+            backward), unless layers are checkpointed.
         attention: what computes attention, by `abft_kernels.choose_attention`.
 
     Returns:
@@ -103,17 +103,22 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
             f"the model's vocabulary ends at {len(embedding) - 1}"
         )
     output = None
-    # Blocks switch gradients off where they need none.
-    with contextlib.suppress(LossComplete), torch.set_grad_enabled(torch.is_grad_enabled()):
-        output = without_peft(model)(
-            input_ids=packed.input_ids[None],
-            position_ids=packed.position_ids[None],
-            # Passed through as it is: no mask is built, prompts are kept apart by `abft`.
-            attention_mask=packed.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
-            use_cache=False,
-            abft=forward,
-            **kwargs,
-        )
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # blocks switch it off and on
+            output = without_peft(model)(
+                input_ids=packed.input_ids[None],
+                position_ids=packed.position_ids[None],
+                # Passed through as it is: no mask is built, prompts are kept apart by `abft`.
+                attention_mask=packed.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
+                use_cache=False,
+                abft=forward,
+                **kwargs,
+            )
+    except LossComplete:
+        pass
+    except BaseException:
+        forward.layers.clear()  # they would keep the failed attempt's tensors
+        raise
     missing = set(attention_layers(inner)) - set(forward.layers)
     if missing:
         raise ValueError(

@@ -6,13 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size as is_out_of_memory
+from accelerate.utils.memory import should_reduce_batch_size
 
 from abft_fast.errors import RunError
 from abft_fast.packing import micro_batches
 
 CPU_TOKENS = 8192  # a CPU's system ends a process rather than refuse it memory
 T = TypeVar("T")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the system refused memory, in whoever's words."""
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return should_reduce_batch_size(error) or any(word in str(error) for word in words)
 
 
 class TokenBudget:
@@ -56,7 +62,7 @@ class TokenBudget:
                     "fewer demonstrations (--k)"
                 )
             packed = max(sum(lengths[i] for i in batch) for batch in batches)
-            self.tokens = max(packed // 2, 1)
+            self.tokens = max(min(packed, self.tokens) // 2, 1)
             self._say(f"out of memory with {packed} tokens a batch: going on with {self.tokens}")
 
 

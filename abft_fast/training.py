@@ -78,7 +78,7 @@ class Job:
         try:
             found = check_attention(self.model, prompts.prompts, self.accelerator.autocast, backend)
         except ValueError as error:
-            raise UserError(f"--attention-backend {backend}: {error}") from error
+            raise UserError(str(error)) from error
         for (name, backend), reasons in found.items():
             self.progress.say(f"attention: {name}, its loss: {backend}")
             if name == "separate":
@@ -151,7 +151,8 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
     if config.tracker != "none":
         accelerator.init_trackers("abft-fast", config.model_dump(mode="json"))
     batches = pseudo_batches(len(prompts), config)
-    budget = TokenBudget(token_budget(config, run, job, prompts), job.progress.say)
+    first_budget = token_budget(config, run, job, prompts)
+    budget = TokenBudget(first_budget, job.progress.say)
     with job.progress.bar("training", len(batches), done) as advance:
         for step, chosen in enumerate(batches[done:], start=done + 1):
             started = time.perf_counter()
@@ -161,6 +162,8 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
                 functools.partial(backward, model, batch, config, controller.penalty, accelerator),
                 optimizer.zero_grad,
             )
+            if budget.tokens != first_budget:
+                run.record_token_budget(budget.tokens)
             norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             heads = behavior.induction_heads
             check_step(config, step, loss, norm.item(), heads)
@@ -219,24 +222,26 @@ def backward(
 
 def token_budget(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> int:
     """The budget asked for, or the one found for this run, once."""
+    if run.token_budget is not None:
+        return run.token_budget
     if config.token_budget != "auto":
         return config.token_budget
     if job.accelerator.device.type != "cuda":
         return CPU_TOKENS
-    if run.token_budget is None:
-        lengths = [len(prompt) for prompt in prompts]
-        most = sum(sorted(lengths)[-config.pseudo_batch_size :])
+    lengths = [len(prompt) for prompt in prompts]
+    most = sum(sorted(lengths)[-config.pseudo_batch_size :])
 
-        def forward_and_backward(indices: list[int]) -> None:
-            try:
-                batch = [prompts[i] for i in indices]
-                backward(job.model, batch, config, config.penalty, job.accelerator, most)
-            finally:
-                job.model.zero_grad(set_to_none=True)
+    def forward_and_backward(indices: list[int]) -> None:
+        try:
+            batch = [prompts[i] for i in indices]
+            backward(job.model, batch, config, config.penalty, job.accelerator, most)
+        finally:
+            job.model.zero_grad(set_to_none=True)
 
-        run.record_token_budget(find_token_budget(lengths, forward_and_backward, most))
-        job.progress.say(f"token budget: {run.token_budget} a batch")
-    return run.token_budget
+    found = find_token_budget(lengths, forward_and_backward, most)
+    run.record_token_budget(found)
+    job.progress.say(f"token budget: {found} a batch")
+    return found
 
 
 def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: float) -> None:

@@ -69,7 +69,7 @@ def choose_attention(
         reasons.append(f"{name}: {reason}")
     if requested in ("auto", "separate"):
         return "separate", "; ".join(reasons)
-    raise ValueError(f"attention {reasons[0]}")
+    raise ValueError(f"attention backend {reasons[0]}")
 
 
 @torch.library.custom_op("abft::flash_attention_with_last_row_loss", mutates_args=())

@@ -518,7 +518,7 @@ def grad_key(
     """Gradient of the keys, (T, Hkv, D), new or added in place to one that is there.
 
     `coefficient`, (R, Hq), is the incoming gradient times the scale, 0 for heads without a loss;
-    keys of a key head without any other are not read.
+    keys that only such heads share are not read.
     """
     dtype = key.dtype
     query, key = _readable(query), _readable(key)

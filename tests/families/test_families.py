@@ -1,6 +1,8 @@
 """Packed prompts through our attention == one by one through each family's own eager attention."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.backbone import backbone, decoder_layers, prepare, query_key_projections
 from abft_fast.evaluation import label_logits
-from abft_fast.model import train_lora, trained_parameters
+from abft_fast.model import enable_checkpointing, train_lora, trained_parameters
 from abft_fast.preflight import check_attention
 from tests.tiny_models import FAMILIES, tiny_model
 
@@ -146,18 +148,70 @@ def test_the_model_still_works_as_before(family):
     assert model.generate(ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 22)
 
 
-@pytest.mark.parametrize("gradient", ["full", "local", 2])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_non_reentrant_checkpointing_changes_nothing(family, gradient):
+def checkpoint_all(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def checkpoint_all_but_the_first(model):
+    checkpoint_all(model)
+    decoder_layers(backbone(model))[0].gradient_checkpointing = False
+
+
+CHECKPOINTING = [enable_checkpointing, checkpoint_all, checkpoint_all_but_the_first]
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("gradient", ["full", "local", 2, 3, 9])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3"])
+def test_non_reentrant_checkpointing_changes_nothing(family, gradient, checkpointing):
     packed = pack(make_prompts())
     grads = []
+    for enable in (None, checkpointing):
+        model = tiny_model(family)
+        if checkpointing is not enable_checkpointing:  # which switches dropout off
+            model.train()
+        if enable is not None:
+            enable(model)
+        attention_behavior_loss(model, packed, head_filter=False, gradient=gradient).loss.backward()
+        grads.append([weight.grad for _, weight, _, _ in trained_weights(model)])
+    assert all(grad.abs().sum() > 0 for grad in grads[0])
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("gradient", ["full", "local", 2])
+def test_checkpointing_where_the_last_layer_has_no_attention(gradient):
+    grads = []
     for checkpointing in (False, True):
-        model = tiny_model(family).train()
+        model = tiny_hybrid(["full_attention", "linear_attention"] * 2).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        attention_behavior_loss(model, packed, gradient=gradient).loss.backward()
+            enable_checkpointing(model)
+        prompt = pack(make_prompts()[:1])
+        attention_behavior_loss(model, prompt, head_filter=False, gradient=gradient).loss.backward()
         grads.append([weight.grad for _, weight, _, _ in trained_weights(model)])
     torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_loss_that_is_dropped_keeps_nothing_alive(checkpointing):
+    """Also where the forward fails, as it does when memory runs out."""
+    model = tiny_model("llama").train()
+    if checkpointing:
+        enable_checkpointing(model)
+    alive = []
+
+    def watch(module, args, out):
+        alive.append(weakref.ref(out))
+
+    def fail(module, args):
+        raise RuntimeError("out of memory")
+
+    model.model.layers[1].mlp.register_forward_hook(watch)
+    attention_behavior_loss(model, pack(make_prompts()))
+    model.model.layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        attention_behavior_loss(model, pack(make_prompts()))
+    gc.collect()
+    assert len(alive) == 2 and all(reference() is None for reference in alive)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -185,17 +239,21 @@ def test_nothing_is_computed_that_the_loss_does_not_need(family):
         assert finished == graph, gradient
 
 
-def test_gradients_of_blocks_scale_and_are_used_once():
-    model = tiny_model("llama")
+def test_gradients_of_blocks_are_gradients():
+    """They scale, add up over losses, and may be used again where the graph is retained."""
+    packed = pack(make_prompts())
     grads = []
-    for factor in (1.0, 3.0):
-        model.zero_grad()
-        loss = attention_behavior_loss(model, pack(make_prompts()), gradient=2).loss * factor
+    for gradient in (2, 4):  # 4 is all layers: the same as 2 for the last block
+        model = tiny_model("llama")
+        loss = attention_behavior_loss(model, packed, gradient=gradient).loss * 3
+        loss = loss + attention_behavior_loss(model, packed, gradient=gradient).loss
         loss.backward(retain_graph=True)
-        grads.append(model.model.layers[1].self_attn.q_proj.weight.grad.clone())
-    torch.testing.assert_close(grads[1], 3 * grads[0])
-    with pytest.raises(RuntimeError, match="used in a backward before"):
         loss.backward()
+        grads.append(model.model.layers[3].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+    once = tiny_model("llama")
+    attention_behavior_loss(once, packed).loss.backward()
+    torch.testing.assert_close(grads[0], 8 * once.model.layers[3].self_attn.q_proj.weight.grad)
 
 
 def test_reentrant_checkpointing_is_refused():
@@ -224,10 +282,11 @@ def test_a_family_out_of_reach_is_refused_by_name(family, changes):
         attention_behavior_loss(model, pack(make_prompts()))
 
 
-def test_layers_without_attention_are_skipped_and_said(caplog):
-    model = tiny_model(
+def tiny_hybrid(layer_types):
+    """Layers without attention among the others."""
+    return tiny_model(
         "qwen3_next",
-        layer_types=["linear_attention", "full_attention"] * 2,
+        layer_types=layer_types,
         num_key_value_heads=2,
         head_dim=8,
         linear_num_key_heads=2,
@@ -239,6 +298,10 @@ def test_layers_without_attention_are_skipped_and_said(caplog):
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
     )
+
+
+def test_layers_without_attention_are_skipped_and_said(caplog):
+    model = tiny_hybrid(["linear_attention", "full_attention"] * 2)
     prompts = make_prompts()
     behavior = attention_behavior_loss(model, pack(prompts))
     assert len(behavior.label_mass) == 2

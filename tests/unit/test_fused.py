@@ -174,7 +174,9 @@ def test_the_choice_is_named_and_explained():
     name, reasons = choose_attention(q, softcap=2.0)
     assert name == "separate" and "sdpa: it has no soft-cap" in reasons
     assert choose_attention(q, dropout=0.1)[0] == "separate"
-    with pytest.raises(ValueError, match="attention varlen: it runs on a GPU, not on the cpu"):
+    with pytest.raises(
+        ValueError, match="attention backend varlen: it runs on a GPU, not on the cpu"
+    ):
         choose_attention(q, requested="varlen")
     with pytest.raises(ValueError, match="attention must be one of auto, flash-attn"):
         choose_attention(q, requested="fastest")

@@ -26,22 +26,37 @@ def out_of_memory_above(tokens, lengths):
 def test_the_largest_budget_is_found(fits):
     lengths = [10 + i % 90 for i in range(200)]
     found = find_token_budget(lengths, out_of_memory_above(fits, lengths), most=3000)
-    assert found <= max(fits, 3000)
+    assert found <= 3000
     batches = list(micro_batches(lengths, found))
     assert all(sum(lengths[i] for i in batch) <= fits for batch in batches)
     assert found >= min(3000, fits) / 1.25  # a tenth, and what a batch leaves free
 
 
-def test_what_never_fits_is_said():
-    lengths = [100, 20]
+@pytest.mark.parametrize("lengths", [[100, 20], [100, 20, 20], [100, 5, 5]], ids=str)
+@pytest.mark.parametrize("tokens", [10, 1000])
+def test_what_never_fits_is_said(lengths, tokens):
     run = out_of_memory_above(50, lengths)
     with pytest.raises(RunError, match="one prompt of 100 tokens: try --gradient local"):
         find_token_budget(lengths, run, most=1000)
-    budget = TokenBudget(1000, lambda line: None)
+    budget = TokenBudget(tokens, lambda line: None)
     with pytest.raises(RunError, match="one prompt of 100 tokens at a time"):
         budget.attempt(
             lengths, lambda tokens: [run(b) for b in micro_batches(lengths, tokens)], lambda: None
         )
+
+
+def test_the_budget_only_falls():
+    lengths = [40, 30, 20, 10] * 4
+    run = out_of_memory_above(45, lengths)
+    said, undone = [], []
+    budget = TokenBudget(10**6, said.append)
+    budget.attempt(
+        lengths,
+        lambda tokens: [run(batch) for batch in micro_batches(lengths, tokens)],
+        lambda: undone.append(budget.tokens),
+    )
+    assert 40 <= budget.tokens <= 50 and len(said) == len(undone) > 1
+    assert undone == sorted(undone, reverse=True)
 
 
 def test_other_errors_pass():
