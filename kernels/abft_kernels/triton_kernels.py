@@ -497,7 +497,7 @@ def label_loss(
             *shape.scores(scores), shape.tokens, shape.rows, len(rows.label_positions),
             int(head_filter), *shape.strides(query, key), **shape.constants(),
             LABEL_BLOCK=shape.key_block, CAPPED=scores.softcap is not None, SUM_KEYS=sum_keys,
-            **_OPTIONS,
+            num_warps=shape.warps, **_OPTIONS,
         )  # fmt: skip
     return LabelLoss(loss, label_mass, correct_mass, is_induction, mean_weight, label_key)
 
@@ -550,6 +550,9 @@ class _Shape:
         self.group_block = max(16, triton.next_power_of_2(self.group))
         row_bytes = self.dim_block * query.element_size()
         self.key_block = max(16, min(64, _TILE_BYTES // row_bytes))
+        # Float32 products keep their operands in registers.
+        wide = self.group_block * self.dim_block >= (2048 if query.element_size() > 2 else 16384)
+        self.warps = 8 if wide else 4
 
     def constants(self) -> dict[str, int]:
         return {
@@ -560,8 +563,7 @@ class _Shape:
         }
 
     def launch(self) -> dict[str, int]:
-        warps = 4 if self.group_block * self.dim_block <= 8192 else 8
-        return {"num_warps": warps, "num_stages": 3, **_OPTIONS}
+        return {"num_warps": self.warps, "num_stages": 3, **_OPTIONS}
 
     @staticmethod
     def scores(scores: Scores) -> tuple[float, float, int]:
