@@ -56,11 +56,7 @@ class TokenBudget:
             _release()
             batches = list(micro_batches(lengths, self.tokens))
             if max(map(len, batches)) == 1:
-                raise RunError(
-                    f"out of memory with one prompt of {max(lengths)} tokens at a time: try "
-                    "--gradient local or a number of layers, --checkpointing, --quantized, or "
-                    "fewer demonstrations (--k)"
-                )
+                raise _not_one_fits(lengths)
             packed = max(sum(lengths[i] for i in batch) for batch in batches)
             self.tokens = max(min(packed, self.tokens) // 2, 1)
             self._say(f"out of memory with {packed} tokens a batch: going on with {self.tokens}")
@@ -92,10 +88,7 @@ def find_token_budget(lengths: Sequence[int], run: Callable[[list[int]], None], 
 
     good = max(lengths)
     if not fits(good):
-        raise RunError(
-            f"out of memory with one prompt of {good} tokens: try --gradient local or a number of "
-            "layers, --checkpointing, --quantized, or fewer demonstrations (--k)"
-        )
+        raise _not_one_fits(lengths)
     bad = None
     while bad is None and good < most:
         tokens = min(2 * good, most)
@@ -110,6 +103,13 @@ def find_token_budget(lengths: Sequence[int], run: Callable[[list[int]], None], 
         else:
             bad = middle
     return good
+
+
+def _not_one_fits(lengths: Sequence[int]) -> RunError:
+    return RunError(
+        f"out of memory with one prompt of {max(lengths)} tokens at a time: try --gradient local "
+        "or a number of layers, --checkpointing, --quantized, or fewer demonstrations (--k)"
+    )
 
 
 def _release() -> None:

@@ -74,9 +74,13 @@ class Job:
 
     def check_attention(self, prompts: EncodedPrompts) -> None:
         """Make sure that packed attention is the model's own, and say what it runs on."""
-        backend = self.config.attention_backend
         try:
-            found = check_attention(self.model, prompts.prompts, self.accelerator.autocast, backend)
+            found = check_attention(
+                self.model,
+                prompts.prompts,
+                self.accelerator.autocast,
+                self.config.attention_backend,
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
         for (name, backend), reasons in found.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from abft_kernels.problem import Scores
-from abft_kernels.separate_attention import visible_keys
+from abft_kernels.separate_attention import one_prompt, visible_keys
 
 try:
     from flash_attn.flash_attn_interface import (
@@ -38,6 +38,11 @@ class Prompts(NamedTuple):
 
     cu_seqlens: Tensor
     longest: int
+
+    @property
+    def both(self) -> tuple[Tensor, Tensor, int, int]:
+        """Bounds of queries and keys, and the longest of each, as flash attention takes them."""
+        return self.cu_seqlens, self.cu_seqlens, self.longest, self.longest
 
 
 class FlashAttention(NamedTuple):
@@ -80,19 +85,22 @@ def _needs_recent_gpu(q: Tensor) -> str | None:
     return None
 
 
+def _flash_attn_options(scores: Scores) -> dict:
+    return {
+        "dropout_p": 0.0,
+        "softmax_scale": scores.scale,
+        "causal": True,
+        "window_size_left": _left(scores, none=-1),
+        "window_size_right": 0,
+        "softcap": scores.softcap or 0.0,
+    }
+
+
 def _flash_attn_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, Tensor]:
     out, lse, *_ = _flash_attn_varlen_forward(
         *_padded(q, k, v),
-        prompts.cu_seqlens,
-        prompts.cu_seqlens,
-        prompts.longest,
-        prompts.longest,
-        dropout_p=0.0,
-        softmax_scale=scores.scale,
-        causal=True,
-        window_size_left=_left(scores, none=-1),
-        window_size_right=0,
-        softcap=scores.softcap or 0.0,
+        *prompts.both,
+        **_flash_attn_options(scores),
     )
     return out[..., : q.shape[-1]], lse
 
@@ -108,16 +116,8 @@ def _flash_attn_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: 
         out,
         lse,
         *grads,
-        prompts.cu_seqlens,
-        prompts.cu_seqlens,
-        prompts.longest,
-        prompts.longest,
-        dropout_p=0.0,
-        softmax_scale=scores.scale,
-        causal=True,
-        window_size_left=_left(scores, none=-1),
-        window_size_right=0,
-        softcap=scores.softcap or 0.0,
+        *prompts.both,
+        **_flash_attn_options(scores),
         alibi_slopes=None,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
@@ -150,10 +150,7 @@ def _varlen_unable(q: Tensor, softcap: float | None) -> str | None:
 def _varlen_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *_padded(q, k, v),
-        prompts.cu_seqlens,
-        prompts.cu_seqlens,
-        prompts.longest,
-        prompts.longest,
+        *prompts.both,
         0.0,
         scores.window is None,  # causal; a window says so itself
         False,
@@ -168,10 +165,7 @@ def _varlen_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scor
     grads = torch.ops.aten._flash_attention_backward(
         *_padded(grad_out, q, k, v, out),
         lse,
-        prompts.cu_seqlens,
-        prompts.cu_seqlens,
-        prompts.longest,
-        prompts.longest,
+        *prompts.both,
         0.0,
         scores.window is None,
         torch.zeros(2, dtype=torch.uint64, device=q.device),  # random state: there is no dropout
@@ -196,7 +190,7 @@ def _cpu_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, Ten
     outs, lses = [], []
     for a, b in itertools.pairwise(prompts.cu_seqlens.tolist()):
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *_prompt(a, b, q, k, v), **_cpu_mask(b - a, q, scores)
+            *one_prompt(a, b, *_unit_stride(q, k, v)), **_cpu_mask(b - a, q, scores)
         )
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
@@ -208,18 +202,13 @@ def _cpu_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scores)
     for a, b in itertools.pairwise(prompts.cu_seqlens.tolist()):
         grads.append(
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *_prompt(a, b, grad_out, q, k, v, out),
+                *one_prompt(a, b, *_unit_stride(grad_out, q, k, v, out)),
                 lse[None, :, a:b],
                 dropout_p=0.0,
                 **_cpu_mask(b - a, q, scores),
             )
         )
     return [torch.cat([t[0].transpose(0, 1) for t in each]) for each in zip(*grads, strict=True)]
-
-
-def _prompt(a: int, b: int, *tensors: Tensor) -> list[Tensor]:
-    """One prompt of each, as (1, H, n, D)."""
-    return [t[a:b].transpose(0, 1)[None] for t in _unit_stride(*tensors)]
 
 
 def _cpu_mask(length: int, q: Tensor, scores: Scores) -> dict:

@@ -23,9 +23,14 @@ def attend_separately(
     """Causal attention, (T, Hq, D), of q (T, Hq, D) and k, v (T, Hkv, D)."""
     out = []
     for a, b in itertools.pairwise(cu_seqlens.tolist()):
-        prompt = [t[a:b].transpose(0, 1)[None] for t in (q, k, v)]
+        prompt = one_prompt(a, b, q, k, v)
         out.append(_attend(*prompt, scores, sinks, dropout)[0].transpose(0, 1))
     return torch.cat(out)
+
+
+def one_prompt(a: int, b: int, *tensors: Tensor) -> list[Tensor]:
+    """Tokens a to b of each (T, H, D), as (1, H, n, D)."""
+    return [t[a:b].transpose(0, 1)[None] for t in tensors]
 
 
 def _attend(query, key, value, scores: Scores, sinks: Tensor | None, dropout: float) -> Tensor:

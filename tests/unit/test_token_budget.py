@@ -36,7 +36,7 @@ def test_the_largest_budget_is_found(fits):
 @pytest.mark.parametrize("tokens", [10, 1000])
 def test_what_never_fits_is_said(lengths, tokens):
     run = out_of_memory_above(50, lengths)
-    with pytest.raises(RunError, match="one prompt of 100 tokens: try --gradient local"):
+    with pytest.raises(RunError, match="one prompt of 100 tokens at a time: try --gradient local"):
         find_token_budget(lengths, run, most=1000)
     budget = TokenBudget(tokens, lambda line: None)
     with pytest.raises(RunError, match="one prompt of 100 tokens at a time"):
