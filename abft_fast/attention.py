@@ -82,7 +82,6 @@ class PackedForward:
         self.bounds = self.packed.cu_seqlens.tolist()
         self.longest = max(b - a for a, b in itertools.pairwise(self.bounds))
         self._by_device: dict[torch.device, tuple[PackedPrompts, dict]] = {}
-        self._entered: set[int] = set()
         self._checkpointed = self._keep_graph = False
         self._grad_enabled = torch.is_grad_enabled()
         self._block_parameters: list[nn.Parameter] = []
@@ -108,9 +107,6 @@ class PackedForward:
     def enter(self, index: int, layer: nn.Module) -> bool:
         """A decoder layer begins; whether a block does, whose input is to be detached."""
         begins = self.block is not None and index % self.block == 0
-        if index in self._entered:  # checkpointing's second run, which only rebuilds
-            return begins
-        self._entered.add(index)
         # What autograd saves inside a checkpointed layer cannot be read before that layer ends.
         self._checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
         self._keep_graph |= self._checkpointed
@@ -128,7 +124,7 @@ class PackedForward:
         Raises:
             LossComplete: this was the last layer the loss needs.
         """
-        if index in self.layers:
+        if index in self.layers:  # checkpointing's second run, which only rebuilds
             return
         self.layers[index] = result
         if self.block is not None and (index + 1) % self.block == 0 and not self._keep_graph:

@@ -1,5 +1,6 @@
 """Budgets under memory that really runs out: the process's own address space, limited."""
 
+import itertools
 import subprocess
 import sys
 
@@ -56,7 +57,8 @@ def test_the_budget_only_falls():
         lambda: undone.append(budget.tokens),
     )
     assert 40 <= budget.tokens <= 50 and len(said) == len(undone) > 1
-    assert undone == sorted(undone, reverse=True)
+    tried = [*undone, budget.tokens]
+    assert all(later <= earlier / 2 for earlier, later in itertools.pairwise(tried))
 
 
 def test_other_errors_pass():

@@ -120,8 +120,33 @@ def test_views_are_read_where_they_are():
     torch.testing.assert_close(last_row_loss(**{**case, **views}, backend="triton"), expected)
 
 
+class Recorder:
+    """In a kernel's place: keeps what it would be launched with."""
+
+    def __init__(self):
+        self.arguments = None
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **_: setattr(self, "arguments", arguments)
+
+
+def test_key_heads_without_a_loss_are_not_scanned(monkeypatch):
+    """What the scan leaves for them is the memory's poison, and for the other head no NaN."""
+    case = make_case([60], [4], query_heads=2, key_heads=2, dtype=torch.float32)
+    combine = Recorder()
+    monkeypatch.setattr(triton_kernels, "_combine_splits_kernel", combine)
+    rows = triton_kernels.Rows(*(case[name] for name in triton_kernels.Rows._fields))
+    active = torch.tensor([[True, False]], device=DEVICE)
+    triton_kernels.scan_keys(
+        case["query"], case["key"], rows, triton_kernels.Scores(1.0, None, None), None,
+        active=active, sum_keys=True,
+    )  # fmt: skip
+    for part in combine.arguments[:3]:
+        assert part[0, 0].isfinite().all() and part[0, 1].isnan().all()
+
+
 def test_only_heads_with_a_loss_are_read():
-    """NaN keys of a head without induction heads reach neither its loss nor any gradient."""
+    """NaN keys of a head without induction heads reach no gradient."""
     case = make_case([60], [4], query_heads=2, key_heads=2, dtype=torch.float32)
     case["key"][:, 1] = 0.0
     result, (_, grad_key) = gradients(last_row_loss, case, backend="triton")
