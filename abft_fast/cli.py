@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from abft_fast.config import EvalConfig, Options, TrainConfig, flag, resolve
+from abft_fast.config import EvalConfig, Options, PlanConfig, TrainConfig, flag, resolve
 from abft_fast.errors import RunError, UserError
 
 app = typer.Typer(
@@ -81,8 +81,9 @@ def values_text(field: FieldInfo) -> str:
 def train_(flags: dict[str, Any]) -> None:
     """Fine-tune attention behavior on a dataset, evaluating before and after."""
     config = resolve(TrainConfig, flags)
-    if config.resume is not None and set(flags) - {"resume", "debug"}:
-        extra = ", ".join(flag(name) for name in sorted(set(flags) - {"resume", "debug"}))
+    extra = sorted(set(flags) - {"resume", "debug", "force"})
+    if config.resume is not None and extra:
+        extra = ", ".join(map(flag, extra))
         raise UserError(f"--resume goes on with the run's own options: leave out {extra}")
     from abft_fast.progress import Progress
     from abft_fast.report import print_run
@@ -92,7 +93,8 @@ def train_(flags: dict[str, Any]) -> None:
     if config.resume is None:
         run = Run.reserve(config)
     else:
-        run, config = Run.open(config.resume)
+        run, options = Run.open(config.resume)
+        config = options.model_copy(update={"force": config.force})
     train(config, run, Progress(), new="resume" not in flags)
     print_run(run)
 
@@ -112,14 +114,25 @@ def eval_(flags: dict[str, Any]) -> None:
     from abft_fast.training import Job
 
     job = Job(config, Progress())
+    prompts = job.encode(job.dataset.test_prompts(config.k), "test")
+    job.load()
     if config.adapter is not None:
         job.model = models.load_adapter(job.model, config.adapter)
-    prompts = job.encode(job.dataset.test_prompts(config.k), "test")
     job.check_attention(prompts)
     metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
     if config.output is not None:
         write_json(config.output, {config.dataset: asdict(metrics)})
     print_evaluation(config.dataset, metrics, behavior)
+
+
+@_command(PlanConfig)
+def plan_(flags: dict[str, Any]) -> None:
+    """Say what memory a run of `train` with these options takes, without loading weights."""
+    config = resolve(PlanConfig, flags)
+    from abft_fast.plan import plan_run
+    from abft_fast.report import print_plan
+
+    print_plan(config.model, *plan_run(config))
 
 
 @app.command()

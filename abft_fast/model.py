@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -18,7 +19,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,23 +34,71 @@ from abft_fast.backbone import (
 )
 from abft_fast.builtin import builtin_model_path
 from abft_fast.errors import UserError
+from abft_fast.shapes import SYNTHETIC, known_names, known_shape
+from abft_fast.synthetic import quantization, random_model
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """A model's config, without its weights.
+
+    Args:
+        name: `builtin`, a local folder, a hub id, or `synthetic:` and a known shape.
+
+    Raises:
+        UserError: there is no such model, or it is not on this machine and the hub is out of reach.
+    """
+    if name.startswith(SYNTHETIC):
+        shape = known_shape(name.removeprefix(SYNTHETIC))
+        if shape is None:
+            raise UserError(f"model {name}: known shapes are {', '.join(known_names())}")
+        return shape
+    return _read(AutoConfig, name)
+
+
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; the built-in model's for synthetic weights.
+
+    Raises:
+        UserError: as `read_config`.
+    """
+    return _read(AutoTokenizer, "builtin" if name.startswith(SYNTHETIC) else name)
 
 
 def load(
     name: str, device: torch.device, dtype: torch.dtype, bits: int | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer.
+) -> PreTrainedModel:
+    """A causal language model.
 
     Args:
-        name: `builtin`, a local folder or a hub id.
+        name: as in `read_config`; synthetic weights are random ones.
         device: where its weights go; quantized ones are quantized there as they arrive.
         dtype: of its weights, and of the arithmetic with quantized ones.
         bits: quantize with bitsandbytes to 4 (NF4, double quantization) or 8; None as it is stored.
 
     Raises:
-        UserError: there is no such model, it is not on this machine and the hub is out of reach,
-            it cannot be quantized, or its attention is out of this library's reach.
+        UserError: as `read_config`, or it cannot be quantized, or its attention is out of this
+            library's reach.
     """
+    config = read_config(name)
+    stored = getattr(config, "quantization_config", None)
+    if bits is not None and stored is not None:
+        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
+        raise UserError(f"model {name} is quantized already ({method}): leave out --quantized")
+    if name.startswith(SYNTHETIC):
+        model = random_model(config, device, dtype, bits)
+    else:
+        options = {} if bits is None else {"quantization_config": quantization(bits, dtype)}
+        options |= {"dtype": dtype, "device_map": {"": device}}
+        model = _read(AutoModelForCausalLM, name, **options)
+    try:
+        prepare(model)
+    except ValueError as error:
+        raise UserError(f"model {name}: {error}") from error
+    return model
+
+
+def _read(kind: type, name: str, **options: Any) -> Any:
+    """What transformers' `from_pretrained` gives, or one line of why not."""
     path = str(builtin_model_path()) if name == "builtin" else name
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise UserError(f"model folder {path} holds no config.json")
@@ -59,45 +107,14 @@ def load(
         raise UserError(f"model folder {path} does not exist")
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        quantization = _quantization(AutoConfig.from_pretrained(path), name, dtype, bits)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, **quantization
-        )
+        return kind.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_why_not_loaded(name, error)) from error
-    try:
-        prepare(model)
-    except ValueError as error:
-        raise UserError(f"model {name}: {error}") from error
-    return model, tokenizer
 
 
-def _quantization(
-    config: PreTrainedConfig, name: str, dtype: torch.dtype, bits: int | None
-) -> dict[str, BitsAndBytesConfig]:
-    """What `from_pretrained` is told of it; nothing where the checkpoint is quantized itself."""
-    if bits is None:
-        return {}
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
-        raise UserError(f"model {name} is quantized already ({method}): leave out --quantized")
-    if bits == 8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    }
-
-
-def context_length(model: nn.Module) -> int | None:
+def context_length(config: PreTrainedConfig) -> int | None:
     """Tokens a prompt may have at most; None where the config does not say."""
-    return getattr(prepare(model).config, "max_position_embeddings", None)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:

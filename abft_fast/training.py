@@ -18,22 +18,24 @@ from torch import nn
 from abft_fast import checkpoint, data
 from abft_fast import model as models
 from abft_fast.config import EvalConfig, TrainConfig
-from abft_fast.environment import peak_memory
+from abft_fast.environment import free_memory, peak_memory
 from abft_fast.errors import RunError, UserError
 from abft_fast.evaluation import Behavior, BehaviorMean, Metrics, evaluate
 from abft_fast.files import atomic_folder
 from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
+from abft_fast.plan import GPU_RESERVE, Arithmetic, Flow, make_plan, what_to_change
 from abft_fast.preflight import check_attention
 from abft_fast.progress import Progress
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.run import Run
+from abft_fast.simulation import CannotCount
 from abft_fast.token_budget import CPU_TOKENS, TokenBudget, find_token_budget
 
 
 class Job:
-    """A model, its dataset and its encoder on a device: what training and evaluation share."""
+    """A dataset, its encoder and a model on a device: what training and evaluation share."""
 
     def __init__(
         self,
@@ -44,22 +46,27 @@ class Job:
         self.config, self.progress = config, progress
         self.accelerator = make_accelerator(config, tracker_folder)
         self.dataset = data.load(config.dataset)
-        progress.say(f"loading {config.model}")
-        device = self.accelerator.device
-        half = device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
-        self.model, tokenizer = models.load(
-            config.model,
-            device,
-            torch.bfloat16 if half else torch.float32,
-            config.bits if config.quantized else None,
-        )
+        self.shape = models.read_config(config.model)
         self.encoder = PromptEncoder(
-            tokenizer,
+            models.read_tokenizer(config.model),
             self.dataset,
             form=config.prompt_form,
             label_token=config.label_token,
-            max_length=models.context_length(self.model),
+            max_length=models.context_length(self.shape),
             on_long_prompt=config.on_long_prompt,
+        )
+        self.arithmetic = Arithmetic.on(
+            self.accelerator.device.type, mixed=self.accelerator.mixed_precision == "bf16"
+        )
+
+    def load(self) -> None:
+        """Get the model; what is wrong with prompts or memory has been said by then."""
+        self.progress.say(f"loading {self.config.model}")
+        self.model = models.load(
+            self.config.model,
+            self.accelerator.device,
+            self.arithmetic.dtype,
+            self.config.bits if self.config.quantized else None,
         )
 
     def encode(self, prompts: list[data.Prompt], what: str) -> EncodedPrompts:
@@ -114,6 +121,8 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
     prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
     encoded = job.encode(prompts, "training")
     tests = None if config.no_eval else job.encode(job.dataset.test_prompts(config.k), "test")
+    check_memory(config, job, encoded)
+    job.load()
     job.check_attention(encoded)
     set_seed(config.seed)
     job.model = (
@@ -136,6 +145,35 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
     optimize(config, run, job, encoded.prompts)
     save_result(config, run, job.model)
     evaluate_once("after")
+
+
+def check_memory(config: TrainConfig, job: Job, prompts: EncodedPrompts) -> None:
+    """Say what memory the run will take, and refuse one that cannot fit, before weights are read.
+
+    Raises:
+        UserError: not even the longest prompt fits, and `--force` is not given.
+    """
+    longest = max(map(len, prompts.prompts))
+    flow = Flow(config.gradient, config.checkpointing)
+    limit = free_memory(job.accelerator.device)
+    if job.accelerator.device.type == "cuda":
+        limit -= GPU_RESERVE
+    run = (job.shape, config, job.arithmetic)
+    try:
+        plan = make_plan(*run, [flow], longest, limit)
+    except CannotCount as error:
+        job.progress.say(f"no plan of memory: {error}")
+        return
+    job.progress.say(
+        f"plan: weights and optimizer {plan.static.total / 1e9:.2f} GB, "
+        f"{plan.steps[flow].at(longest) / 1e9:.2f} GB for the longest prompt ({longest} tokens); "
+        f"{plan.most_tokens(flow):,} tokens at once fit in {limit / 1e9:.1f} GB"
+    )
+    if not plan.fits(flow) and not config.force:
+        raise UserError(
+            f"{config.model} with {flow.options} does not fit in {limit / 1e9:.1f} GB: "
+            f"{what_to_change(*run, longest, limit)}, or --force"
+        )
 
 
 def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> None:
@@ -288,8 +326,7 @@ def save_result(config: TrainConfig, run: Run, model: nn.Module) -> None:
         model.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's card to be filled in
         if name == "model":
-            source = models.builtin_model_path() if config.model == "builtin" else config.model
-            models.AutoTokenizer.from_pretrained(source).save_pretrained(temporary)
+            models.read_tokenizer(config.model).save_pretrained(temporary)
 
 
 def make_accelerator(
