@@ -107,6 +107,7 @@ def eval_(flags: dict[str, Any]) -> None:
 
     from abft_fast import model as models
     from abft_fast.files import write_json
+    from abft_fast.label_head import keep_label_rows
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
     from abft_fast.training import Job
@@ -114,6 +115,7 @@ def eval_(flags: dict[str, Any]) -> None:
     job = Job(config, Progress())
     if config.adapter is not None:
         job.model = models.load_adapter(job.model, config.adapter)
+    keep_label_rows(job.model, job.encoder.label_ids)
     prompts = job.encode(job.dataset.test_prompts(config.k), "test")
     job.check_attention(prompts)
     metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")

@@ -15,17 +15,18 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from abft_fast import checkpoint, data
+from abft_fast import checkpoint, data, loading
 from abft_fast import model as models
 from abft_fast.config import EvalConfig, TrainConfig
 from abft_fast.environment import peak_memory
 from abft_fast.errors import RunError, UserError
 from abft_fast.evaluation import Behavior, BehaviorMean, Metrics, evaluate
 from abft_fast.files import atomic_folder
+from abft_fast.label_head import keep_label_rows
 from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
-from abft_fast.preflight import check_attention
+from abft_fast.preflight import check_attention, check_gradients
 from abft_fast.progress import Progress
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.run import Run
@@ -47,7 +48,7 @@ class Job:
         progress.say(f"loading {config.model}")
         device = self.accelerator.device
         half = device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
-        self.model, tokenizer = models.load(
+        self.model, tokenizer = loading.load(
             config.model,
             device,
             torch.bfloat16 if half else torch.float32,
@@ -58,7 +59,7 @@ class Job:
             self.dataset,
             form=config.prompt_form,
             label_token=config.label_token,
-            max_length=models.context_length(self.model),
+            max_length=loading.context_length(self.model),
             on_long_prompt=config.on_long_prompt,
         )
 
@@ -115,6 +116,9 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
     encoded = job.encode(prompts, "training")
     tests = None if config.no_eval else job.encode(job.dataset.test_prompts(config.k), "test")
     job.check_attention(encoded)
+    if config.trainable == "lora":  # else the whole model is saved
+        check_gradients(job.model)
+        keep_label_rows(job.model, job.encoder.label_ids)
     set_seed(config.seed)
     job.model = (
         models.train_lora(job.model, config.lora_r)  # starts as a change of 0
@@ -254,7 +258,13 @@ def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: 
     Raises:
         RunError: loss or gradient is not finite; at step 1, no induction heads or no gradient.
     """
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if step == 1 and not finite:
+        raise RunError(
+            f"step 1: loss {loss}, gradient norm {norm}: not finite before anything is learnt: the "
+            "model's files are damaged (download them again), or use another --mixed-precision"
+        )
+    if not finite:
         raise RunError(
             f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower --lr "
             f"(now {config.lr:g}) or use another --mixed-precision"
@@ -288,8 +298,8 @@ def save_result(config: TrainConfig, run: Run, model: nn.Module) -> None:
         model.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's card to be filled in
         if name == "model":
-            source = models.builtin_model_path() if config.model == "builtin" else config.model
-            models.AutoTokenizer.from_pretrained(source).save_pretrained(temporary)
+            source = loading.builtin_model_path() if config.model == "builtin" else config.model
+            loading.AutoTokenizer.from_pretrained(source).save_pretrained(temporary)
 
 
 def make_accelerator(
