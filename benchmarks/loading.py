@@ -5,13 +5,16 @@
 A random Llama is written in bfloat16, then each mode loads it onto the CPU in a process of its own,
 memory counted from before. `anonymous` is what the process itself holds, looked at every
 millisecond; `resident`, the kernel's own high-water mark, also counts pages of the files, which are
-mapped and which the kernel takes back when memory is short. The floor is the loaded model, the goal
-that and one shard. A row a mode goes to results/loading.csv.
+mapped and which the kernel takes back when memory is short. The floor are the weights that become
+others than the files hold, as the rest stays mapped; the goal is that and one shard. glibc keeps part
+of what is freed, with MALLOC_MMAP_THRESHOLD_=65536 in the environment less. A row a mode goes to
+results/loading.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import select
 import subprocess
@@ -60,7 +63,9 @@ def measure(folder: Path, mode: str, options: argparse.Namespace) -> None:
     model, tokenizer = load(str(folder), torch.device("cpu"), *MODES[mode])
     seconds = time.perf_counter() - started
     resident = high_water_mark("cpu") - before
-    print("end", model.get_memory_footprint(), resident, seconds, flush=True)
+    changed = (p for p in model.parameters() if mode.startswith("to") and p.dtype != BF16)
+    allocated = sum(p.numel() * p.element_size() for p in changed)
+    print("end", model.get_memory_footprint(), allocated, resident, seconds, flush=True)
     if mode == "to NF4":
         model.save_pretrained(folder.with_name("nf4"), max_shard_size=options.shard)
         tokenizer.save_pretrained(folder.with_name("nf4"))
@@ -71,8 +76,9 @@ def anonymous(pid: int) -> int:
     return int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) * 1024
 
 
-def watch(folder: Path, mode: str, sizes: list[str]) -> tuple[int, int, int, float]:
-    """Bytes of the loaded model, peaks of anonymous and of resident memory, and seconds."""
+def watch(folder: Path, mode: str, sizes: list[str]) -> tuple[int, int, int, int, float]:
+    """Bytes of the loaded model and of its changed weights, peaks of anonymous and of resident
+    memory, and seconds."""
     with subprocess.Popen(
         [sys.executable, __file__, *sizes, "--mode", mode, "--folder", str(folder)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -83,8 +89,8 @@ def watch(folder: Path, mode: str, sizes: list[str]) -> tuple[int, int, int, flo
         before = peak = anonymous(process.pid)
         while not select.select([process.stdout], [], [], 0.001)[0]:
             peak = max(peak, anonymous(process.pid))
-        model, resident, seconds = process.stdout.readline().split()[1:]
-    return int(model), peak - before, int(resident), float(seconds)
+        model, allocated, resident, seconds = process.stdout.readline().split()[1:]
+    return int(model), int(allocated), peak - before, int(resident), float(seconds)
 
 
 def main() -> None:
@@ -112,8 +118,8 @@ def main() -> None:
         for mode in MODES:
             folder = Path(scratch) / "nf4" if mode == "stored in NF4" else stored
             shards = [path.stat().st_size for path in folder.glob("*.safetensors")]
-            model, held, resident, seconds = watch(folder, mode, sizes)
-            goal = model + max(shards)
+            model, allocated, held, resident, seconds = watch(folder, mode, sizes)
+            goal = allocated + max(shards)
             append(
                 "loading",
                 {
@@ -125,7 +131,9 @@ def main() -> None:
                     "shards": len(shards),
                     "largest_shard_bytes": max(shards),
                     "checkpoint_bytes": sum(shards),
+                    "mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_", "glibc's own"),
                     "model_bytes": model,
+                    "changed_bytes": allocated,
                     "peak_anonymous_bytes": held,
                     "peak_resident_bytes": resident,
                     "anonymous_to_goal": round(held / goal, 3),
@@ -133,8 +141,9 @@ def main() -> None:
                 },
             )
             print(
-                f"{mode:15} model {model / 2**20:6.0f} MiB, peak anonymous {held / 2**20:6.0f}, "
-                f"resident {resident / 2**20:6.0f}, goal {goal / 2**20:6.0f} MiB, {seconds:.1f} s"
+                f"{mode:15} model {model / 2**20:6.0f} MiB, changed {allocated / 2**20:6.0f}, "
+                f"peak anonymous {held / 2**20:6.0f}, goal {goal / 2**20:6.0f}, "
+                f"resident {resident / 2**20:6.0f} MiB, {seconds:.1f} s"
             )
 
 
