@@ -109,6 +109,7 @@ def eval_(flags: dict[str, Any]) -> None:
 
     from abft_fast import model as models
     from abft_fast.files import write_json
+    from abft_fast.label_head import keep_label_rows
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
     from abft_fast.training import Job
@@ -118,6 +119,7 @@ def eval_(flags: dict[str, Any]) -> None:
     job.load()
     if config.adapter is not None:
         job.model = models.load_adapter(job.model, config.adapter)
+    keep_label_rows(job.model, job.encoder.label_ids)
     job.check_attention(prompts)
     metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
     if config.output is not None:

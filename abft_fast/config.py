@@ -70,9 +70,9 @@ class Options(BaseModel):
         False, description="Quantize the weights as they are loaded (bitsandbytes); see bits."
     )
     bits: int = Field(4, description="Of a quantized weight: 4 (NF4, double quantization) or 8.")
-    attention_backend: Literal["auto", "flash-attn", "varlen", "sdpa", "separate"] = Field(
-        "auto", description="What computes attention; `abft-fast doctor` says what there is."
-    )
+    attention_backend: Literal[
+        "auto", "flash-attn", "varlen", "sdpa", "flash-attn-3", "separate"
+    ] = Field("auto", description="What computes attention; `abft-fast doctor` says what there is.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
     mixed_precision: Literal["auto", "no", "bf16"] = Field(
         "auto",

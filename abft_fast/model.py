@@ -1,12 +1,9 @@
-"""Loading a decoder and choosing what of it is trained: W_Q and W_K, nothing else."""
+"""What of a decoder is trained: W_Q and W_K, nothing else."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import torch
-from huggingface_hub.constants import HF_HUB_OFFLINE
 from peft import (
     LoraConfig,
     PeftModel,
@@ -15,15 +12,7 @@ from peft import (
     load_peft_weights,
 )
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel
 
 from abft_fast.backbone import (
     Projection,
@@ -32,89 +21,7 @@ from abft_fast.backbone import (
     prepare,
     query_key_projections,
 )
-from abft_fast.builtin import builtin_model_path
 from abft_fast.errors import UserError
-from abft_fast.shapes import SYNTHETIC, known_names, known_shape
-from abft_fast.synthetic import quantization, random_model
-
-
-def read_config(name: str) -> PreTrainedConfig:
-    """A model's config, without its weights.
-
-    Args:
-        name: `builtin`, a local folder, a hub id, or `synthetic:` and a known shape.
-
-    Raises:
-        UserError: there is no such model, or it is not on this machine and the hub is out of reach.
-    """
-    if name.startswith(SYNTHETIC):
-        shape = known_shape(name.removeprefix(SYNTHETIC))
-        if shape is None:
-            raise UserError(f"model {name}: known shapes are {', '.join(known_names())}")
-        return shape
-    return _read(AutoConfig, name)
-
-
-def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer; the built-in model's for synthetic weights.
-
-    Raises:
-        UserError: as `read_config`.
-    """
-    return _read(AutoTokenizer, "builtin" if name.startswith(SYNTHETIC) else name)
-
-
-def load(
-    name: str, device: torch.device, dtype: torch.dtype, bits: int | None = None
-) -> PreTrainedModel:
-    """A causal language model.
-
-    Args:
-        name: as in `read_config`; synthetic weights are random ones.
-        device: where its weights go; quantized ones are quantized there as they arrive.
-        dtype: of its weights, and of the arithmetic with quantized ones.
-        bits: quantize with bitsandbytes to 4 (NF4, double quantization) or 8; None as it is stored.
-
-    Raises:
-        UserError: as `read_config`, or it cannot be quantized, or its attention is out of this
-            library's reach.
-    """
-    config = read_config(name)
-    stored = getattr(config, "quantization_config", None)
-    if bits is not None and stored is not None:
-        method = stored.get("quant_method", "unknown") if isinstance(stored, dict) else stored
-        raise UserError(f"model {name} is quantized already ({method}): leave out --quantized")
-    if name.startswith(SYNTHETIC):
-        model = random_model(config, device, dtype, bits)
-    else:
-        options = {} if bits is None else {"quantization_config": quantization(bits, dtype)}
-        options |= {"dtype": dtype, "device_map": {"": device}}
-        model = _read(AutoModelForCausalLM, name, **options)
-    try:
-        prepare(model)
-    except ValueError as error:
-        raise UserError(f"model {name}: {error}") from error
-    return model
-
-
-def _read(kind: type, name: str, **options: Any) -> Any:
-    """What transformers' `from_pretrained` gives, or one line of why not."""
-    path = str(builtin_model_path()) if name == "builtin" else name
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"model folder {path} holds no config.json")
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise UserError(f"model folder {path} does not exist")
-    transformers_logging.disable_progress_bar()
-    try:
-        return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(_why_not_loaded(name, error)) from error
-
-
-def context_length(config: PreTrainedConfig) -> int | None:
-    """Tokens a prompt may have at most; None where the config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:
@@ -135,8 +42,12 @@ def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:
     try:
         peft_model = get_peft_model(model, config)
     except (ImportError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(f"LoRA cannot be added to {model.config.model_type}: {line}") from error
+        line = " ".join(str(error).split())[:200]
+        kind = type(projections[0].module).__name__
+        raise UserError(
+            f"{model.config.model_type}: PEFT cannot add LoRA to its {kind} layers ({line}); "
+            "use an unquantized checkpoint"
+        ) from error
     adapted = [m for m in peft_model.modules() if hasattr(m, "lora_B")]
     if len(adapted) != len(projections):
         raise UserError(
@@ -154,14 +65,16 @@ def train_weights(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UserError: the weights are quantized.
     """
+    projections = _projections(model)
+    # FP8 and torchao weights call themselves floating point.
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{projections[0].name} is quantized: --trainable full needs float weights, "
+            "use --trainable lora"
+        )
     model.requires_grad_(False)
-    for projection in _projections(model):
+    for projection in projections:
         weight = projection.module.weight
-        if not weight.is_floating_point():
-            raise UserError(
-                f"{projection.name} is quantized: --trainable full needs float weights, "
-                "use --trainable lora"
-            )
         # bfloat16 would round updates of 2e-5 to no change.
         projection.module.weight = nn.Parameter(weight.data.float())
         _train_rows(
@@ -232,21 +145,3 @@ def _train_rows(projection: Projection, weight: nn.Parameter, dim: int) -> None:
 
 def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
-
-
-def _why_not_loaded(name: str, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    lowered = text.lower()
-    if Path(name).is_dir() or name == "builtin":
-        return f"model {name} cannot be loaded: {text[:300]}"
-    unreachable = any(word in lowered for word in ("offline", "connect", "network"))
-    if isinstance(error, OSError) and (HF_HUB_OFFLINE or unreachable):
-        return (
-            f"offline: {name} is not in the local cache; download it where there is a network, "
-            "or pass a local folder"
-        )
-    if "gated" in lowered or "401" in lowered or "403" in lowered:
-        return f"model {name}: the hub wants a token with access to it (`hf auth login`)"
-    if "not a valid model identifier" in lowered or "not a local folder" in lowered:
-        return f"model {name} is neither a local folder nor a model on the hub"
-    return f"model {name} cannot be loaded: {text[:300]}"

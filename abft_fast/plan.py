@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from abft_fast import data
+from abft_fast import data, loading
 from abft_fast import model as models
 from abft_fast.config import PlanConfig, TrainConfig
 from abft_fast.environment import free_memory
@@ -266,7 +266,7 @@ def make_plan(
     """
     steps = {flow: step_memory(shape, config, arithmetic, flow, longest) for flow in flows}
     static = static_memory(shape, config, arithmetic)
-    return Plan(static, steps, longest, config.k, limit, models.context_length(shape))
+    return Plan(static, steps, longest, config.k, limit, loading.context_length(shape))
 
 
 def what_to_change(
@@ -296,14 +296,14 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
             told from its config.
     """
     known = known_shape(config.model.removeprefix(SYNTHETIC))
-    shape = known or models.read_config(config.model)
+    shape = known or loading.read_config(config.model)
     dataset = data.load(config.dataset)
     encoder = PromptEncoder(
-        models.read_tokenizer("builtin" if known else config.model),
+        loading.read_tokenizer("builtin" if known else config.model),
         dataset,
         form=config.prompt_form,
         label_token=config.label_token,
-        max_length=models.context_length(shape),
+        max_length=loading.context_length(shape),
         on_long_prompt=config.on_long_prompt,
     )
     prompts = dataset.training_prompts(config.k, config.train_samples, config.seed)

@@ -15,18 +15,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from abft_fast import checkpoint, data
+from abft_fast import checkpoint, data, loading
 from abft_fast import model as models
 from abft_fast.config import EvalConfig, TrainConfig
 from abft_fast.environment import free_memory, peak_memory
 from abft_fast.errors import RunError, UserError
 from abft_fast.evaluation import Behavior, BehaviorMean, Metrics, evaluate
 from abft_fast.files import atomic_folder
+from abft_fast.label_head import keep_label_rows
 from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
 from abft_fast.plan import GPU_RESERVE, Arithmetic, Flow, make_plan, what_to_change
-from abft_fast.preflight import check_attention
+from abft_fast.preflight import check_attention, check_gradients
 from abft_fast.progress import Progress
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.run import Run
@@ -46,13 +47,13 @@ class Job:
         self.config, self.progress = config, progress
         self.accelerator = make_accelerator(config, tracker_folder)
         self.dataset = data.load(config.dataset)
-        self.shape = models.read_config(config.model)
+        self.shape = loading.read_config(config.model)
         self.encoder = PromptEncoder(
-            models.read_tokenizer(config.model),
+            loading.read_tokenizer(config.model),
             self.dataset,
             form=config.prompt_form,
             label_token=config.label_token,
-            max_length=models.context_length(self.shape),
+            max_length=loading.context_length(self.shape),
             on_long_prompt=config.on_long_prompt,
         )
         self.arithmetic = Arithmetic.on(
@@ -62,7 +63,7 @@ class Job:
     def load(self) -> None:
         """Get the model; what is wrong with prompts or memory has been said by then."""
         self.progress.say(f"loading {self.config.model}")
-        self.model = models.load(
+        self.model = loading.load(
             self.config.model,
             self.accelerator.device,
             self.arithmetic.dtype,
@@ -124,6 +125,9 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
     check_memory(config, job, encoded)
     job.load()
     job.check_attention(encoded)
+    if config.trainable == "lora":  # else the whole model is saved
+        check_gradients(job.model)
+        keep_label_rows(job.model, job.encoder.label_ids)
     set_seed(config.seed)
     job.model = (
         models.train_lora(job.model, config.lora_r)  # starts as a change of 0
@@ -292,7 +296,13 @@ def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: 
     Raises:
         RunError: loss or gradient is not finite; at step 1, no induction heads or no gradient.
     """
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if step == 1 and not finite:
+        raise RunError(
+            f"step 1: loss {loss}, gradient norm {norm}: not finite before anything is learnt: the "
+            "model's files are damaged (download them again), or use another --mixed-precision"
+        )
+    if not finite:
         raise RunError(
             f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower --lr "
             f"(now {config.lr:g}) or use another --mixed-precision"
@@ -326,7 +336,7 @@ def save_result(config: TrainConfig, run: Run, model: nn.Module) -> None:
         model.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's card to be filled in
         if name == "model":
-            models.read_tokenizer(config.model).save_pretrained(temporary)
+            loading.read_tokenizer(config.model).save_pretrained(temporary)
 
 
 def make_accelerator(
