@@ -17,8 +17,9 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
+from abft_fast import launch
 from abft_fast.config import EvalConfig, Options, TrainConfig, flag, resolve
-from abft_fast.errors import RunError, UserError
+from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -84,17 +85,21 @@ def train_(flags: dict[str, Any]) -> None:
     if config.resume is not None and set(flags) - {"resume", "debug"}:
         extra = ", ".join(flag(name) for name in sorted(set(flags) - {"resume", "debug"}))
         raise UserError(f"--resume goes on with the run's own options: leave out {extra}")
+    from abft_fast import processes
     from abft_fast.progress import Progress
     from abft_fast.report import print_run
     from abft_fast.run import Run
-    from abft_fast.training import train
+    from abft_fast.training import train, uses_cpu
 
     if config.resume is None:
         run = Run.reserve(config)
     else:
         run, config = Run.open(config.resume)
-    train(config, run, Progress(), new="resume" not in flags)
-    print_run(run)
+    with processes.running(uses_cpu(config)):
+        run = Run(processes.of_main(run.folder))  # its name has the time
+        train(config, run, Progress(), new="resume" not in flags)
+    if launch.is_main():
+        print_run(run)
 
 
 @_command(EvalConfig)
@@ -106,20 +111,24 @@ def eval_(flags: dict[str, Any]) -> None:
     from dataclasses import asdict
 
     from abft_fast import model as models
+    from abft_fast import processes
     from abft_fast.files import write_json
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
-    from abft_fast.training import Job
+    from abft_fast.training import Job, uses_cpu
 
-    job = Job(config, Progress())
-    if config.adapter is not None:
-        job.model = models.load_adapter(job.model, config.adapter)
-    prompts = job.encode(job.dataset.test_prompts(config.k), "test")
-    job.check_attention(prompts)
-    metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
-    if config.output is not None:
-        write_json(config.output, {config.dataset: asdict(metrics)})
-    print_evaluation(config.dataset, metrics, behavior)
+    with processes.running(uses_cpu(config)):
+        with processes.together():
+            job = Job(config, Progress())
+            if config.adapter is not None:
+                job.model = models.load_adapter(job.model, config.adapter)
+            prompts = job.encode(job.dataset.test_prompts(config.k), "test")
+            job.check_attention(prompts)
+        metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
+        if config.output is not None:
+            processes.on_main(write_json, config.output, {config.dataset: asdict(metrics)})
+    if launch.is_main():
+        print_evaluation(config.dataset, metrics, behavior)
 
 
 @app.command()
@@ -147,9 +156,17 @@ def main() -> None:
         if debug:
             traceback.print_exception(error)
         message, code = _explain(error)
-        if message:
-            print(f"abft-fast: {' '.join(message.split())}", file=sys.stderr)
+        message = " ".join(message.split())
+        if isinstance(error, ProcessEnded):
+            launch.leave(message, code)
+        if message and (launch.is_main() or not _same_everywhere(error)):
+            print(f"abft-fast: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _same_everywhere(error: BaseException) -> bool:
+    """Whether every process of a run ends with this error."""
+    return isinstance(error, (UserError, RunError, typer.TyperException, KeyboardInterrupt))
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -163,9 +180,13 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return "interrupted; continue a run with `abft-fast train --resume RUN`", 130
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return f"the disk is full: {error.filename or 'writing the run'}", 1
+        case SaidByMain():
+            return "", error.exit_code
         case RunError() | OSError():
-            return str(error), 1
-    return f"{type(error).__name__}: {error} (--debug shows where)", 1
+            line = str(error)
+        case _:
+            line = f"{type(error).__name__}: {error} (--debug shows where)"
+    return line, 1
 
 
 def _quiet() -> None:
@@ -175,3 +196,7 @@ def _quiet() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()

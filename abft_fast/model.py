@@ -37,7 +37,11 @@ from abft_fast.errors import UserError
 
 
 def load(
-    name: str, device: torch.device, dtype: torch.dtype, bits: int | None = None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
@@ -46,6 +50,7 @@ def load(
         device: where its weights go; quantized ones are quantized there as they arrive.
         dtype: of its weights, and of the arithmetic with quantized ones.
         bits: quantize with bitsandbytes to 4 (NF4, double quantization) or 8; None as it is stored.
+        device_map: `auto` splits the layers over all GPUs; None puts all on `device`.
 
     Raises:
         UserError: there is no such model, it is not on this machine and the hub is out of reach,
@@ -62,7 +67,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(path)
         quantization = _quantization(AutoConfig.from_pretrained(path), name, dtype, bits)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map={"": device}, **quantization
+            path, dtype=dtype, device_map=device_map or {"": device}, **quantization
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_why_not_loaded(name, error)) from error

@@ -15,13 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from abft_fast import checkpoint, data
+from abft_fast import checkpoint, data, processes
 from abft_fast import model as models
 from abft_fast.config import EvalConfig, TrainConfig
 from abft_fast.environment import peak_memory
 from abft_fast.errors import RunError, UserError
 from abft_fast.evaluation import Behavior, BehaviorMean, Metrics, evaluate
 from abft_fast.files import atomic_folder
+from abft_fast.launch import is_main
 from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
@@ -52,6 +53,7 @@ class Job:
             device,
             torch.bfloat16 if half else torch.float32,
             config.bits if config.quantized else None,
+            device_map="auto" if config.device_map == "auto" and device.type == "cuda" else None,
         )
         self.encoder = PromptEncoder(
             tokenizer,
@@ -90,7 +92,8 @@ class Job:
 
     def evaluate(self, prompts: EncodedPrompts, what: str) -> tuple[Metrics, Behavior]:
         """Score the model as it is on the test prompts."""
-        with self.progress.bar(what, len(prompts.prompts)) as advance:
+        mine = processes.share([len(prompt) for prompt in prompts.prompts])
+        with self.progress.bar(what, len(mine)) as advance:
             return evaluate(
                 self.model,
                 prompts,
@@ -109,6 +112,25 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
         UserError: an option, the data or the model does not allow the run; nothing is written.
         RunError: training cannot go on.
     """
+    with processes.together():
+        job, prompts, tests = set_up(config, run, progress, new=new)
+
+    def evaluate_once(when: str) -> None:
+        if tests is not None and processes.of_main(when not in run.evaluation):
+            found = map(dataclasses.asdict, job.evaluate(tests, f"evaluating {when}"))
+            processes.on_main(run.record_evaluation, when, config.dataset, *found)
+
+    evaluate_once("before")
+    optimize(config, run, job, prompts)
+    processes.on_main(save_result, config, run, job.model)
+    evaluate_once("after")
+    job.accelerator.end_training()
+
+
+def set_up(
+    config: TrainConfig, run: Run, progress: Progress, *, new: bool
+) -> tuple[Job, list[EncodedPrompt], EncodedPrompts | None]:
+    """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
     job = Job(config, progress, run.folder)
     prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
@@ -121,21 +143,10 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
         if config.trainable == "lora"
         else models.train_weights(job.model)
     )
-    if new:
+    if new and is_main():
         run.create(config)
     progress.keep(run.folder / "run.log")
-
-    def evaluate_once(when: str) -> None:
-        if tests is not None and when not in run.evaluation:
-            metrics, behavior = job.evaluate(tests, f"evaluating {when}")
-            run.record_evaluation(
-                when, config.dataset, dataclasses.asdict(metrics), dataclasses.asdict(behavior)
-            )
-
-    evaluate_once("before")
-    optimize(config, run, job, encoded.prompts)
-    save_result(config, run, job.model)
-    evaluate_once("after")
+    return job, encoded.prompts, tests
 
 
 def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> None:
@@ -146,8 +157,11 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
     controller = PenaltyController(
         config.adaptation, config.penalty, config.pid_p, config.pid_i, config.pid_d
     )
-    done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
-    run.forget_metrics_after(done)
+    with processes.together():
+        done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
+    if len(set(processes.collect(done))) > 1:
+        raise RunError(f"not every process sees the same checkpoints: share {run.checkpoints}")
+    processes.on_main(run.forget_metrics_after, done)
     optimizer = accelerator.prepare_optimizer(optimizer)
     model.eval()  # dropout off: heads are judged by their attention as it is
     if config.checkpointing:
@@ -161,13 +175,24 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
         for step, chosen in enumerate(batches[done:], start=done + 1):
             started = time.perf_counter()
             batch = [prompts[i] for i in chosen]
-            loss, behavior = budget.attempt(
-                [len(prompt) for prompt in batch],
-                functools.partial(backward, model, batch, config, controller.penalty, accelerator),
-                optimizer.zero_grad,
-            )
-            if budget.tokens != first_budget:
-                run.record_token_budget(budget.tokens)
+            part = [batch[i] for i in processes.share([len(prompt) for prompt in batch])]
+            with processes.together():
+                found = budget.attempt(
+                    [len(prompt) for prompt in part],
+                    functools.partial(
+                        backward,
+                        model,
+                        part,
+                        config,
+                        controller.penalty,
+                        accelerator,
+                        pseudo_batch=len(batch),
+                    ),
+                    optimizer.zero_grad,
+                )
+            processes.sum_gradients(accelerator, trained.values())
+            loss, behavior, tokens = join(processes.collect((*found, budget.tokens)))
+            budget.lower(tokens)
             norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             heads = behavior.induction_heads
             check_step(config, step, loss, norm.item(), heads)
@@ -183,16 +208,19 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
                 "gradient_norm": norm.item(),
                 "learning_rate": config.lr,
                 "tokens_per_second": sum(map(len, batch)) / seconds,
-                "peak_memory_bytes": peak_memory(accelerator.device),
+                "peak_memory_bytes": max(processes.collect(peak_memory(accelerator.device))),
                 "seconds": seconds,
             }
             controller.update(heads)
-            run.append_metrics(row)
-            accelerator.log({k: v for k, v in row.items() if v is not None}, step=step)
-            if step % config.save_steps == 0 or step == len(batches):
-                checkpoint.save(run.checkpoints, step, trained, optimizer, controller)
+            with processes.together():
+                if is_main():
+                    if budget.tokens != first_budget:
+                        run.record_token_budget(budget.tokens)
+                    run.append_metrics(row)
+                    accelerator.log({k: v for k, v in row.items() if v is not None}, step=step)
+                    if step % config.save_steps == 0 or step == len(batches):
+                        checkpoint.save(run.checkpoints, step, trained, optimizer, controller)
             advance(1, f"loss {row['loss']:.3f}, {heads:.1f} induction heads")
-    accelerator.end_training()
 
 
 def backward(
@@ -202,8 +230,13 @@ def backward(
     penalty: float,
     accelerator: Accelerator,
     tokens: int,
-) -> tuple[float, Behavior]:
-    """Accumulate the gradient of a pseudo-batch's mean loss; the same however it is split."""
+    pseudo_batch: int | None = None,
+) -> tuple[float, BehaviorMean]:
+    """Accumulate the gradient of a pseudo-batch's mean loss; the same however it is split.
+
+    Args:
+        pseudo_batch: prompts of the whole, where `batch` is one process's part of it.
+    """
     loss, behavior = torch.zeros((), device=accelerator.device), BehaviorMean()
     for micro in micro_batches([len(p) for p in batch], tokens):
         packed = pack([batch[i] for i in micro]).to(accelerator.device)
@@ -217,17 +250,27 @@ def backward(
                 gradient=config.gradient,
                 attention=config.attention_backend,
             )
-        share = result.loss * (len(micro) / len(batch))
+        share = result.loss * (len(micro) / (pseudo_batch or len(batch)))
         accelerator.backward(share)
         loss += share.detach()
         behavior.add(result, packed)
-    return loss.item(), behavior.result()
+    return loss.item(), behavior
+
+
+def join(parts: list[tuple[float, BehaviorMean, int]]) -> tuple[float, Behavior, int]:
+    """Loss, behavior and token budget of a step from those of the processes."""
+    losses, behaviors, budgets = zip(*parts, strict=True)
+    everyone = BehaviorMean()
+    for behavior in behaviors:
+        everyone.join(behavior)
+    return sum(losses), everyone.result(), min(budgets)
 
 
 def token_budget(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> int:
-    """The budget asked for, or the one found for this run, once."""
-    if run.token_budget is not None:
-        return run.token_budget
+    """The budget asked for, or the one found for this run, once; the least of all processes."""
+    known = processes.of_main(run.token_budget)
+    if known is not None:
+        return known
     if config.token_budget != "auto":
         return config.token_budget
     if job.accelerator.device.type != "cuda":
@@ -242,8 +285,10 @@ def token_budget(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedP
         finally:
             job.model.zero_grad(set_to_none=True)
 
-    found = find_token_budget(lengths, forward_and_backward, most)
-    run.record_token_budget(found)
+    with processes.together():
+        found = find_token_budget(lengths, forward_and_backward, most)
+    found = min(processes.collect(found))
+    processes.on_main(run.record_token_budget, found)
     job.progress.say(f"token budget: {found} a batch")
     return found
 
@@ -300,9 +345,7 @@ def make_accelerator(
     Raises:
         UserError: a GPU is asked for and there is none, or the tracker is not installed.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable GPU; see `abft-fast doctor`")
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    cpu = uses_cpu(config)
     precision = config.mixed_precision
     if precision == "auto":
         precision = "no" if cpu else "bf16"
@@ -319,3 +362,14 @@ def make_accelerator(
     except (ImportError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"--mixed-precision {precision}: {line}") from error
+
+
+def uses_cpu(config: TrainConfig | EvalConfig) -> bool:
+    """Whether there is no GPU to run on, or none is to be used.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; see `abft-fast doctor`")
+    return config.device == "cpu" or not torch.cuda.is_available()
