@@ -159,14 +159,17 @@ def main() -> None:
         message = " ".join(message.split())
         if isinstance(error, ProcessEnded):
             launch.leave(message, code)
-        if message and (launch.is_main() or not _same_everywhere(error)):
+        if not launch.is_main() and _same_everywhere(error):
+            launch.end_after_main(code)
+        if message:
             print(f"abft-fast: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 def _same_everywhere(error: BaseException) -> bool:
-    """Whether every process of a run ends with this error."""
-    return isinstance(error, (UserError, RunError, typer.TyperException, KeyboardInterrupt))
+    """Whether every process of a run ends with this error, so that one is enough to say it."""
+    kinds = (UserError, RunError, SaidByMain, typer.TyperException, KeyboardInterrupt)
+    return isinstance(error, kinds)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from datetime import timedelta
 from typing import NoReturn
 
@@ -49,6 +50,14 @@ def leave_on_sigterm() -> None:
         leave(line, 128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_after_main(code: int) -> NoReturn:
+    """End after the main process, which is to speak: a launcher ends all at the first one's end."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+    time.sleep(2)
+    sys.exit(code)
 
 
 def leave(line: str, code: int) -> NoReturn:

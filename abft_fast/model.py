@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -33,6 +34,7 @@ from abft_fast.backbone import (
     query_key_projections,
 )
 from abft_fast.builtin import builtin_model_path
+from abft_fast.device_map import does_not_fit
 from abft_fast.errors import UserError
 
 
@@ -41,7 +43,7 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     bits: int | None = None,
-    device_map: str | None = None,
+    placement: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer.
 
@@ -50,7 +52,7 @@ def load(
         device: where its weights go; quantized ones are quantized there as they arrive.
         dtype: of its weights, and of the arithmetic with quantized ones.
         bits: quantize with bitsandbytes to 4 (NF4, double quantization) or 8; None as it is stored.
-        device_map: `auto` splits the layers over all GPUs; None puts all on `device`.
+        placement: what else `from_pretrained` is told of devices; None puts all on `device`.
 
     Raises:
         UserError: there is no such model, it is not on this machine and the hub is out of reach,
@@ -67,7 +69,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(path)
         quantization = _quantization(AutoConfig.from_pretrained(path), name, dtype, bits)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map=device_map or {"": device}, **quantization
+            path, dtype=dtype, **(placement or {"device_map": {"": device}}), **quantization
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(_why_not_loaded(name, error)) from error
@@ -225,6 +227,8 @@ def _is_transposed(module: nn.Module) -> bool:
 def _why_not_loaded(name: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     lowered = text.lower()
+    if "dispatched on the cpu or the disk" in lowered:  # a quantized one
+        return does_not_fit(name)
     if Path(name).is_dir() or name == "builtin":
         return f"model {name} cannot be loaded: {text[:300]}"
     unreachable = any(word in lowered for word in ("offline", "connect", "network"))

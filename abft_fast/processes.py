@@ -42,6 +42,8 @@ def running(cpu: bool) -> Iterator[None]:
         launch.leave_on_sigterm()
     try:
         PartialState(cpu=cpu)
+        if count() > 1:
+            gather_object([None])  # the first collective: what is set up wrongly fails here
     except (RuntimeError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise RunError(f"the processes of this run do not find each other: {line}") from error
@@ -165,5 +167,4 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        line = str(error).splitlines()[0]
-        raise ProcessEnded(f"another process of this run ended ({line}); {launch.GO_ON}") from error
+        raise ProcessEnded(f"another process of this run ended; {launch.GO_ON}") from error

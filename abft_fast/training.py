@@ -18,6 +18,7 @@ from torch import nn
 from abft_fast import checkpoint, data, processes
 from abft_fast import model as models
 from abft_fast.config import EvalConfig, TrainConfig
+from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.environment import peak_memory
 from abft_fast.errors import RunError, UserError
 from abft_fast.evaluation import Behavior, BehaviorMean, Metrics, evaluate
@@ -47,14 +48,16 @@ class Job:
         self.dataset = data.load(config.dataset)
         progress.say(f"loading {config.model}")
         device = self.accelerator.device
+        placement = over_all_gpus(device) if config.device_map == "auto" else None
         half = device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
         self.model, tokenizer = models.load(
             config.model,
             device,
             torch.bfloat16 if half else torch.float32,
             config.bits if config.quantized else None,
-            device_map="auto" if config.device_map == "auto" and device.type == "cuda" else None,
+            placement=placement,
         )
+        refuse_offloaded(self.model, config.model)
         self.encoder = PromptEncoder(
             tokenizer,
             self.dataset,
