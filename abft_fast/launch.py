@@ -56,8 +56,8 @@ def end_after_main(code: int) -> NoReturn:
     """End after the main process, which is to speak: a launcher ends all at the first one's end."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-    time.sleep(2)
-    sys.exit(code)
+    time.sleep(10)
+    os._exit(code)
 
 
 def leave(line: str, code: int) -> NoReturn:

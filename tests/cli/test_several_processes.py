@@ -106,7 +106,7 @@ def assert_same_but_for_rounding(found, expected, rows, expected_rows):
     for name, parameter in expected.items():
         assert (found[name] - parameter).norm() <= 1e-9 * parameter.norm(), name
     for row, same in zip(rows, expected_rows, strict=True):
-        assert row == pytest.approx(same, rel=1e-9)
+        assert row == pytest.approx(same, rel=1e-6)  # losses are added up in float32
 
 
 @pytest.mark.parametrize("gradient", ["full", "local", "2"])

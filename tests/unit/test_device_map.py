@@ -45,7 +45,9 @@ def loss_and_gradients(model, gradient, checkpointing):
         torch.nn.init.normal_(parameter, std=0.1)
     if checkpointing:
         enable_checkpointing(model)
-    behavior = attention_behavior_loss(model, pack(make_prompts(8)), gradient=gradient)
+    behavior = attention_behavior_loss(
+        model, pack(make_prompts(8)), gradient=gradient, head_filter=False
+    )
     behavior.loss.backward()
     return behavior.loss, [p.grad for p in trained_parameters(model).values()]
 
