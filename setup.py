@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="abft-fast",
     version="0.1.0",
-    description="Attention Behavior Fine-Tuning of language models: packed, fused, on one GPU",
+    description="Attention Behavior Fine-Tuning of language models: packed, fused, on GPUs",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

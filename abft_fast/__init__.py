@@ -1,4 +1,4 @@
-"""Attention Behavior Fine-Tuning: packed, fused, on one GPU or a laptop's CPU."""
+"""Attention Behavior Fine-Tuning: packed, fused, on GPUs or a laptop's CPU."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
+from abft_fast import launch
 from abft_fast.config import EvalConfig, Options, PlanConfig, TrainConfig, flag, resolve
-from abft_fast.errors import RunError, UserError
+from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -85,6 +86,8 @@ def train_(flags: dict[str, Any]) -> None:
     if config.resume is not None and extra:
         extra = ", ".join(map(flag, extra))
         raise UserError(f"--resume goes on with the run's own options: leave out {extra}")
+    from abft_fast import processes
+    from abft_fast.job import uses_cpu
     from abft_fast.progress import Progress
     from abft_fast.report import print_run
     from abft_fast.run import Run
@@ -95,8 +98,11 @@ def train_(flags: dict[str, Any]) -> None:
     else:
         run, options = Run.open(config.resume)
         config = options.model_copy(update={"force": config.force})
-    train(config, run, Progress(), new="resume" not in flags)
-    print_run(run)
+    with processes.running(uses_cpu(config)):
+        run = Run(processes.of_main(run.folder))  # its name has the time
+        train(config, run, Progress(), new="resume" not in flags)
+    if launch.is_main():
+        print_run(run)
 
 
 @_command(EvalConfig)
@@ -108,23 +114,27 @@ def eval_(flags: dict[str, Any]) -> None:
     from dataclasses import asdict
 
     from abft_fast import model as models
+    from abft_fast import processes
     from abft_fast.files import write_json
+    from abft_fast.job import Job, uses_cpu
     from abft_fast.label_head import keep_label_rows
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
-    from abft_fast.training import Job
 
-    job = Job(config, Progress())
-    prompts = job.encode(job.dataset.test_prompts(config.k), "test")
-    job.load()
-    if config.adapter is not None:
-        job.model = models.load_adapter(job.model, config.adapter)
-    keep_label_rows(job.model, job.encoder.label_ids)
-    job.check_attention(prompts)
-    metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
-    if config.output is not None:
-        write_json(config.output, {config.dataset: asdict(metrics)})
-    print_evaluation(config.dataset, metrics, behavior)
+    with processes.running(uses_cpu(config)):
+        with processes.together():
+            job = Job(config, Progress())
+            prompts = job.encode(job.dataset.test_prompts(config.k), "test")
+            job.load()
+            if config.adapter is not None:
+                job.model = models.load_adapter(job.model, config.adapter)
+            keep_label_rows(job.model, job.encoder.label_ids)
+            job.check_attention(prompts)
+        metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
+        if config.output is not None:
+            processes.on_main(write_json, config.output, {config.dataset: asdict(metrics)})
+    if launch.is_main():
+        print_evaluation(config.dataset, metrics, behavior)
 
 
 @_command(PlanConfig)
@@ -162,9 +172,20 @@ def main() -> None:
         if debug:
             traceback.print_exception(error)
         message, code = _explain(error)
+        message = " ".join(message.split())
+        if isinstance(error, ProcessEnded):
+            launch.leave(message, code)
+        if not launch.is_main() and _same_everywhere(error):
+            launch.end_after_main(code)
         if message:
-            print(f"abft-fast: {' '.join(message.split())}", file=sys.stderr)
+            print(f"abft-fast: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _same_everywhere(error: BaseException) -> bool:
+    """Whether every process of a run ends with this error, so that one is enough to say it."""
+    kinds = (UserError, RunError, SaidByMain, typer.TyperException, KeyboardInterrupt)
+    return isinstance(error, kinds)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -178,9 +199,13 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return "interrupted; continue a run with `abft-fast train --resume RUN`", 130
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return f"the disk is full: {error.filename or 'writing the run'}", 1
+        case SaidByMain():
+            return "", error.exit_code
         case RunError() | OSError():
-            return str(error), 1
-    return f"{type(error).__name__}: {error} (--debug shows where)", 1
+            line = str(error)
+        case _:
+            line = f"{type(error).__name__}: {error} (--debug shows where)"
+    return line, 1
 
 
 def _quiet() -> None:
@@ -190,3 +215,7 @@ def _quiet() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()

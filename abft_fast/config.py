@@ -74,6 +74,11 @@ class Options(BaseModel):
         "auto", "flash-attn", "varlen", "sdpa", "flash-attn-3", "separate"
     ] = Field("auto", description="What computes attention; `abft-fast doctor` says what there is.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
+    device_map: Literal["none", "auto"] = Field(
+        "none",
+        description="auto splits a model larger than one GPU, by layers, over all GPUs of this "
+        "machine.",
+    )
     mixed_precision: Literal["auto", "no", "bf16"] = Field(
         "auto",
         description="Arithmetic of the forward: bfloat16, or no for float32 throughout. "

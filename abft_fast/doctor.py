@@ -27,6 +27,8 @@ def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
         findings.append(("device", f"{', '.join(environment['gpus'])}, CUDA {torch.version.cuda}"))
     else:
         findings.append(("device", f"CPU, {environment['threads']} threads (no usable GPU)"))
+    if len(environment["gpus"]) > 1:
+        findings.append(("several GPUs", _several(len(environment["gpus"]))))
     findings += _attention()
     for name in data.DATASETS:
         try:
@@ -50,6 +52,14 @@ def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
     if free < 2**30:
         problems.append(f"only {free / 2**20:.0f} MiB free where runs are written")
     return findings, problems
+
+
+def _several(gpus: int) -> str:
+    """Who would use how many GPUs."""
+    return (
+        f"a run by itself uses 1, with --device-map auto all {gpus} for one model, "
+        f"under `torchrun --nproc_per_node {gpus}` one a process"
+    )
 
 
 def _attention() -> list[tuple[str, str]]:

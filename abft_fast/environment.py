@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+from abft_fast.launch import launched
+
 PACKAGES = (
     "abft-fast",
     "torch",
@@ -44,6 +46,7 @@ def describe() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": launched(),
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "versions": versions(),
@@ -67,8 +70,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: allocated on a GPU, resident in the process on a CPU."""
+    """Most bytes held so far: allocated on its fullest GPU, resident in the process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

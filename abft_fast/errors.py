@@ -9,3 +9,14 @@ class UserError(Exception):
 
 class RunError(Exception):
     """The run cannot go on: the message says why and what to try. Exit code 1."""
+
+
+class ProcessEnded(RunError):  # noqa: N818 - what happened, to another one
+    """Another process of this run is gone, so nothing can be waited for."""
+
+
+class SaidByMain(Exception):  # noqa: N818 - the error itself is another's
+    """This process ends as the main one does, which says why."""
+
+    def __init__(self, exit_code: int):
+        self.exit_code = exit_code

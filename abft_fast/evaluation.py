@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from abft_fast import processes
 from abft_fast.attention import AttentionBehavior, PackedForward
 from abft_fast.backbone import must_run_alone, prepare
 from abft_fast.label_head import label_columns
@@ -59,6 +60,13 @@ class BehaviorMean:
         self._heads += heads
         self._share += shares
 
+    def join(self, other: BehaviorMean) -> None:
+        """Count in what another has counted."""
+        self._prompts += other._prompts
+        self._with_heads += other._with_heads
+        self._heads += other._heads
+        self._share += other._share
+
     def result(self) -> Behavior:
         """The mean so far."""
         share = self._share / self._with_heads if self._with_heads else None
@@ -84,25 +92,28 @@ def evaluate(
     autocast: Callable = contextlib.nullcontext,
     attention: str = "auto",
 ) -> tuple[Metrics, Behavior]:
-    """Predict every prompt's label and score the predictions.
+    """Predict every prompt's label, each process for its share, and score the predictions.
 
     Args:
         model: a decoder with LM head.
         encoded: prompts and their labels.
         label_ids: the label words' tokens.
         token_budget: tokens a packed batch.
-        on_batch: called with the number of prompts done after each batch.
+        on_batch: called with the number of prompts this process has done after each batch.
         autocast: context manager around each forward.
         attention: what computes attention, by `abft_kernels.choose_attention`.
 
     Raises:
         FloatingPointError: a label's logit is not finite.
     """
+    lengths = [len(prompt) for prompt in encoded.prompts]
+    mine = processes.share(lengths)
     logits = torch.empty(len(encoded.prompts), len(label_ids))
     behavior = BehaviorMean()
     model.eval()
-    with torch.no_grad():
-        for batch in micro_batches([len(p) for p in encoded.prompts], token_budget):
+    with processes.together(), torch.no_grad():
+        for micro in micro_batches([lengths[i] for i in mine], token_budget):
+            batch = [mine[i] for i in micro]
             prompts = [encoded.prompts[i] for i in batch]
             with autocast():
                 found = _within_memory(model, prompts, label_ids, attention)
@@ -110,9 +121,13 @@ def evaluate(
             for _, heads, packed in found:
                 behavior.add(heads, packed)
             on_batch(len(batch))
-    if not logits.isfinite().all():
-        raise FloatingPointError("the model's logits of the label words are not finite")
-    return staicc_metrics(encoded.labels, logits), behavior.result()
+        if not logits[mine].isfinite().all():
+            raise FloatingPointError("the model's logits of the label words are not finite")
+    everyone = BehaviorMean()
+    for indices, rows, heads in processes.collect((mine, logits[mine], behavior)):
+        logits[indices] = rows
+        everyone.join(heads)
+    return staicc_metrics(encoded.labels, logits), everyone.result()
 
 
 def _within_memory(model, prompts, label_ids, attention):

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from abft_fast.backbone import prepare
 from abft_fast.builtin import builtin_model_path
 from abft_fast.checkpoint_files import find_damage
+from abft_fast.device_map import does_not_fit
 from abft_fast.errors import UserError
 from abft_fast.shapes import SYNTHETIC, known_names, known_shape
 from abft_fast.stored_format import check_format, stored_format
@@ -56,7 +57,11 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load(
-    name: str, device: torch.device, dtype: torch.dtype, bits: int | None = None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    placement: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A causal language model; of random weights where they are synthetic.
 
@@ -65,6 +70,7 @@ def load(
         device: where its weights go; quantized ones are quantized there as they arrive.
         dtype: of its weights, and of the arithmetic with quantized ones.
         bits: quantize with bitsandbytes to 4 (NF4, double quantization) or 8; None as it is stored.
+        placement: what else `from_pretrained` is told of devices; None puts all on `device`.
 
     Raises:
         UserError: as `read_config`, or its files are damaged or lack weights, it does not fit, it
@@ -73,9 +79,11 @@ def load(
     """
     config = read_config(name)
     if name.startswith(SYNTHETIC):
+        if placement is not None:
+            raise UserError(f"model {name}: synthetic weights are for one device: no --device-map")
         model = random_model(config, device, dtype, bits)
     else:
-        model = _stored_model(config, name, device, dtype, bits)
+        model = _stored_model(config, name, device, dtype, bits, placement)
     try:
         prepare(model)
     except ValueError as error:
@@ -84,7 +92,12 @@ def load(
 
 
 def _stored_model(
-    config: PreTrainedConfig, name: str, device: torch.device, dtype: torch.dtype, bits: int | None
+    config: PreTrainedConfig,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int | None,
+    placement: dict[str, Any] | None,
 ) -> PreTrainedModel:
     stored = stored_format(config)
     if stored is not None:
@@ -96,7 +109,7 @@ def _stored_model(
         name,
         config=config,
         dtype=dtype,
-        device_map={"": device},
+        **(placement or {"device_map": {"": device}}),
         quantization_config=None if bits is None else quantization(bits, dtype),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # to name them below
@@ -155,6 +168,8 @@ def _damage(path: str) -> str | None:
 def _why_not_loaded(name: str, path: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     lowered = text.lower()
+    if "dispatched on the cpu or the disk" in lowered:  # a quantized one
+        return does_not_fit(name)
     if Path(path).is_dir():
         return f"model {name} cannot be loaded: {text[:300]}"
     unreachable = any(word in lowered for word in ("offline", "connect", "network"))

@@ -122,3 +122,18 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[in
         tokens += lengths[i]
     if batch:
         yield batch
+
+
+def balanced_shares(lengths: Sequence[int], shares: int) -> list[list[int]]:
+    """Split prompts, longest first, so that every share has about the same number of tokens.
+
+    No two shares differ by more than the longest prompt. Returns indices into `lengths`; with
+    fewer prompts than shares some are empty.
+    """
+    found: list[list[int]] = [[] for _ in range(shares)]
+    tokens = [0] * shares
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        least = tokens.index(min(tokens))
+        found[least].append(i)
+        tokens[least] += lengths[i]
+    return found

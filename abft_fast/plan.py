@@ -185,9 +185,10 @@ def _trainable(
         if config.trainable == "lora"
         else models.train_weights(model)
     )
+    model = without_memory(model)
     if flow.checkpointing:
         models.enable_checkpointing(model)
-    return without_memory(model)
+    return model
 
 
 def _peak(
@@ -288,6 +289,14 @@ def what_to_change(
     )
 
 
+def memory_to_be_had(device: torch.device, *, all_gpus: bool = False) -> int:
+    """Bytes a run may plan with on a device, or on all GPUs of this machine together."""
+    if device.type != "cuda":
+        return free_memory(device)
+    gpus = range(torch.cuda.device_count()) if all_gpus else [device.index or 0]
+    return sum(free_memory(torch.device("cuda", gpu)) - GPU_RESERVE for gpu in gpus)
+
+
 def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
     """The plan of a run with these options, for every flow, and what is to be said of it.
 
@@ -309,13 +318,14 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
     prompts = dataset.training_prompts(config.k, config.train_samples, config.seed)
     longest = max(map(len, encoder.encode(prompts).prompts))
     on_gpu = config.gpu_memory is not None or (config.device != "cpu" and torch.cuda.is_available())
-    if config.gpu_memory is not None:
-        limit = int(config.gpu_memory * 1e9)
-    else:
-        limit = free_memory(torch.device("cuda" if on_gpu else "cpu"))
-    limit -= GPU_RESERVE * on_gpu
+    device = torch.device("cuda" if on_gpu else "cpu")
+    limit = (
+        memory_to_be_had(device, all_gpus=config.device_map == "auto")
+        if config.gpu_memory is None
+        else int(config.gpu_memory * 1e9) - GPU_RESERVE
+    )
     mixed = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and on_gpu)
-    arithmetic = Arithmetic.on("cuda" if on_gpu else "cpu", mixed=mixed)
+    arithmetic = Arithmetic.on(device.type, mixed=mixed)
     chosen = Flow(config.gradient, config.checkpointing)
     flows = dict.fromkeys([*FLOWS, chosen])
     try:

@@ -10,14 +10,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from abft_fast.launch import is_main
+
 _PLAIN_LINES = 4  # a task reports this often where there is no terminal
 
 
 class Progress:
-    """Messages and bars on stderr, so that stdout holds results only."""
+    """Messages and bars on stderr, so that stdout holds results only.
+
+    Of several processes the main one alone says something.
+    """
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self._silent = not is_main()
+        self.console = Console(stderr=True, highlight=False, quiet=self._silent)
         self._said: list[str] = []
         self._log: Path | None = None
 
@@ -31,6 +37,8 @@ class Progress:
 
     def keep(self, log: Path) -> None:
         """Write what was said, and will be, to a file as well."""
+        if self._silent:
+            return
         self._log = log
         self._write(self._said)
 

@@ -61,6 +61,12 @@ class TokenBudget:
             self.tokens = max(min(packed, self.tokens) // 2, 1)
             self._say(f"out of memory with {packed} tokens a batch: going on with {self.tokens}")
 
+    def lower(self, tokens: int) -> None:
+        """Take the budget of another process where that one's is smaller."""
+        if tokens < self.tokens:
+            self.tokens = tokens
+            self._say(f"out of memory on another process: going on with {tokens} tokens a batch")
+
 
 def find_token_budget(lengths: Sequence[int], run: Callable[[list[int]], None], most: int) -> int:
     """The largest budget that fits in memory, by doubling and then bisecting to a tenth.

@@ -4,110 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import math
 import random
 import time
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from abft_fast import checkpoint, data, loading
+from abft_fast import checkpoint, loading, processes
 from abft_fast import model as models
-from abft_fast.config import EvalConfig, TrainConfig
-from abft_fast.environment import free_memory, peak_memory
-from abft_fast.errors import RunError, UserError
-from abft_fast.evaluation import Behavior, BehaviorMean, Metrics, evaluate
+from abft_fast.config import TrainConfig
+from abft_fast.environment import peak_memory
+from abft_fast.errors import RunError
+from abft_fast.evaluation import Behavior, BehaviorMean
 from abft_fast.files import atomic_folder
+from abft_fast.job import Job
 from abft_fast.label_head import keep_label_rows
+from abft_fast.launch import is_main
 from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
-from abft_fast.plan import GPU_RESERVE, Arithmetic, Flow, make_plan, what_to_change
-from abft_fast.preflight import check_attention, check_gradients
+from abft_fast.preflight import check_gradients
 from abft_fast.progress import Progress
-from abft_fast.prompts import EncodedPrompts, PromptEncoder
+from abft_fast.prompts import EncodedPrompts
 from abft_fast.run import Run
-from abft_fast.simulation import CannotCount
 from abft_fast.token_budget import CPU_TOKENS, TokenBudget, find_token_budget
-
-
-class Job:
-    """A dataset, its encoder and a model on a device: what training and evaluation share."""
-
-    def __init__(
-        self,
-        config: TrainConfig | EvalConfig,
-        progress: Progress,
-        tracker_folder: Path | None = None,
-    ):
-        self.config, self.progress = config, progress
-        self.accelerator = make_accelerator(config, tracker_folder)
-        self.dataset = data.load(config.dataset)
-        self.shape = loading.read_config(config.model)
-        self.encoder = PromptEncoder(
-            loading.read_tokenizer(config.model),
-            self.dataset,
-            form=config.prompt_form,
-            label_token=config.label_token,
-            max_length=loading.context_length(self.shape),
-            on_long_prompt=config.on_long_prompt,
-        )
-        self.arithmetic = Arithmetic.on(
-            self.accelerator.device.type, mixed=self.accelerator.mixed_precision == "bf16"
-        )
-
-    def load(self) -> None:
-        """Get the model; what is wrong with prompts or memory has been said by then."""
-        self.progress.say(f"loading {self.config.model}")
-        self.model = loading.load(
-            self.config.model,
-            self.accelerator.device,
-            self.arithmetic.dtype,
-            self.config.bits if self.config.quantized else None,
-        )
-
-    def encode(self, prompts: list[data.Prompt], what: str) -> EncodedPrompts:
-        """Tokenize prompts and say what became of those too long."""
-        encoded = self.encoder.encode(prompts)
-        if encoded.dropped or encoded.shortened:
-            self.progress.say(
-                f"{what} prompts beyond the model's context: {encoded.dropped} dropped, "
-                f"{encoded.shortened} with fewer demonstrations, of {len(prompts)}"
-            )
-        return encoded
-
-    def check_attention(self, prompts: EncodedPrompts) -> None:
-        """Make sure that packed attention is the model's own, and say what it runs on."""
-        try:
-            found = check_attention(
-                self.model,
-                prompts.prompts,
-                self.accelerator.autocast,
-                self.config.attention_backend,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        for (name, backend), reasons in found.items():
-            self.progress.say(f"attention: {name}, its loss: {backend}")
-            if name == "separate":
-                self.progress.say(f"one prompt at a time, keys read twice: {reasons}")
-
-    def evaluate(self, prompts: EncodedPrompts, what: str) -> tuple[Metrics, Behavior]:
-        """Score the model as it is on the test prompts."""
-        with self.progress.bar(what, len(prompts.prompts)) as advance:
-            return evaluate(
-                self.model,
-                prompts,
-                self.encoder.label_ids,
-                CPU_TOKENS if self.config.token_budget == "auto" else self.config.token_budget,
-                advance,
-                self.accelerator.autocast,
-                self.config.attention_backend,
-            )
 
 
 def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> None:
@@ -117,12 +40,31 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
         UserError: an option, the data or the model does not allow the run; nothing is written.
         RunError: training cannot go on.
     """
+    with processes.together():
+        job, prompts, tests = set_up(config, run, progress, new=new)
+
+    def evaluate_once(when: str) -> None:
+        if tests is not None and processes.of_main(when not in run.evaluation):
+            found = map(dataclasses.asdict, job.evaluate(tests, f"evaluating {when}"))
+            processes.on_main(run.record_evaluation, when, config.dataset, *found)
+
+    evaluate_once("before")
+    optimize(config, run, job, prompts)
+    processes.on_main(save_result, config, run, job.model)
+    evaluate_once("after")
+    job.accelerator.end_training()
+
+
+def set_up(
+    config: TrainConfig, run: Run, progress: Progress, *, new: bool
+) -> tuple[Job, list[EncodedPrompt], EncodedPrompts | None]:
+    """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
     job = Job(config, progress, run.folder)
     prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
     encoded = job.encode(prompts, "training")
     tests = None if config.no_eval else job.encode(job.dataset.test_prompts(config.k), "test")
-    check_memory(config, job, encoded)
+    job.check_memory(encoded)
     job.load()
     job.check_attention(encoded)
     if config.trainable == "lora":  # else the whole model is saved
@@ -134,50 +76,10 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
         if config.trainable == "lora"
         else models.train_weights(job.model)
     )
-    if new:
+    if new and is_main():
         run.create(config)
     progress.keep(run.folder / "run.log")
-
-    def evaluate_once(when: str) -> None:
-        if tests is not None and when not in run.evaluation:
-            metrics, behavior = job.evaluate(tests, f"evaluating {when}")
-            run.record_evaluation(
-                when, config.dataset, dataclasses.asdict(metrics), dataclasses.asdict(behavior)
-            )
-
-    evaluate_once("before")
-    optimize(config, run, job, encoded.prompts)
-    save_result(config, run, job.model)
-    evaluate_once("after")
-
-
-def check_memory(config: TrainConfig, job: Job, prompts: EncodedPrompts) -> None:
-    """Say what memory the run will take, and refuse one that cannot fit, before weights are read.
-
-    Raises:
-        UserError: not even the longest prompt fits, and `--force` is not given.
-    """
-    longest = max(map(len, prompts.prompts))
-    flow = Flow(config.gradient, config.checkpointing)
-    limit = free_memory(job.accelerator.device)
-    if job.accelerator.device.type == "cuda":
-        limit -= GPU_RESERVE
-    run = (job.shape, config, job.arithmetic)
-    try:
-        plan = make_plan(*run, [flow], longest, limit)
-    except CannotCount as error:
-        job.progress.say(f"no plan of memory: {error}")
-        return
-    job.progress.say(
-        f"plan: weights and optimizer {plan.static.total / 1e9:.2f} GB, "
-        f"{plan.steps[flow].at(longest) / 1e9:.2f} GB for the longest prompt ({longest} tokens); "
-        f"{plan.most_tokens(flow):,} tokens at once fit in {limit / 1e9:.1f} GB"
-    )
-    if not plan.fits(flow) and not config.force:
-        raise UserError(
-            f"{config.model} with {flow.options} does not fit in {limit / 1e9:.1f} GB: "
-            f"{what_to_change(*run, longest, limit)}, or --force"
-        )
+    return job, encoded.prompts, tests
 
 
 def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> None:
@@ -188,8 +90,11 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
     controller = PenaltyController(
         config.adaptation, config.penalty, config.pid_p, config.pid_i, config.pid_d
     )
-    done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
-    run.forget_metrics_after(done)
+    with processes.together():
+        done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
+    if len(set(processes.collect(done))) > 1:
+        raise RunError(f"not every process sees the same checkpoints: share {run.checkpoints}")
+    processes.on_main(run.forget_metrics_after, done)
     optimizer = accelerator.prepare_optimizer(optimizer)
     model.eval()  # dropout off: heads are judged by their attention as it is
     if config.checkpointing:
@@ -203,13 +108,24 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
         for step, chosen in enumerate(batches[done:], start=done + 1):
             started = time.perf_counter()
             batch = [prompts[i] for i in chosen]
-            loss, behavior = budget.attempt(
-                [len(prompt) for prompt in batch],
-                functools.partial(backward, model, batch, config, controller.penalty, accelerator),
-                optimizer.zero_grad,
-            )
-            if budget.tokens != first_budget:
-                run.record_token_budget(budget.tokens)
+            part = [batch[i] for i in processes.share([len(prompt) for prompt in batch])]
+            with processes.together():
+                found = budget.attempt(
+                    [len(prompt) for prompt in part],
+                    functools.partial(
+                        backward,
+                        model,
+                        part,
+                        config,
+                        controller.penalty,
+                        accelerator,
+                        pseudo_batch=len(batch),
+                    ),
+                    optimizer.zero_grad,
+                )
+            processes.sum_gradients(accelerator, trained.values())
+            loss, behavior, tokens = join(processes.collect((*found, budget.tokens)))
+            budget.lower(tokens)
             norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             heads = behavior.induction_heads
             check_step(config, step, loss, norm.item(), heads)
@@ -225,16 +141,19 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
                 "gradient_norm": norm.item(),
                 "learning_rate": config.lr,
                 "tokens_per_second": sum(map(len, batch)) / seconds,
-                "peak_memory_bytes": peak_memory(accelerator.device),
+                "peak_memory_bytes": max(processes.collect(peak_memory(accelerator.device))),
                 "seconds": seconds,
             }
             controller.update(heads)
-            run.append_metrics(row)
-            accelerator.log({k: v for k, v in row.items() if v is not None}, step=step)
-            if step % config.save_steps == 0 or step == len(batches):
-                checkpoint.save(run.checkpoints, step, trained, optimizer, controller)
+            with processes.together():
+                if is_main():
+                    if budget.tokens != first_budget:
+                        run.record_token_budget(budget.tokens)
+                    run.append_metrics(row)
+                    accelerator.log({k: v for k, v in row.items() if v is not None}, step=step)
+                    if step % config.save_steps == 0 or step == len(batches):
+                        checkpoint.save(run.checkpoints, step, trained, optimizer, controller)
             advance(1, f"loss {row['loss']:.3f}, {heads:.1f} induction heads")
-    accelerator.end_training()
 
 
 def backward(
@@ -244,8 +163,13 @@ def backward(
     penalty: float,
     accelerator: Accelerator,
     tokens: int,
-) -> tuple[float, Behavior]:
-    """Accumulate the gradient of a pseudo-batch's mean loss; the same however it is split."""
+    pseudo_batch: int | None = None,
+) -> tuple[float, BehaviorMean]:
+    """Accumulate the gradient of a pseudo-batch's mean loss; the same however it is split.
+
+    Args:
+        pseudo_batch: prompts of the whole, where `batch` is one process's part of it.
+    """
     loss, behavior = torch.zeros((), device=accelerator.device), BehaviorMean()
     for micro in micro_batches([len(p) for p in batch], tokens):
         packed = pack([batch[i] for i in micro]).to(accelerator.device)
@@ -259,17 +183,27 @@ def backward(
                 gradient=config.gradient,
                 attention=config.attention_backend,
             )
-        share = result.loss * (len(micro) / len(batch))
+        share = result.loss * (len(micro) / (pseudo_batch or len(batch)))
         accelerator.backward(share)
         loss += share.detach()
         behavior.add(result, packed)
-    return loss.item(), behavior.result()
+    return loss.item(), behavior
+
+
+def join(parts: list[tuple[float, BehaviorMean, int]]) -> tuple[float, Behavior, int]:
+    """Loss, behavior and token budget of a step from those of the processes."""
+    losses, behaviors, budgets = zip(*parts, strict=True)
+    everyone = BehaviorMean()
+    for behavior in behaviors:
+        everyone.join(behavior)
+    return sum(losses), everyone.result(), min(budgets)
 
 
 def token_budget(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> int:
-    """The budget asked for, or the one found for this run, once."""
-    if run.token_budget is not None:
-        return run.token_budget
+    """The budget asked for, or the one found for this run, once; the least of all processes."""
+    known = processes.of_main(run.token_budget)
+    if known is not None:
+        return known
     if config.token_budget != "auto":
         return config.token_budget
     if job.accelerator.device.type != "cuda":
@@ -284,8 +218,10 @@ def token_budget(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedP
         finally:
             job.model.zero_grad(set_to_none=True)
 
-    found = find_token_budget(lengths, forward_and_backward, most)
-    run.record_token_budget(found)
+    with processes.together():
+        found = find_token_budget(lengths, forward_and_backward, most)
+    found = min(processes.collect(found))
+    processes.on_main(run.record_token_budget, found)
     job.progress.say(f"token budget: {found} a batch")
     return found
 
@@ -337,32 +273,3 @@ def save_result(config: TrainConfig, run: Run, model: nn.Module) -> None:
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's card to be filled in
         if name == "model":
             loading.read_tokenizer(config.model).save_pretrained(temporary)
-
-
-def make_accelerator(
-    config: TrainConfig | EvalConfig, tracker_folder: Path | None = None
-) -> Accelerator:
-    """Device, arithmetic and trackers.
-
-    Raises:
-        UserError: a GPU is asked for and there is none, or the tracker is not installed.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable GPU; see `abft-fast doctor`")
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    precision = config.mixed_precision
-    if precision == "auto":
-        precision = "no" if cpu else "bf16"
-    tracker = getattr(config, "tracker", "none")
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise UserError(f"--tracker {tracker}: not installed; `pip install 'abft-fast[track]'`")
-    try:
-        return Accelerator(
-            cpu=cpu,
-            mixed_precision=precision,
-            log_with=None if tracker == "none" else tracker,
-            project_dir=None if tracker_folder is None else str(tracker_folder),
-        )
-    except (ImportError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        raise UserError(f"--mixed-precision {precision}: {line}") from error

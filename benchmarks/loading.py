@@ -6,8 +6,8 @@ A random Llama is written in bfloat16, then each mode loads it onto the CPU in a
 memory counted from before. `anonymous` is what the process itself holds, looked at every
 millisecond; `resident`, the kernel's own high-water mark, also counts pages of the files, which are
 mapped and which the kernel takes back when memory is short. The floor are the weights that become
-others than the files hold, as the rest stays mapped; the goal is that and one shard. glibc keeps part
-of what is freed, with MALLOC_MMAP_THRESHOLD_=65536 in the environment less. A row a mode goes to
+others than the files hold, as the rest stays mapped; the goal is that and one shard. glibc keeps
+part of what is freed, with MALLOC_MMAP_THRESHOLD_=65536 in the environment less. A row a mode goes to
 results/loading.csv.
 """
 

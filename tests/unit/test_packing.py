@@ -1,8 +1,10 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from abft_fast import EncodedPrompt, pack
-from abft_fast.packing import micro_batches
+from abft_fast.packing import balanced_shares, micro_batches
 
 pytestmark = pytest.mark.unit
 
@@ -49,3 +51,12 @@ def test_micro_batches_keep_the_budget_and_every_prompt():
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert batches[0] == [4]  # longer than the budget: alone, and first
     assert all(sum(lengths[i] for i in batch) <= 100 for batch in batches[1:])
+
+
+@given(lengths=st.lists(st.integers(1, 500), max_size=40), shares=st.integers(1, 9))
+def test_shares_have_every_prompt_once_and_about_the_same_tokens(lengths, shares):
+    found = balanced_shares(lengths, shares)
+    assert len(found) == shares
+    assert sorted(i for share in found for i in share) == list(range(len(lengths)))
+    tokens = [sum(lengths[i] for i in share) for share in found]
+    assert max(tokens) - min(tokens) <= max(lengths, default=0)

@@ -45,7 +45,9 @@ def test_the_pseudo_batch_is_an_exact_mean(trainable):
         config = resolve(TrainConfig, {})
         loss, behavior = backward(model, prompts, config, 0.5, Accelerator(cpu=True), budget)
         grads = [p.grad for p in trained_parameters(model).values()]
-        found.append((loss, behavior.induction_heads, torch.cat([g.flatten() for g in grads])))
+        found.append(
+            (loss, behavior.result().induction_heads, torch.cat([g.flatten() for g in grads]))
+        )
     for loss, heads, gradient in found[1:]:
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         assert heads == found[0][1]

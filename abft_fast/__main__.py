@@ -1,0 +1,5 @@
+"""`python -m abft_fast`, for launchers that take a module."""
+
+from abft_fast.cli import main
+
+main()

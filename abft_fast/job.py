@@ -1,0 +1,165 @@
+"""What training and evaluation share: data, prompts and a model, on a device."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from abft_fast import data, loading, processes
+from abft_fast.config import EvalConfig, TrainConfig
+from abft_fast.device_map import over_all_gpus, refuse_offloaded
+from abft_fast.errors import UserError
+from abft_fast.evaluation import Behavior, Metrics, evaluate
+from abft_fast.plan import Arithmetic, Flow, make_plan, memory_to_be_had, what_to_change
+from abft_fast.preflight import check_attention
+from abft_fast.progress import Progress
+from abft_fast.prompts import EncodedPrompts, PromptEncoder
+from abft_fast.simulation import CannotCount
+from abft_fast.token_budget import CPU_TOKENS
+
+
+class Job:
+    """A dataset, its encoder and a model on a device: what training and evaluation share."""
+
+    def __init__(
+        self,
+        config: TrainConfig | EvalConfig,
+        progress: Progress,
+        tracker_folder: Path | None = None,
+    ):
+        self.config, self.progress = config, progress
+        self.accelerator = make_accelerator(config, tracker_folder)
+        self.dataset = data.load(config.dataset)
+        self.shape = loading.read_config(config.model)
+        self.encoder = PromptEncoder(
+            loading.read_tokenizer(config.model),
+            self.dataset,
+            form=config.prompt_form,
+            label_token=config.label_token,
+            max_length=loading.context_length(self.shape),
+            on_long_prompt=config.on_long_prompt,
+        )
+        self.arithmetic = Arithmetic.on(
+            self.accelerator.device.type, mixed=self.accelerator.mixed_precision == "bf16"
+        )
+
+    def load(self) -> None:
+        """Get the model; what is wrong with prompts or memory has been said by then."""
+        name, device = self.config.model, self.accelerator.device
+        self.progress.say(f"loading {name}")
+        self.model = loading.load(
+            name,
+            device,
+            self.arithmetic.dtype,
+            self.config.bits if self.config.quantized else None,
+            over_all_gpus(device) if self.config.device_map == "auto" else None,
+        )
+        refuse_offloaded(self.model, name)
+
+    def encode(self, prompts: list[data.Prompt], what: str) -> EncodedPrompts:
+        """Tokenize prompts and say what became of those too long."""
+        encoded = self.encoder.encode(prompts)
+        if encoded.dropped or encoded.shortened:
+            self.progress.say(
+                f"{what} prompts beyond the model's context: {encoded.dropped} dropped, "
+                f"{encoded.shortened} with fewer demonstrations, of {len(prompts)}"
+            )
+        return encoded
+
+    def check_attention(self, prompts: EncodedPrompts) -> None:
+        """Make sure that packed attention is the model's own, and say what it runs on."""
+        try:
+            found = check_attention(
+                self.model,
+                prompts.prompts,
+                self.accelerator.autocast,
+                self.config.attention_backend,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for (name, backend), reasons in found.items():
+            self.progress.say(f"attention: {name}, its loss: {backend}")
+            if name == "separate":
+                self.progress.say(f"one prompt at a time, keys read twice: {reasons}")
+
+    def evaluate(self, prompts: EncodedPrompts, what: str) -> tuple[Metrics, Behavior]:
+        """Score the model as it is on the test prompts."""
+        mine = processes.share([len(prompt) for prompt in prompts.prompts])
+        with self.progress.bar(what, len(mine)) as advance:
+            return evaluate(
+                self.model,
+                prompts,
+                self.encoder.label_ids,
+                CPU_TOKENS if self.config.token_budget == "auto" else self.config.token_budget,
+                advance,
+                self.accelerator.autocast,
+                self.config.attention_backend,
+            )
+
+    def check_memory(self, prompts: EncodedPrompts) -> None:
+        """Say what memory training will take; refuse what cannot fit, before weights are read.
+
+        Raises:
+            UserError: not even the longest prompt fits, and `--force` is not given.
+        """
+        config = self.config
+        longest = max(map(len, prompts.prompts))
+        flow = Flow(config.gradient, config.checkpointing)
+        room = memory_to_be_had(self.accelerator.device, all_gpus=config.device_map == "auto")
+        run = (self.shape, config, self.arithmetic)
+        try:
+            plan = make_plan(*run, [flow], longest, room)
+        except CannotCount as error:
+            self.progress.say(f"no plan of memory: {error}")
+            return
+        self.progress.say(
+            f"plan: weights and optimizer {plan.static.total / 1e9:.2f} GB, "
+            f"{plan.steps[flow].at(longest) / 1e9:.2f} GB for the longest prompt ({longest} "
+            f"tokens); {plan.most_tokens(flow):,} tokens at once fit in {room / 1e9:.1f} GB"
+        )
+        if not plan.fits(flow) and not config.force:
+            raise UserError(
+                f"{config.model} with {flow.options} does not fit in {room / 1e9:.1f} GB: "
+                f"{what_to_change(*run, longest, room)}, or --force"
+            )
+
+
+def make_accelerator(
+    config: TrainConfig | EvalConfig, tracker_folder: Path | None = None
+) -> Accelerator:
+    """Device, arithmetic and trackers.
+
+    Raises:
+        UserError: a GPU is asked for and there is none, or the tracker is not installed.
+    """
+    cpu = uses_cpu(config)
+    precision = config.mixed_precision
+    if precision == "auto":
+        precision = "no" if cpu else "bf16"
+    tracker = getattr(config, "tracker", "none")
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"--tracker {tracker}: not installed; `pip install 'abft-fast[track]'`")
+    try:
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            log_with=None if tracker == "none" else tracker,
+            project_dir=None if tracker_folder is None else str(tracker_folder),
+        )
+    except (ImportError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"--mixed-precision {precision}: {line}") from error
+
+
+def uses_cpu(config: TrainConfig | EvalConfig) -> bool:
+    """Whether there is no GPU to run on, or none is to be used.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; see `abft-fast doctor`")
+    return config.device == "cpu" or not torch.cuda.is_available()
