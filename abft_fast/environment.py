@@ -20,6 +20,7 @@ PACKAGES = (
     "bitsandbytes",
     "StaICC",
     "flash-attn",
+    "flash-attn-3",
 )
 
 
