@@ -24,6 +24,7 @@ PACKAGES = (
     "bitsandbytes",
     "StaICC",
     "flash-attn",
+    "flash-attn-3",
 )
 
 

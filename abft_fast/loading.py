@@ -156,7 +156,10 @@ def checkpoint_folder(path: str) -> Path | None:
     """Where the files of a model are on this machine, in a folder or in the hub's cache."""
     if Path(path).is_dir():
         return Path(path)
-    cached = try_to_load_from_cache(path, "config.json") if path.count("/") <= 1 else None
+    try:
+        cached = try_to_load_from_cache(path, "config.json")
+    except ValueError:  # no name the hub would take
+        cached = None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
@@ -173,7 +176,7 @@ def _why_not_loaded(name: str, path: str, error: Exception) -> str:
     if Path(path).is_dir():
         return f"model {name} cannot be loaded: {text[:300]}"
     unreachable = any(word in lowered for word in ("offline", "connect", "network"))
-    if isinstance(error, OSError) and (HF_HUB_OFFLINE or unreachable):
+    if unreachable or (HF_HUB_OFFLINE and isinstance(error, OSError)):
         return (
             f"offline: {name} is not in the local cache; download it where there is a network, "
             "or pass a local folder"

@@ -5,10 +5,9 @@
 A random Llama is written in bfloat16, then each mode loads it onto the CPU in a process of its own,
 memory counted from before. `anonymous` is what the process itself holds, looked at every
 millisecond; `resident`, the kernel's own high-water mark, also counts pages of the files, which are
-mapped and which the kernel takes back when memory is short. The floor are the weights that become
-others than the files hold, as the rest stays mapped; the goal is that and one shard. glibc keeps
-part of what is freed, with MALLOC_MMAP_THRESHOLD_=65536 in the environment less. A row a mode goes to
-results/loading.csv.
+mapped and which the kernel takes back when memory is short. The floor is what is not in the files
+as it is loaded, the goal that and one shard. glibc keeps part of what is freed, less of it with
+MALLOC_MMAP_THRESHOLD_=65536 in the environment. A row a mode goes to results/loading.csv.
 """
 
 from __future__ import annotations

@@ -149,6 +149,10 @@ def test_weights_of_another_shape_are_named(checkpoint):
     assert "layers.0.mlp.down_proj.weight, are not in its files or of" in the_line(checkpoint)
 
 
+def test_a_name_the_hub_would_not_take_is_one_line():
+    assert "no good" in the_line("no good")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_checkpoint_of_every_family_loads(family, tmp_path):
     saved = tiny_model(family)
