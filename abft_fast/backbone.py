@@ -151,6 +151,8 @@ def _keep_gradients_through_nf4(inner: PreTrainedModel) -> None:
             continue
         module.support_avx512bf16_for_cpu = False
         weight = module.weight
+        if getattr(weight, "quant_state", None) is None:
+            raise ValueError("its config.json says 4 bits, its files hold no state of quantization")
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abft_fast import launch
-from abft_fast.config import EvalConfig, Options, TrainConfig, flag, resolve
+from abft_fast.config import EvalConfig, Options, PlanConfig, TrainConfig, flag, resolve
 from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
 
 _INTERRUPTED = 130  # exit code
@@ -84,8 +84,9 @@ def values_text(field: FieldInfo) -> str:
 def train_(flags: dict[str, Any]) -> None:
     """Fine-tune attention behavior on a dataset, evaluating before and after."""
     config = resolve(TrainConfig, flags)
-    if config.resume is not None and set(flags) - {"resume", "debug"}:
-        extra = ", ".join(flag(name) for name in sorted(set(flags) - {"resume", "debug"}))
+    extra = sorted(set(flags) - {"resume", "debug", "force"})
+    if config.resume is not None and extra:
+        extra = ", ".join(map(flag, extra))
         raise UserError(f"--resume goes on with the run's own options: leave out {extra}")
     from abft_fast import processes
     from abft_fast.progress import Progress
@@ -96,7 +97,8 @@ def train_(flags: dict[str, Any]) -> None:
     if config.resume is None:
         run = Run.reserve(config)
     else:
-        run, config = Run.open(config.resume)
+        run, options = Run.open(config.resume)
+        config = options.model_copy(update={"force": config.force})
     with processes.running(uses_cpu(config)):
         run = Run(processes.of_main(run.folder))  # its name has the time
         train(config, run, Progress(), new="resume" not in flags)
@@ -115,6 +117,7 @@ def eval_(flags: dict[str, Any]) -> None:
     from abft_fast import model as models
     from abft_fast import processes
     from abft_fast.files import write_json
+    from abft_fast.label_head import keep_label_rows
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
     from abft_fast.training import Job, uses_cpu
@@ -122,15 +125,27 @@ def eval_(flags: dict[str, Any]) -> None:
     with processes.running(uses_cpu(config)):
         with processes.together():
             job = Job(config, Progress())
+            prompts = job.encode(job.dataset.test_prompts(config.k), "test")
+            job.load()
             if config.adapter is not None:
                 job.model = models.load_adapter(job.model, config.adapter)
-            prompts = job.encode(job.dataset.test_prompts(config.k), "test")
+            keep_label_rows(job.model, job.encoder.label_ids)
             job.check_attention(prompts)
         metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
         if config.output is not None:
             processes.on_main(write_json, config.output, {config.dataset: asdict(metrics)})
     if launch.is_main():
         print_evaluation(config.dataset, metrics, behavior)
+
+
+@_command(PlanConfig)
+def plan_(flags: dict[str, Any]) -> None:
+    """Say what memory a run of `train` with these options takes, without loading weights."""
+    config = resolve(PlanConfig, flags)
+    from abft_fast.plan import plan_run
+    from abft_fast.report import print_plan
+
+    print_plan(config.model, *plan_run(config))
 
 
 @app.command()

@@ -39,7 +39,11 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
-    model: str = Field("builtin", description="`builtin`, a local folder, or a hub id.")
+    model: str = Field(
+        "builtin",
+        description="`builtin`, a local folder, a hub id, or `synthetic:` and the name of a known "
+        "shape for random weights of true size.",
+    )
     dataset: Annotated[str, AfterValidator(_dataset)] = Field(
         "subj", description=f"One of {', '.join(data.DATASETS)}; or the original's index 0-7."
     )
@@ -66,9 +70,9 @@ class Options(BaseModel):
         False, description="Quantize the weights as they are loaded (bitsandbytes); see bits."
     )
     bits: int = Field(4, description="Of a quantized weight: 4 (NF4, double quantization) or 8.")
-    attention_backend: Literal["auto", "flash-attn", "varlen", "sdpa", "separate"] = Field(
-        "auto", description="What computes attention; `abft-fast doctor` says what there is."
-    )
+    attention_backend: Literal[
+        "auto", "flash-attn", "varlen", "sdpa", "flash-attn-3", "separate"
+    ] = Field("auto", description="What computes attention; `abft-fast doctor` says what there is.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
     device_map: Literal["none", "auto"] = Field(
         "none",
@@ -158,6 +162,9 @@ class TrainConfig(Options):
     tracker: Literal["none", "wandb", "tensorboard"] = Field(
         "none", description="Also log to a tracker of accelerate."
     )
+    force: bool = Field(
+        False, exclude=True, description="Run even where the plan of memory says it cannot fit."
+    )
     output_dir: Path | None = Field(
         None, exclude=True, description="Folder of the run. Unset: runs/<time>-<model>-<dataset>."
     )
@@ -186,6 +193,17 @@ class TrainConfig(Options):
             rates = BUILTIN_LEARNING_RATES if self.model == "builtin" else paper
             self.lr = rates[self.trainable]
         return self
+
+
+class PlanConfig(TrainConfig):
+    """Options of `abft-fast plan`: those of `train`, and the GPU to plan for."""
+
+    gpu_memory: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="GB (10^9 bytes) of the GPU to plan for. Unset: what is free here.",
+    )
 
 
 C = TypeVar("C", bound=Options)

@@ -6,8 +6,10 @@ import platform
 import resource
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from abft_fast.launch import launched
@@ -49,6 +51,22 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": versions(),
     }
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes a run may still take: of a GPU, within its process's share; of this system's RAM."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        share = total * torch.cuda.get_per_process_memory_fraction(device)
+        return int(min(free + torch.cuda.memory_reserved(device), share))
+    free = psutil.virtual_memory().available
+    control_group = Path("/sys/fs/cgroup")
+    try:
+        most = int((control_group / "memory.max").read_text())
+        used = int((control_group / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or `max`
+        return free
+    return min(free, most - used)
 
 
 def peak_memory(device: torch.device) -> int:

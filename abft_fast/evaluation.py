@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from abft_fast import processes
 from abft_fast.attention import AttentionBehavior, PackedForward
 from abft_fast.backbone import must_run_alone, prepare
+from abft_fast.label_head import label_columns
 from abft_fast.objective import join, run_packed
 from abft_fast.packing import EncodedPrompt, PackedPrompts, micro_batches, pack
 from abft_fast.prompts import EncodedPrompts
@@ -156,7 +157,7 @@ def label_logits(
         return torch.cat([rows for rows, _, _ in alone]), join(behaviors), packed
     last = packed.cu_seqlens[1:].long() - 1
     output = run_packed(model, forward, logits_to_keep=last)
-    return output.logits[0][:, label_ids], forward.behavior(), packed
+    return output.logits[0][:, label_columns(model, label_ids)], forward.behavior(), packed
 
 
 def staicc_metrics(labels: Sequence[int], logits: Tensor) -> Metrics:

@@ -7,21 +7,22 @@ import sys
 from pathlib import Path
 
 from abft_fast.cli import default_text, values_text
-from abft_fast.config import EvalConfig, TrainConfig, flag
+from abft_fast.config import EvalConfig, PlanConfig, TrainConfig, flag
 
 _BEGIN, _END = "<!-- options: begin -->", "<!-- options: end -->"
 
 
 def table() -> str:
-    """A markdown table of every option of `train` and `eval`."""
+    """A markdown table of every option of `train`, `eval` and `plan`."""
     lines = ["| option | value | default | what it does | verbs |", "|---|---|---|---|---|"]
-    fields = {**TrainConfig.model_fields, **EvalConfig.model_fields, **TrainConfig.model_fields}
+    verbs_of = {"train": TrainConfig, "eval": EvalConfig, "plan": PlanConfig}
+    fields = {
+        name: field
+        for config in (EvalConfig, PlanConfig, TrainConfig)
+        for name, field in config.model_fields.items()
+    }
     for name, field in fields.items():
-        verbs = [
-            verb
-            for verb, config in (("train", TrainConfig), ("eval", EvalConfig))
-            if name in config.model_fields
-        ]
+        verbs = [verb for verb, config in verbs_of.items() if name in config.model_fields]
         value = "" if field.annotation is bool else values_text(field).replace("|", "\\|")
         option = f"`{flag(name)}`"
         if field.default is True:

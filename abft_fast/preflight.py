@@ -1,4 +1,4 @@
-"""One last check before a run: on this very model, packed attention equals its own eager one."""
+"""Last checks before a run, on this very model: attention, finite values, gradients."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import nn
 
 from abft_fast import attention
 from abft_fast.attention import PackedForward
-from abft_fast.backbone import must_run_alone, prepare
+from abft_fast.backbone import backbone, must_run_alone, prepare, without_peft
+from abft_fast.checkpoint_files import shards
 from abft_fast.errors import UserError
+from abft_fast.loading import checkpoint_folder
 from abft_fast.objective import run_packed
 from abft_fast.packing import EncodedPrompt, pack
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _QUANTIZED_TOLERANCE = 3e-2  # their products depend on how many rows are multiplied at once
+_GRADIENT_TOLERANCE = 1e-1  # formats that also round inputs; without a backward it is 1
 _LONGEST = 2048  # eager attention keeps n x n scores a head
 
 
@@ -33,7 +36,7 @@ def check_attention(
 
     Raises:
         UserError: they differ: the family does something in its attention that the packed one
-            does not know.
+            does not know; or the model's own are not finite.
     """
     ordered = sorted(prompts, key=len)
     longest = next((p for p in reversed(ordered) if len(p) <= _LONGEST), ordered[0])
@@ -59,6 +62,11 @@ def check_attention(
         finally:
             inner.set_attn_implementation(attention.NAME)
     expected = torch.cat([output.last_hidden_state[0] for output in eager]).float()
+    if not expected.isfinite().all():
+        raise UserError(
+            f"{_where_not_finite(model, pair, autocast)}: its values are not finite: download it "
+            f"again; if it is whole, the model overflows in {str(arithmetic).split('.')[-1]}"
+        )
     error = ((torch.cat(packed).float() - expected).norm() / expected.norm()).item()
     tolerance = _TOLERANCE[arithmetic]
     if getattr(inner.config, "quantization_config", None) is not None:
@@ -69,3 +77,75 @@ def check_attention(
             f"{error:.1%}, so its loss would be wrong; this family is not supported"
         )
     return attentions
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Make sure that a quantized model's layers pass gradients on, one layer of each kind.
+
+    One without a backward loses them in silence, and the gradient around it hides that. Of a linear
+    map, <y, y> = <x, transpose(y)>.
+
+    Raises:
+        UserError: a kind of layer does not.
+    """
+    if getattr(model.config, "quantization_config", None) is None:
+        return
+    kinds = {}
+    for name, module in backbone(model).named_modules():
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            kinds.setdefault(type(module), (name, module))
+    device, dtype = model.get_input_embeddings().weight.device, model.dtype
+    for name, module in kinds.values():
+        x = torch.randn(16, module.in_features, device=device, dtype=dtype, requires_grad=True)
+        y = module(x)
+        bias = getattr(module, "bias", None)
+        direction = (y if bias is None else y - bias).detach()
+        found = 0.0
+        if y.requires_grad:
+            (grad,) = torch.autograd.grad(y, x, direction)
+            found = (grad.float() * x).sum().item()
+        expected = direction.float().square().sum().item()
+        if not abs(found - expected) <= _GRADIENT_TOLERANCE * expected:
+            raise UserError(
+                f"{name} ({type(module).__name__}) passes no right gradient on: use the "
+                "unquantized checkpoint with --quantized"
+            )
+
+
+def _where_not_finite(
+    model: nn.Module, prompts: Sequence[EncodedPrompt], autocast: Callable
+) -> str:
+    """The first layer whose output is no finite number, and the file of its weights."""
+    model = without_peft(model)
+    found: list[str] = []
+
+    def watch(name: str) -> Callable:
+        def look(module, args, output) -> None:
+            if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return look
+
+    hooks = [
+        module.register_forward_hook(watch(name))
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None
+    ]
+    inner = backbone(model)
+    device = inner.get_input_embeddings().weight.device
+    try:
+        with torch.no_grad(), autocast():
+            for prompt in prompts:
+                inner(torch.tensor([prompt.input_ids], device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    path = model.config.name_or_path
+    if not found:
+        return f"model {path}"
+    folder = checkpoint_folder(path)
+    files = {} if folder is None else shards(folder)
+    for file, names in files.items():
+        if not names or any(name.startswith(f"{found[0]}.") for name in names):
+            return f"{found[0]} of {file}"
+    return f"{found[0]} of model {path}"

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abft_fast.evaluation import Behavior, Metrics
+from abft_fast.plan import Plan
 from abft_fast.run import Run
 
 _METRICS = {
@@ -58,6 +59,41 @@ def print_evaluation(dataset: str, metrics: Metrics, behavior: Behavior) -> None
     share = behavior.correct_share_above_chance
     table.add_row(_ATTENTION["correct_share_above_chance"], _percent(share, "+"))
     _console().print(table)
+
+
+def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
+    """Memory by part, then by how far gradients flow."""
+    static = plan.static
+    parts = Table(title=f"abft-fast plan: {model}", title_justify="left")
+    parts.add_column("there all the time")
+    parts.add_column("GB", justify="right")
+    for name, size in (
+        ("quantized weights", static.quantized),
+        ("other frozen weights", static.frozen),
+        (f"trained: {static.parameters / 1e6:.1f}M parameters in float32", static.trained),
+        ("their gradients", static.gradients),
+        ("Adam's moments", static.optimizer),
+    ):
+        if size:
+            parts.add_row(name, f"{size / 1e9:.2f}")
+    parts.add_row("together", f"{static.total / 1e9:.2f}")
+    flows = Table()
+    flows.add_column("during a step, with")
+    for title in ("GB fixed", "GB a 1,000 tokens", "most tokens at once", "most demonstrations"):
+        flows.add_column(title, justify="right")
+    for flow, step in plan.steps.items():
+        flows.add_row(
+            flow.options,
+            f"{step.fixed / 1e9:.2f}",
+            f"{step.a_token / 1e6:.3f}",
+            f"{plan.most_tokens(flow):,}",
+            f"{plan.most_demonstrations(flow):,}",
+        )
+    console = _console()
+    console.print(parts)
+    console.print(flows)
+    for note in notes:
+        console.print(note, soft_wrap=True)
 
 
 def _console() -> Console:

@@ -15,27 +15,29 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from abft_fast import checkpoint, data, processes
+from abft_fast import checkpoint, data, launch, loading, processes
 from abft_fast import model as models
 from abft_fast.config import EvalConfig, TrainConfig
 from abft_fast.device_map import over_all_gpus, refuse_offloaded
-from abft_fast.environment import peak_memory
+from abft_fast.environment import free_memory, peak_memory
 from abft_fast.errors import RunError, UserError
 from abft_fast.evaluation import Behavior, BehaviorMean, Metrics, evaluate
 from abft_fast.files import atomic_folder
-from abft_fast.launch import is_main
+from abft_fast.label_head import keep_label_rows
 from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
-from abft_fast.preflight import check_attention
+from abft_fast.plan import GPU_RESERVE, Arithmetic, Flow, make_plan, what_to_change
+from abft_fast.preflight import check_attention, check_gradients
 from abft_fast.progress import Progress
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.run import Run
+from abft_fast.simulation import CannotCount
 from abft_fast.token_budget import CPU_TOKENS, TokenBudget, find_token_budget
 
 
 class Job:
-    """A model, its dataset and its encoder on a device: what training and evaluation share."""
+    """A dataset, its encoder and a model on a device: what training and evaluation share."""
 
     def __init__(
         self,
@@ -46,26 +48,32 @@ class Job:
         self.config, self.progress = config, progress
         self.accelerator = make_accelerator(config, tracker_folder)
         self.dataset = data.load(config.dataset)
-        progress.say(f"loading {config.model}")
         device = self.accelerator.device
-        placement = over_all_gpus(device) if config.device_map == "auto" else None
-        half = device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
-        self.model, tokenizer = models.load(
-            config.model,
-            device,
-            torch.bfloat16 if half else torch.float32,
-            config.bits if config.quantized else None,
-            placement=placement,
-        )
-        refuse_offloaded(self.model, config.model)
+        self.placement = over_all_gpus(device) if config.device_map == "auto" else None
+        self.shape = loading.read_config(config.model)
         self.encoder = PromptEncoder(
-            tokenizer,
+            loading.read_tokenizer(config.model),
             self.dataset,
             form=config.prompt_form,
             label_token=config.label_token,
-            max_length=models.context_length(self.model),
+            max_length=loading.context_length(self.shape),
             on_long_prompt=config.on_long_prompt,
         )
+        self.arithmetic = Arithmetic.on(
+            self.accelerator.device.type, mixed=self.accelerator.mixed_precision == "bf16"
+        )
+
+    def load(self) -> None:
+        """Get the model; what is wrong with prompts or memory has been said by then."""
+        self.progress.say(f"loading {self.config.model}")
+        self.model = loading.load(
+            self.config.model,
+            self.accelerator.device,
+            self.arithmetic.dtype,
+            self.config.bits if self.config.quantized else None,
+            self.placement,
+        )
+        refuse_offloaded(self.model, self.config.model)
 
     def encode(self, prompts: list[data.Prompt], what: str) -> EncodedPrompts:
         """Tokenize prompts and say what became of those too long."""
@@ -139,17 +147,56 @@ def set_up(
     prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
     encoded = job.encode(prompts, "training")
     tests = None if config.no_eval else job.encode(job.dataset.test_prompts(config.k), "test")
+    check_memory(config, job, encoded)
+    job.load()
     job.check_attention(encoded)
+    if config.trainable == "lora":  # else the whole model is saved
+        check_gradients(job.model)
+        keep_label_rows(job.model, job.encoder.label_ids)
     set_seed(config.seed)
     job.model = (
         models.train_lora(job.model, config.lora_r)  # starts as a change of 0
         if config.trainable == "lora"
         else models.train_weights(job.model)
     )
-    if new and is_main():
+    if new and launch.is_main():
         run.create(config)
     progress.keep(run.folder / "run.log")
     return job, encoded.prompts, tests
+
+
+def check_memory(config: TrainConfig, job: Job, prompts: EncodedPrompts) -> None:
+    """Say what memory the run will take, and refuse one that cannot fit, before weights are read.
+
+    Raises:
+        UserError: not even the longest prompt fits, and `--force` is not given.
+    """
+    longest = max(map(len, prompts.prompts))
+    flow = Flow(config.gradient, config.checkpointing)
+    devices = [job.accelerator.device]
+    if job.placement is not None:
+        devices = [torch.device("cuda", gpu) for gpu in range(torch.cuda.device_count())]
+    limit = sum(map(free_memory, devices))
+    if devices[0].type == "cuda":
+        limit -= GPU_RESERVE * len(devices)
+    else:
+        limit //= launch.launched_here()  # they share it
+    run = (job.shape, config, job.arithmetic)
+    try:
+        plan = make_plan(*run, [flow], longest, limit)
+    except CannotCount as error:
+        job.progress.say(f"no plan of memory: {error}")
+        return
+    job.progress.say(
+        f"plan: weights and optimizer {plan.static.total / 1e9:.2f} GB, "
+        f"{plan.steps[flow].at(longest) / 1e9:.2f} GB for the longest prompt ({longest} tokens); "
+        f"{plan.most_tokens(flow):,} tokens at once fit in {limit / 1e9:.1f} GB"
+    )
+    if not plan.fits(flow) and not config.force:
+        raise UserError(
+            f"{config.model} with {flow.options} does not fit in {limit / 1e9:.1f} GB: "
+            f"{what_to_change(*run, longest, limit)}, or --force"
+        )
 
 
 def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> None:
@@ -216,7 +263,7 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
             }
             controller.update(heads)
             with processes.together():
-                if is_main():
+                if launch.is_main():
                     if budget.tokens != first_budget:
                         run.record_token_budget(budget.tokens)
                     run.append_metrics(row)
@@ -302,7 +349,13 @@ def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: 
     Raises:
         RunError: loss or gradient is not finite; at step 1, no induction heads or no gradient.
     """
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if step == 1 and not finite:
+        raise RunError(
+            f"step 1: loss {loss}, gradient norm {norm}: not finite before anything is learnt: the "
+            "model's files are damaged (download them again), or use another --mixed-precision"
+        )
+    if not finite:
         raise RunError(
             f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower --lr "
             f"(now {config.lr:g}) or use another --mixed-precision"
@@ -336,8 +389,7 @@ def save_result(config: TrainConfig, run: Run, model: nn.Module) -> None:
         model.save_pretrained(temporary)
         (temporary / "README.md").unlink(missing_ok=True)  # PEFT's card to be filled in
         if name == "model":
-            source = models.builtin_model_path() if config.model == "builtin" else config.model
-            models.AutoTokenizer.from_pretrained(source).save_pretrained(temporary)
+            loading.read_tokenizer(config.model).save_pretrained(temporary)
 
 
 def make_accelerator(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,6 +32,7 @@ except ImportError:
 else:
     _FLASH_ATTN = True
 _VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+_FLASH_ATTN_3 = importlib.util.find_spec("flash_attn_interface") is not None
 
 
 class Prompts(NamedTuple):
@@ -148,6 +150,16 @@ def _varlen_unable(q: Tensor, softcap: float | None) -> str | None:
 
 
 def _varlen_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, Tensor]:
+    _switch_inside_torch(flash_attn_3=False)
+    return _torch_forward(q, k, v, prompts, scores)
+
+
+def _varlen_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scores):
+    _switch_inside_torch(flash_attn_3=False)
+    return _torch_backward(grad_out, q, k, v, out, lse, prompts, scores)
+
+
+def _torch_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *_padded(q, k, v),
         *prompts.both,
@@ -161,7 +173,7 @@ def _varlen_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, 
     return out[..., : q.shape[-1]], lse
 
 
-def _varlen_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scores):
+def _torch_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scores):
     grads = torch.ops.aten._flash_attention_backward(
         *_padded(grad_out, q, k, v, out),
         lse,
@@ -175,6 +187,41 @@ def _varlen_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scor
         window_size_right=None if scores.window is None else 0,
     )
     return [grad[..., : q.shape[-1]] for grad in grads]
+
+
+# flash-attn 3, which torch puts in the place of its own: the package changes its signatures from
+# version to version, and torch follows them. Written by torch's signatures, never run so far.
+
+
+def _flash_attn_3_unable(q: Tensor, softcap: float | None) -> str | None:
+    if not _FLASH_ATTN_3:
+        return "its package, flash_attn_interface, cannot be imported"
+    if torch.__version__ < (2, 13):
+        return "it needs torch 2.13"
+    if softcap is not None:
+        return "it has no soft-cap inside torch"
+    reason = _needs_recent_gpu(q)
+    hopper = reason is None and torch.cuda.get_device_capability(q.device)[0] == 9
+    return reason or (None if hopper and torch.version.hip is None else "it needs a Hopper GPU")
+
+
+def _switch_inside_torch(flash_attn_3: bool) -> None:
+    """For the whole process, where it is not so yet; another implementation of the user's stays."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if flash_attn_3 and current != "FA3":
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    elif not flash_attn_3 and current == "FA3":
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+def _flash_attn_3_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, Tensor]:
+    _switch_inside_torch(flash_attn_3=True)
+    return _torch_forward(q, k, v, prompts, scores)
+
+
+def _flash_attn_3_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scores):
+    _switch_inside_torch(flash_attn_3=True)
+    return _torch_backward(grad_out, q, k, v, out, lse, prompts, scores)
 
 
 # The CPU's flash attention, which `scaled_dot_product_attention` calls there, a prompt at a time
@@ -223,6 +270,10 @@ FLASH_ATTENTIONS = {
     "flash-attn": FlashAttention(_flash_attn_forward, _flash_attn_backward, _flash_attn_unable),
     "varlen": FlashAttention(_varlen_forward, _varlen_backward, _varlen_unable),
     "sdpa": FlashAttention(_cpu_forward, _cpu_backward, _cpu_unable),
+    # Last, so that only who asks for it gets what nobody has run yet.
+    "flash-attn-3": FlashAttention(
+        _flash_attn_3_forward, _flash_attn_3_backward, _flash_attn_3_unable
+    ),
 }
 
 

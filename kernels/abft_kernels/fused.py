@@ -46,8 +46,10 @@ def choose_attention(
     """Which attention is to run on queries like these, and why not a faster one.
 
     `"flash-attn"`, `"varlen"` (inside torch) and `"sdpa"` (torch's flash attention on the CPU, a
-    prompt at a time) share their log-sum-exp with the loss. `"separate"` is an attention of one
-    prompt at a time without it, so that the loss reads all keys itself.
+    prompt at a time) share their log-sum-exp with the loss; so does `"flash-attn-3"` (Hopper;
+    torch's own flash attention is then that, in the whole process), which is taken on request.
+    `"separate"` is an attention of one prompt at a time without it, so that the loss reads all keys
+    itself.
 
     Returns:
         The name, and for each one passed over, in order, a reason.

@@ -1,7 +1,10 @@
 """What a user gets wrong is answered in one line, with exit code 2, and writes nothing."""
 
+import shutil
+
 import pytest
 
+from abft_fast import builtin_model_path
 from tests.command_line import QUICK, abft_fast
 
 pytestmark = pytest.mark.cli
@@ -48,6 +51,27 @@ def test_one_line_and_nothing_written(arguments, message, tmp_path):
     assert result.returncode == 2
     assert message in last_line(result)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_damaged_model_is_named_and_nothing_written(where, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub/models--some--model/snapshots/0123"
+    shutil.copytree(builtin_model_path(), snapshot)
+    refs = tmp_path / "hub/models--some--model/refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123")
+    weights = snapshot / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    here = tmp_path / "here"
+    here.mkdir()
+    result = abft_fast(
+        "train", "--model", snapshot if where == "folder" else "some/model", cwd=here
+    )
+    assert result.returncode == 2
+    assert f"{weights} is damaged, {weights.stat().st_size} bytes" in last_line(result)
+    assert last_line(result).endswith("download it again")
+    assert not list(here.iterdir())
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):

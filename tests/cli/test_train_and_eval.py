@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path
 from abft_fast.errors import UserError
-from abft_fast.model import load
+from abft_fast.loading import load, read_tokenizer
 from tests.command_line import QUICK, abft_fast
 
 pytestmark = pytest.mark.cli
@@ -157,7 +157,7 @@ def test_a_quantized_base_is_trained_and_evaluated(bits, layer, tmp_path):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["gradient_norm"] > 0 and row["induction_heads"] > 0 for row in rows)
     assert re.search(r"attention: (sdpa|varlen|flash-attn), its loss: ", result.stderr)
-    quantized, _ = load("builtin", torch.device("cpu"), torch.float32, int(bits))
+    quantized = load("builtin", torch.device("cpu"), torch.float32, int(bits))
     assert type(quantized.model.layers[0].self_attn.q_proj).__name__ == layer
     output = tmp_path / "metrics.json"
     again = abft_fast(
@@ -170,12 +170,19 @@ def test_a_quantized_base_is_trained_and_evaluated(bits, layer, tmp_path):
     assert found["accuracy"] == pytest.approx(after["accuracy"], abs=0.01)
 
 
-def test_a_checkpoint_that_is_quantized_loads_as_it_is(tmp_path):
+def test_a_checkpoint_that_is_quantized_is_trained_as_it_is(tmp_path):
     """And is not quantized a second time."""
-    quantized, tokenizer = load("builtin", torch.device("cpu"), torch.float32, 4)
+    quantized = load("builtin", torch.device("cpu"), torch.float32, 4)
     quantized.save_pretrained(tmp_path / "nf4")
-    tokenizer.save_pretrained(tmp_path / "nf4")
-    model, _ = load(str(tmp_path / "nf4"), torch.device("cpu"), torch.float32)
+    read_tokenizer("builtin").save_pretrained(tmp_path / "nf4")
+    model = load(str(tmp_path / "nf4"), torch.device("cpu"), torch.float32)
     assert type(model.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
+    run = tmp_path / "run"
+    result = abft_fast(
+        "train", *QUICK, "--model", tmp_path / "nf4", "--no-eval", "--output-dir", run
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["gradient_norm"] > 0 and row["induction_heads"] > 0 for row in rows)
     with pytest.raises(UserError, match=r"quantized already .*: leave out --quantized"):
         load(str(tmp_path / "nf4"), torch.device("cpu"), torch.float32, 4)

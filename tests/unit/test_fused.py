@@ -1,5 +1,6 @@
 """Attention and loss in one op: equal to attention and loss one after the other, under autograd."""
 
+import inspect
 import itertools
 
 import pytest
@@ -11,8 +12,10 @@ from abft_kernels import (
     reference,
     torch_backend,
 )
+from abft_kernels.flash_attention import FLASH_ATTENTIONS, Prompts
 from abft_kernels.problem import Scores
 from abft_kernels.separate_attention import explicit_attention, visible_keys
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.last_row_cases import DEVICE, eager, error, make_case
 
@@ -178,8 +181,72 @@ def test_the_choice_is_named_and_explained():
         ValueError, match="attention backend varlen: it runs on a GPU, not on the cpu"
     ):
         choose_attention(q, requested="varlen")
+    with pytest.raises(ValueError, match=r"attention backend flash-attn-3: .+"):
+        choose_attention(q, requested="flash-attn-3")
     with pytest.raises(ValueError, match="attention must be one of auto, flash-attn"):
         choose_attention(q, requested="fastest")
+
+
+class Calls(TorchDispatchMode):
+    """What torch's flash attention is called with, in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.bound = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from torch.nn.attention import _fa3
+
+        taken = {
+            "_flash_attention_forward": _fa3._fa3_flash_attention_forward_impl_default,
+            "_flash_attention_backward": _fa3._fa3_flash_attention_backward_impl,
+        }
+        name = func.overloadpacket.__name__
+        if name not in taken:
+            return func(*args, **kwargs or {})
+        self.bound[name] = inspect.signature(taken[name]).bind(*args, **kwargs or {}).arguments
+        if name == "_flash_attention_backward":
+            return args[1:4]
+        return args[0], torch.zeros(4, 9), torch.empty(0), torch.empty(0), torch.empty(0)
+
+
+class Handle:
+    def remove(self):
+        pass
+
+
+@pytest.fixture
+def flash_attn_3_inside_torch():
+    """Its registration, without the kernels, which need a Hopper GPU."""
+    from torch.nn.attention import _registry, register_flash_attention_impl
+
+    own = _registry._FLASH_ATTENTION_IMPLS["FA3"]
+    register_flash_attention_impl("FA3", register_fn=Handle)
+    yield
+    register_flash_attention_impl("FA3", register_fn=own)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_flash_attn_3_is_switched_on_and_takes_what_it_is_given(window, flash_attn_3_inside_torch):
+    from torch.nn.attention import current_flash_attention_impl
+
+    q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    prompts = Prompts(torch.tensor([0, 4, 9], dtype=torch.int32), 5)
+    scores = Scores(0.3, None, window)
+    for name, active in (("flash-attn-3", "FA3"), ("varlen", None)):
+        with Calls() as calls:
+            out, lse = FLASH_ATTENTIONS[name].forward(q, k, v, prompts, scores)
+            assert current_flash_attention_impl() == active
+            FLASH_ATTENTIONS[name].backward(out, q, k, v, out, lse, prompts, scores)
+        forward, backward = calls.bound.values()
+        for bound in (forward, backward):
+            assert bound["max_q"] == bound["max_k"] == 5 and bound["scale"] == 0.3
+            assert bound["cum_seq_q"] is prompts.cu_seqlens
+            assert bound["cum_seq_k"] is prompts.cu_seqlens
+            assert bound["is_causal"] is (window is None)
+            assert bound.get("window_size_left") == (None if window is None else 4)
+            assert bound.get("window_size_right") == (None if window is None else 0)
+        assert forward["query"] is q and backward["logsumexp"] is lse
 
 
 @pytest.mark.parametrize(

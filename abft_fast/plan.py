@@ -1,0 +1,339 @@
+"""Memory of a training run before it is run, from the model's config alone."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from abft_fast import data, loading
+from abft_fast import model as models
+from abft_fast.config import PlanConfig, TrainConfig
+from abft_fast.environment import free_memory
+from abft_fast.errors import UserError
+from abft_fast.objective import attention_behavior_loss
+from abft_fast.packing import EncodedPrompt, pack
+from abft_fast.prompts import PromptEncoder
+from abft_fast.shapes import SYNTHETIC, known_shape
+from abft_fast.simulation import CannotCount, bytes_of, peak_memory, without_memory
+from abft_fast.synthetic import skeleton
+
+_ADAM_STATES = 2
+_FEWEST_TOKENS = 2048  # with less, what does not grow with tokens sets the peak
+
+
+GPU_RESERVE = 10**9  # CUDA's context and libraries, and memory in pieces; assumed, not counted
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How numbers are kept.
+
+    Attributes:
+        dtype: of weights that are neither quantized nor trained.
+        mixed: whether the forward is in bfloat16 (autocast).
+    """
+
+    dtype: torch.dtype
+    mixed: bool
+
+    @classmethod
+    def on(cls, device_type: str, *, mixed: bool) -> Arithmetic:
+        """What a run uses on `cuda` or `cpu`."""
+        return cls(torch.bfloat16 if mixed and device_type == "cuda" else torch.float32, mixed)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How far gradients flow, and whether layers are recomputed for it."""
+
+    gradient: str | int
+    checkpointing: bool = False
+
+    @property
+    def options(self) -> str:
+        """The command line's words for it."""
+        return f"--gradient {self.gradient}" + " --checkpointing" * self.checkpointing
+
+
+FLOWS = (Flow("full"), Flow("full", True), Flow(4), Flow(2), Flow("local"))
+"""From most memory to least, in most models."""
+
+
+@dataclass(frozen=True)
+class Static:
+    """Bytes that are there all the time.
+
+    Attributes:
+        quantized: weights in 4 or 8 bits, with their statistics.
+        frozen: all other weights that are not trained; no LM head of its own where only adapters
+            are trained.
+        trained: trained parameters, float32.
+        gradients: of them.
+        optimizer: Adam's two moments of them.
+        parameters: how many are trained.
+    """
+
+    quantized: int
+    frozen: int
+    trained: int
+    gradients: int
+    optimizer: int
+    parameters: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.quantized + self.frozen + self.trained + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True)
+class Step:
+    """Most bytes a step takes beyond what is always there: `fixed + a_token * tokens`."""
+
+    fixed: float
+    a_token: float
+
+    def at(self, tokens: int) -> float:
+        """Bytes for a packed batch of this many tokens."""
+        return self.fixed + self.a_token * tokens
+
+    def most_tokens(self, room: float) -> int:
+        """The largest batch that takes no more than `room` bytes; 0 if there is none."""
+        return max(0, int((room - self.fixed) / self.a_token))
+
+
+def static_memory(shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic) -> Static:
+    """Memory of weights and optimizer.
+
+    Raises:
+        UserError: the model cannot be trained this way.
+    """
+    model = _trainable(shape, config, arithmetic, Flow("local"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    head = model.get_output_embeddings()
+    freed = set()
+    if config.trainable == "lora" and head.weight is not model.get_input_embeddings().weight:
+        freed = set(head.parameters())
+    frozen = [p for p in model.parameters() if not p.requires_grad and p not in freed]
+    quantized = [p for p in frozen if not p.is_floating_point()]
+    rest = [p for p in frozen if p.is_floating_point()]
+    size = bytes_of(trained)
+    return Static(
+        bytes_of(quantized),
+        bytes_of([*rest, *model.buffers()]),
+        size,
+        size,
+        _ADAM_STATES * size,
+        sum(p.numel() for p in trained),
+    )
+
+
+def step_memory(
+    shape: PreTrainedConfig,
+    config: TrainConfig,
+    arithmetic: Arithmetic,
+    flow: Flow,
+    length: int,
+) -> Step:
+    """Memory of one forward and backward on prompts of `length` tokens.
+
+    Few layers are run on tensors without memory, twice as many again, and a line drawn to the
+    depth of the model.
+    """
+    depth = shape.num_hidden_layers
+    few = max(4, flow.gradient) if isinstance(flow.gradient, int) else 4
+    depths = [few, 2 * few] if 2 * few < depth else [depth]
+    count = -(-_FEWEST_TOKENS // length)
+    counts = [count, 3 * count]
+    found = {}
+    for layers in depths:
+        model = _trainable(_cut(shape, layers), config, arithmetic, flow)
+        found[layers] = [_peak(model, config, arithmetic, flow, length, n) for n in counts]
+    at_depth = [_line(depths, [found[layers][i] for layers in depths], depth) for i in (0, 1)]
+    tokens = [n * length for n in counts]
+    return Step(_line(tokens, at_depth, 0), (at_depth[1] - at_depth[0]) / (tokens[1] - tokens[0]))
+
+
+def _line(at: list[float], values: list[float], to: float) -> float:
+    if len(at) == 1:
+        return values[0]
+    return values[0] + (values[1] - values[0]) * (to - at[0]) / (at[1] - at[0])
+
+
+def _cut(shape: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same with fewer layers."""
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers = layers
+    if getattr(shape, "layer_types", None):
+        shape.layer_types = shape.layer_types[:layers]
+    return shape
+
+
+def _trainable(
+    shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic, flow: Flow
+) -> nn.Module:
+    """The model as `train` sets it up, on tensors without memory."""
+    model = skeleton(shape, arithmetic.dtype, config.bits if config.quantized else None)
+    model = (
+        models.train_lora(model, config.lora_r)
+        if config.trainable == "lora"
+        else models.train_weights(model)
+    )
+    if flow.checkpointing:
+        models.enable_checkpointing(model)
+    return without_memory(model)
+
+
+def _peak(
+    model: nn.Module,
+    config: TrainConfig,
+    arithmetic: Arithmetic,
+    flow: Flow,
+    length: int,
+    count: int,
+) -> int:
+    every = length // (config.k + 1)
+    labels = list(range(every - 1, length - 1, every))[: config.k] if every else []
+    prompt = EncodedPrompt([0] * length, labels, [True] * len(labels))
+    packed = pack([prompt] * count)
+    for parameter in models.trained_parameters(model).values():
+        parameter.grad = torch.empty_like(parameter)  # of the batch before
+
+    def step() -> None:
+        bfloat16 = torch.autocast("cpu", torch.bfloat16)
+        with bfloat16 if arithmetic.mixed else contextlib.nullcontext():
+            loss = attention_behavior_loss(model, packed, gradient=flow.gradient).loss
+        loss.backward()
+
+    return peak_memory(step)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes, for one or several ways that gradients flow.
+
+    Attributes:
+        static: bytes that are there all the time.
+        steps: bytes of a step, by flow.
+        longest: tokens of the longest prompt; a batch holds at least one.
+        k: demonstrations in it.
+        limit: bytes there are.
+        context: tokens a prompt may have at most; None if the model does not say.
+    """
+
+    static: Static
+    steps: dict[Flow, Step]
+    longest: int
+    k: int
+    limit: int
+    context: int | None
+
+    def most_tokens(self, flow: Flow) -> int:
+        """The largest packed batch that fits; 0 where not even the weights do."""
+        return self.steps[flow].most_tokens(self.limit - self.static.total)
+
+    def fits(self, flow: Flow) -> bool:
+        """Whether the longest prompt does."""
+        return self.most_tokens(flow) >= self.longest
+
+    def most_demonstrations(self, flow: Flow) -> int:
+        """Demonstrations of one prompt that fits, each as long as the longest prompt's."""
+        tokens = self.most_tokens(flow)
+        if self.context is not None:
+            tokens = min(tokens, self.context)
+        return max(0, int(tokens / (self.longest / (self.k + 1))) - 1)
+
+
+def make_plan(
+    shape: PreTrainedConfig,
+    config: TrainConfig,
+    arithmetic: Arithmetic,
+    flows: Iterable[Flow],
+    longest: int,
+    limit: int,
+) -> Plan:
+    """The plan of a run whose longest prompt has `longest` tokens, in `limit` bytes.
+
+    Raises:
+        UserError: the model cannot be trained this way.
+        CannotCount: its memory cannot be told from its config.
+    """
+    steps = {flow: step_memory(shape, config, arithmetic, flow, longest) for flow in flows}
+    static = static_memory(shape, config, arithmetic)
+    return Plan(static, steps, longest, config.k, limit, loading.context_length(shape))
+
+
+def what_to_change(
+    shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic, longest: int, limit: int
+) -> str:
+    """Options with which a run that does not fit would, the least change first."""
+    quantized = config.model_copy(update={"quantized": True, "trainable": "lora"})
+    for candidate in (config, quantized):
+        plan = make_plan(shape, candidate, arithmetic, FLOWS, longest, limit)
+        for flow in FLOWS:
+            if plan.fits(flow):
+                return "try " + "--quantized " * (candidate is not config) + flow.options
+    demonstrations = plan.most_demonstrations(FLOWS[-1])
+    if demonstrations:
+        return f"try --quantized {FLOWS[-1].options} --k {demonstrations}"
+    return (
+        f"the weights alone take {plan.static.total / 1e9:.1f} GB in 4 bits: "
+        "use a larger GPU or a smaller model"
+    )
+
+
+def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
+    """The plan of a run with these options, for every flow, and what is to be said of it.
+
+    Raises:
+        UserError: an option, the data or the model does not allow the run, or its memory cannot be
+            told from its config.
+    """
+    known = known_shape(config.model.removeprefix(SYNTHETIC))
+    shape = known or loading.read_config(config.model)
+    dataset = data.load(config.dataset)
+    encoder = PromptEncoder(
+        loading.read_tokenizer("builtin" if known else config.model),
+        dataset,
+        form=config.prompt_form,
+        label_token=config.label_token,
+        max_length=loading.context_length(shape),
+        on_long_prompt=config.on_long_prompt,
+    )
+    prompts = dataset.training_prompts(config.k, config.train_samples, config.seed)
+    longest = max(map(len, encoder.encode(prompts).prompts))
+    on_gpu = config.gpu_memory is not None or (config.device != "cpu" and torch.cuda.is_available())
+    if config.gpu_memory is not None:
+        limit = int(config.gpu_memory * 1e9)
+    else:
+        limit = free_memory(torch.device("cuda" if on_gpu else "cpu"))
+    limit -= GPU_RESERVE * on_gpu
+    mixed = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and on_gpu)
+    arithmetic = Arithmetic.on("cuda" if on_gpu else "cpu", mixed=mixed)
+    chosen = Flow(config.gradient, config.checkpointing)
+    flows = dict.fromkeys([*FLOWS, chosen])
+    try:
+        plan = make_plan(shape, config, arithmetic, flows, longest, limit)
+        verdict = (
+            "fits"
+            if plan.fits(chosen)
+            else f"does not fit: {what_to_change(shape, config, arithmetic, longest, limit)}"
+        )
+    except CannotCount as error:
+        raise UserError(
+            f"model {config.model}: {error}; `train` finds a budget by trying"
+        ) from error
+    notes = [
+        f"longest of {len(prompts)} training prompts of {config.dataset}, k={config.k}: "
+        f"{longest} tokens" + ", by the built-in model's tokenizer, which makes many" * bool(known),
+        f"{limit / 1e9:.1f} GB are to be had"
+        + f" ({GPU_RESERVE / 1e9:.0f} GB is left to CUDA)" * on_gpu,
+        f"{chosen.options}: {verdict}",
+    ]
+    return plan, notes

@@ -1,0 +1,31 @@
+"""Shapes of models that are not on this machine: enough to plan for them, or to fill at random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+
+SYNTHETIC = "synthetic:"
+
+
+def known_shape(name: str) -> PreTrainedConfig | None:
+    """The config of a model by its short name or hub id, such as `llama3-70b`; None if unknown.
+
+    `llama3-56b` has the number of layers that makes 56B parameters of a pruned Llama 3 70B.
+    """
+    for short, options in _shapes().items():
+        hub = options.pop("hub")
+        if name.lower() in (short, hub.lower()):
+            return AutoConfig.for_model(**options)
+    return None
+
+
+def known_names() -> list[str]:
+    """The short names."""
+    return list(_shapes())
+
+
+def _shapes() -> dict[str, dict]:
+    return json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))

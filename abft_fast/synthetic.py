@@ -1,0 +1,70 @@
+"""Models from a config alone: on no device, to count with, or of random weights at true size."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+
+def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """bitsandbytes' NF4 with double quantization, computing in `dtype`, or its 8 bits."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, bits: int | None) -> PreTrainedModel:
+    """The model on the meta device, with the layers that loading it with `bits` would give."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if bits is not None:
+        quantizer = AutoHfQuantizer.from_config(quantization(bits, dtype))
+        quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=dtype)
+    for module in model.modules():
+        if is_quantized(module) and module.bias is not None:
+            module.bias.data = module.bias.data.to(dtype)  # as loading does
+    return model.eval().requires_grad_(False)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer's weight is bitsandbytes'."""
+    return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+
+
+def random_model(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, bits: int | None
+) -> PreTrainedModel:
+    """A model of the random weights its family starts from, each quantized as it comes.
+
+    Beside the result it needs the memory of one float weight.
+    """
+    model = skeleton(config, dtype, bits)
+    tied = {model.get_submodule(name.rpartition(".")[0]) for name in model.all_tied_weights_keys}
+    for module in model.modules():
+        quantized = module.weight if is_quantized(module) else None
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if module in tied:
+            continue
+        for name, tensor in own:
+            kept = dtype if tensor is quantized else tensor.dtype
+            empty = torch.empty(tensor.shape, dtype=kept, device=device)
+            is_buffer = name in module._buffers
+            setattr(module, name, empty if is_buffer else nn.Parameter(empty, requires_grad=False))
+        if own:
+            model._init_weights(module)
+        if quantized is not None:
+            weight = module.weight.data
+            if isinstance(module, bnb.nn.Linear8bitLt):
+                weight = weight.cpu()  # it quantizes on the way from there
+            options = quantized.__dict__
+            module.weight = type(quantized)(weight, requires_grad=False, **options).to(device)
+    model.tie_weights()
+    return model
