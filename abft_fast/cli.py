@@ -21,6 +21,8 @@ from abft_fast import launch
 from abft_fast.config import EvalConfig, Options, PlanConfig, TrainConfig, flag, resolve
 from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
 
+_INTERRUPTED = 130  # exit code
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -168,6 +170,8 @@ def main() -> None:
         _quiet()
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # typer returns it in place of the exception
+            raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exception(error)
@@ -176,7 +180,7 @@ def main() -> None:
         if isinstance(error, ProcessEnded):
             launch.leave(message, code)
         if not launch.is_main() and _same_everywhere(error):
-            launch.end_after_main(code)
+            launch.end_after_main(code, seconds=0 if code == _INTERRUPTED else 10)
         if message:
             print(f"abft-fast: {message}", file=sys.stderr)
     sys.exit(code)
@@ -196,7 +200,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case typer.TyperException():
             return error.format_message(), 2
         case KeyboardInterrupt() | typer.Abort():
-            return "interrupted; continue a run with `abft-fast train --resume RUN`", 130
+            return "interrupted; continue a run with `abft-fast train --resume RUN`", _INTERRUPTED
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return f"the disk is full: {error.filename or 'writing the run'}", 1
         case SaidByMain():

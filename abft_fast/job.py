@@ -33,6 +33,8 @@ class Job:
         self.config, self.progress = config, progress
         self.accelerator = make_accelerator(config, tracker_folder)
         self.dataset = data.load(config.dataset)
+        device = self.accelerator.device
+        self.placement = over_all_gpus(device) if config.device_map == "auto" else None
         self.shape = loading.read_config(config.model)
         self.encoder = PromptEncoder(
             loading.read_tokenizer(config.model),
@@ -42,22 +44,20 @@ class Job:
             max_length=loading.context_length(self.shape),
             on_long_prompt=config.on_long_prompt,
         )
-        self.arithmetic = Arithmetic.on(
-            self.accelerator.device.type, mixed=self.accelerator.mixed_precision == "bf16"
-        )
+        mixed = self.accelerator.mixed_precision == "bf16"
+        self.arithmetic = Arithmetic.on(device.type, mixed=mixed)
 
     def load(self) -> None:
         """Get the model; what is wrong with prompts or memory has been said by then."""
-        name, device = self.config.model, self.accelerator.device
-        self.progress.say(f"loading {name}")
+        self.progress.say(f"loading {self.config.model}")
         self.model = loading.load(
-            name,
-            device,
+            self.config.model,
+            self.accelerator.device,
             self.arithmetic.dtype,
             self.config.bits if self.config.quantized else None,
-            over_all_gpus(device) if self.config.device_map == "auto" else None,
+            self.placement,
         )
-        refuse_offloaded(self.model, name)
+        refuse_offloaded(self.model, self.config.model)
 
     def encode(self, prompts: list[data.Prompt], what: str) -> EncodedPrompts:
         """Tokenize prompts and say what became of those too long."""
@@ -108,7 +108,7 @@ class Job:
         config = self.config
         longest = max(map(len, prompts.prompts))
         flow = Flow(config.gradient, config.checkpointing)
-        room = memory_to_be_had(self.accelerator.device, all_gpus=config.device_map == "auto")
+        room = memory_to_be_had(self.accelerator.device, all_gpus=self.placement is not None)
         run = (self.shape, config, self.arithmetic)
         try:
             plan = make_plan(*run, [flow], longest, room)

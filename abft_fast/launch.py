@@ -22,6 +22,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_here() -> int:
+    """Those of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def rank() -> int:
     """Which of them this is, from 0."""
     return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
@@ -52,11 +57,12 @@ def leave_on_sigterm() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def end_after_main(code: int) -> NoReturn:
+def end_after_main(code: int, seconds: float) -> NoReturn:
     """End after the main process, which is to speak: a launcher ends all at the first one's end."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-    time.sleep(10)
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, lambda *_: os._exit(code))
+    time.sleep(seconds)
     os._exit(code)
 
 

@@ -70,7 +70,7 @@ def load(
         device: where its weights go; quantized ones are quantized there as they arrive.
         dtype: of its weights, and of the arithmetic with quantized ones.
         bits: quantize with bitsandbytes to 4 (NF4, double quantization) or 8; None as it is stored.
-        placement: what else `from_pretrained` is told of devices; None puts all on `device`.
+        placement: what `from_pretrained` is told in place of `device`.
 
     Raises:
         UserError: as `read_config`, or its files are damaged or lack weights, it does not fit, it
@@ -78,12 +78,12 @@ def load(
             attention is out of this library's reach.
     """
     config = read_config(name)
-    if name.startswith(SYNTHETIC):
-        if placement is not None:
-            raise UserError(f"model {name}: synthetic weights are for one device: no --device-map")
+    if not name.startswith(SYNTHETIC):
+        model = _stored_model(config, name, device, dtype, bits, placement)
+    elif placement is None:
         model = random_model(config, device, dtype, bits)
     else:
-        model = _stored_model(config, name, device, dtype, bits, placement)
+        raise UserError(f"model {name}: synthetic weights are on one GPU; leave out --device-map")
     try:
         prepare(model)
     except ValueError as error:

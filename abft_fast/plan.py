@@ -16,11 +16,13 @@ from abft_fast import model as models
 from abft_fast.config import PlanConfig, TrainConfig
 from abft_fast.environment import free_memory
 from abft_fast.errors import UserError
+from abft_fast.launch import launched_here
 from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, pack
 from abft_fast.prompts import PromptEncoder
 from abft_fast.shapes import SYNTHETIC, known_shape
 from abft_fast.simulation import CannotCount, bytes_of, peak_memory, without_memory
+from abft_fast.stored_format import stored_format
 from abft_fast.synthetic import skeleton
 
 _ADAM_STATES = 2
@@ -179,7 +181,7 @@ def _trainable(
     shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic, flow: Flow
 ) -> nn.Module:
     """The model as `train` sets it up, on tensors without memory."""
-    model = skeleton(shape, arithmetic.dtype, config.bits if config.quantized else None)
+    model = skeleton(shape, arithmetic.dtype, _bits(shape, config))
     model = (
         models.train_lora(model, config.lora_r)
         if config.trainable == "lora"
@@ -189,6 +191,16 @@ def _trainable(
     if flow.checkpointing:
         models.enable_checkpointing(model)
     return model
+
+
+def _bits(shape: PreTrainedConfig, config: TrainConfig) -> int | None:
+    """Bits of the quantized weights, by the options or by how the checkpoint is stored."""
+    match stored_format(shape):
+        case None:
+            return config.bits if config.quantized else None
+        case "bitsandbytes":
+            return 8 if shape.quantization_config.get("load_in_8bit") else 4
+    raise CannotCount(f"weights stored as {stored_format(shape)} are not counted")
 
 
 def _peak(
@@ -292,7 +304,7 @@ def what_to_change(
 def memory_to_be_had(device: torch.device, *, all_gpus: bool = False) -> int:
     """Bytes a run may plan with on a device, or on all GPUs of this machine together."""
     if device.type != "cuda":
-        return free_memory(device)
+        return free_memory(device) // launched_here()  # they share it
     gpus = range(torch.cuda.device_count()) if all_gpus else [device.index or 0]
     return sum(free_memory(torch.device("cuda", gpu)) - GPU_RESERVE for gpu in gpus)
 

@@ -70,7 +70,7 @@ def _check_launch(cpu: bool) -> None:
                 f"accelerate is set to {plugin}: launch with --multi_gpu, "
                 "or use --device-map auto for a model larger than a GPU"
             )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = launch.launched_here()
     if not cpu and here > torch.cuda.device_count():
         raise UserError(
             f"{here} processes on this machine, but {torch.cuda.device_count()} GPUs: "

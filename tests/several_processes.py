@@ -64,7 +64,7 @@ def metrics(folder):
 
 
 SMALL = {"train_samples": 17, "pseudo_batch_size": 4, "k": 2}  # in the end a batch of one prompt
-LONG = {"train_samples": 12, "pseudo_batch_size": 12, "k": 64, "token_budget": 10**6}
+LONG = {"train_samples": 8, "pseudo_batch_size": 8, "k": 48, "token_budget": 10**6}
 
 
 def train_in_float64(folder, *, memory=None, **options):
@@ -98,7 +98,7 @@ def fail_on_one_process():
 def main(folder):
     with processes.running(cpu=True):
         runs = {gradient: SMALL | {"gradient": gradient} for gradient in ("full", "local", "2")}
-        runs["memory"] = LONG | {"memory": 300 * 2**20}
+        runs["memory"] = LONG | {"memory": 200 * 2**20}
         for name, options in runs.items():
             trained = train_in_float64(folder / name, **options)
             same = processes.collect(torch.cat([p.flatten() for p in trained.values()]))

@@ -8,7 +8,8 @@ from abft_fast import attention_behavior_loss, pack
 from abft_fast.backbone import backbone, decoder_layers
 from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.evaluation import label_logits
-from abft_fast.model import enable_checkpointing, load, train_lora, trained_parameters
+from abft_fast.loading import load
+from abft_fast.model import enable_checkpointing, train_lora, trained_parameters
 from abft_fast.preflight import check_attention
 from tests.command_line import QUICK, abft_fast
 from tests.several_processes import TORCHRUN, adapter_error, launch, metrics
@@ -65,11 +66,11 @@ def test_a_split_model_has_the_gradients_of_a_whole_one(family, gradient, checkp
 def test_the_device_map_of_a_run(bits):
     device = torch.device("cuda")
     prompts = make_prompts(4)
-    model, _ = load("builtin", device, torch.bfloat16, bits, placement=over_all_gpus(device))
+    model = load("builtin", device, torch.bfloat16, bits, placement=over_all_gpus(device))
     assert set(model.hf_device_map.values()) == {0, 1}
     refuse_offloaded(model, "builtin")
     check_attention(model, prompts)
-    whole, _ = load("builtin", device, torch.bfloat16, bits)
+    whole = load("builtin", device, torch.bfloat16, bits)
     found, expected = (label_logits(m, prompts, [7, 11])[0].cpu() for m in (model, whole))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 

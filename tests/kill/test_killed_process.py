@@ -2,12 +2,13 @@
 
 import signal
 import subprocess
+import sys
 import time
 
 import psutil
 import pytest
 
-from tests.command_line import QUICK, abft_fast, environment, start
+from tests.command_line import QUICK, abft_fast, environment
 from tests.several_processes import ACCELERATE, TORCHRUN, adapter_error, metrics, said
 
 pytestmark = pytest.mark.kill
@@ -17,12 +18,36 @@ OPTIONS = [
     "--save-steps", "1", "--no-eval", "--lr", "1e-3",
 ]  # fmt: skip
 
+# A background process of a shell would ignore them.
+HEEDS_INTERRUPTS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from abft_fast.cli import main
+main()
+"""
+
 
 def wait_for_steps(process, folder, steps):
     path = folder / "metrics.jsonl"
     while not path.exists() or len(path.read_text().splitlines()) < steps:
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.002)
+
+
+def interrupt_at_step(step, folder):
+    """Ctrl-C on a run of one process."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEEDS_INTERRUPTS, "train", "--resume", folder],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    wait_for_steps(process, folder, step)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (line,) = said(stderr)
+    assert "interrupted; continue a run with" in line
 
 
 def kill_one_of_two(launcher, rank, steps, folder, *arguments):
@@ -53,10 +78,7 @@ def test_a_killed_process_ends_the_run_which_goes_on_in_any_number(tmp_path):
     assert result.returncode == 0, result.stderr
 
     kill_one_of_two(TORCHRUN, 1, 2, folder, *OPTIONS, "--output-dir", folder)
-    alone = start("train", "--resume", folder)
-    wait_for_steps(alone, folder, 5)
-    alone.kill()
-    alone.wait()
+    interrupt_at_step(5, folder)
     kill_one_of_two(ACCELERATE, 0, 8, folder, "--resume", folder)
     result = abft_fast("train", "--resume", folder)
     assert result.returncode == 0, result.stderr
