@@ -17,6 +17,7 @@ from abft_kernels import (
     choose_attention,
     choose_backend,
     flash_attention_with_last_row_loss,
+    last_row_loss,
 )
 from abft_kernels.problem import Scores
 from abft_kernels.separate_attention import explicit_attention
@@ -130,8 +131,12 @@ class PackedForward:
         if self.block is not None and (index + 1) % self.block == 0 and not self._keep_graph:
             self.finish_block()
             torch.set_grad_enabled(False)  # until the next block begins
-        if index == self.stop_after and not self._checkpointed:
+        if self.ends_in(index):
             raise LossComplete
+
+    def ends_in(self, index: int) -> bool:
+        """Whether nothing of a layer is needed but the scores of its last rows."""
+        return index == self.stop_after and not self._checkpointed
 
     def finish_block(self) -> None:
         """Replace the graph of losses that still have one by the gradients of their parameters."""
@@ -219,6 +224,18 @@ def packed_attention(
     packed = abft.on(query.device)
     # Under autocast RoPE leaves queries and keys in float32, values come in 16 bits.
     query, key, value = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
+    options = {
+        "scale": scale,
+        "softcap": softcap,
+        "window": sliding_window,
+        "sinks": s_aux,
+        **abft.loss_options_on(query.device),
+    }
+    labels = packed.label_positions, packed.label_offsets, packed.label_is_correct
+    if abft.ends_in(module.layer_idx):
+        starts, ends = packed.cu_seqlens[:-1], packed.cu_seqlens[1:]
+        result = last_row_loss(query[ends.long() - 1], key, starts, ends, *labels, **options)
+        abft.attended(module.layer_idx, result)
     name, reasons = choose_attention(
         query, softcap=softcap, dropout=dropout, requested=abft.attention
     )
@@ -228,17 +245,11 @@ def packed_attention(
         key,
         value,
         packed.cu_seqlens,
-        packed.label_positions,
-        packed.label_offsets,
-        packed.label_is_correct,
+        *labels,
         longest=abft.longest,
-        scale=scale,
-        softcap=softcap,
-        window=sliding_window,
-        sinks=s_aux,
         dropout=dropout,
         attention=name,
-        **abft.loss_options_on(query.device),
+        **options,
     )
     abft.attended(module.layer_idx, result)
     return out[None], None

@@ -39,8 +39,13 @@ def refuse_offloaded(model: nn.Module, name: str) -> None:
     """
     devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
     if "disk" in devices or ("cpu" in devices and len(devices) > 1):
-        gpus = torch.cuda.device_count()
-        raise UserError(
-            f"model {name} does not fit in the memory of {gpus} GPU{'' if gpus == 1 else 's'}: "
-            "use --quantized, more GPUs, or a smaller model"
-        )
+        raise UserError(does_not_fit(name))
+
+
+def does_not_fit(name: str) -> str:
+    """The line for a model larger than all GPUs."""
+    gpus = torch.cuda.device_count()
+    return (
+        f"model {name} does not fit in the memory of {gpus} GPU{'' if gpus == 1 else 's'}: "
+        "use --quantized, more GPUs, or a smaller model"
+    )

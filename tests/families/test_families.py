@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
@@ -237,6 +238,21 @@ def test_nothing_is_computed_that_the_loss_does_not_need(family):
         finished.clear()
         attention_behavior_loss(model, pack(make_prompts()), gradient=gradient)
         assert finished == graph, gradient
+
+
+def test_the_last_layer_computes_no_attention():
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    called = []
+    model = tiny_model("llama")
+    with Ops():
+        attention_behavior_loss(model, pack(make_prompts()))
+    layers = model.config.num_hidden_layers
+    assert called.count("abft.flash_attention_with_last_row_loss.default") == layers - 1
+    assert called.count("abft.last_row_loss.default") == 1
 
 
 def test_gradients_of_blocks_are_gradients():

@@ -1,0 +1,170 @@
+"""The plan of memory against what models and steps really take."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from abft_fast import job, plan
+from abft_fast.config import PlanConfig, TrainConfig, resolve
+from abft_fast.errors import UserError
+from abft_fast.model import train_lora, train_weights
+from abft_fast.plan import FLOWS, Arithmetic, Flow, make_plan, static_memory, step_memory
+from abft_fast.progress import Progress
+from abft_fast.simulation import CannotCount, bytes_of
+from abft_fast.synthetic import random_model
+from tests.tiny_models import tiny_config
+
+pytestmark = pytest.mark.unit
+
+FLOAT32 = Arithmetic(torch.float32, mixed=False)
+
+
+def options(**changes):
+    return resolve(TrainConfig, changes)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_weights_are_counted_as_they_are(family, bits, trainable):
+    config = tiny_config(family, tie_word_embeddings=family == "gpt2")
+    if bits is not None and trainable == "full":
+        pytest.skip("quantized weights are not trained")
+    model = random_model(config, torch.device("cpu"), torch.float32, bits)
+    if trainable == "lora":
+        if family != "gpt2":
+            model.lm_head.weight = None  # only the labels' rows are kept
+        model = train_lora(model, 16)
+    else:
+        model = train_weights(model)
+    planned = static_memory(
+        config, options(trainable=trainable, quantized=bits is not None, bits=bits or 4), FLOAT32
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    assert planned.parameters == sum(p.numel() for p in trained)
+    assert planned.trained == planned.gradients == planned.optimizer / 2 == bytes_of(trained)
+    there = bytes_of([*frozen, *model.buffers()])
+    assert planned.quantized + planned.frozen == pytest.approx(there, rel=0.02)
+    assert (planned.quantized > 0) == (bits is not None)
+
+
+@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.options)
+def test_few_layers_tell_the_memory_of_many(flow):
+    shape = tiny_config("llama", num_hidden_layers=13, hidden_size=64, intermediate_size=176)
+    few = step_memory(shape, options(), FLOAT32, flow, 50)
+    whole = plan._trainable(shape, options(), FLOAT32, flow)
+    for count in (50, 200):
+        peak = plan._peak(whole, options(), FLOAT32, flow, 50, count)
+        assert few.at(50 * count) == pytest.approx(peak, rel=0.02)
+
+
+REAL = """
+import sys
+import torch
+from accelerate import Accelerator
+from transformers import LlamaConfig
+from abft_fast import EncodedPrompt
+from abft_fast.config import TrainConfig, resolve
+from abft_fast.model import enable_checkpointing, train_lora
+from abft_fast.plan import FLOWS, Arithmetic, step_memory
+from abft_fast.synthetic import random_model
+from abft_fast.training import backward
+sys.path.insert(0, "benchmarks")
+from record import high_water_mark, reset_high_water_mark
+
+torch.set_num_threads(1)
+bits = int(sys.argv[1]) or None
+shape = LlamaConfig(
+    vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=10,
+    num_attention_heads=4, num_key_value_heads=2,
+)
+prompt = EncodedPrompt(list(range(128)), [20, 45, 70, 95], [True, False, True, False])
+accelerator = Accelerator(cpu=True)
+for flow in FLOWS:
+    config = resolve(TrainConfig, {"quantized": bits is not None, "gradient": flow.gradient})
+    planned = step_memory(shape, config, Arithmetic(torch.float32, False), flow, 128).at(32 * 128)
+    model = random_model(shape, torch.device("cpu"), torch.float32, bits)
+    model = train_lora(model, config.lora_r)
+    if flow.checkpointing:
+        enable_checkpointing(model)
+    backward(model, [prompt], config, 0.5, accelerator, 10**6)
+    reset_high_water_mark("cpu")
+    before = high_water_mark("cpu")
+    backward(model, [prompt] * 32, config, 0.5, accelerator, 10**6)
+    print(planned / (high_water_mark("cpu") - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's own high-water mark")
+@pytest.mark.parametrize("bits", [0, 4])
+def test_a_step_takes_what_was_planned(bits):
+    run = subprocess.run(
+        [sys.executable, "-c", REAL, str(bits)],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    ratios = [float(line) for line in run.stdout.splitlines()]
+    assert len(ratios) == len(FLOWS)
+    assert all(1 / 1.15 <= ratio <= 1.15 for ratio in ratios), ratios
+
+
+def test_what_fits_and_what_to_change():
+    shape, config = tiny_config("llama"), options()
+    whole = make_plan(shape, config, FLOAT32, FLOWS, longest=60, limit=10**9)
+    assert all(whole.fits(flow) for flow in FLOWS)
+    assert whole.most_demonstrations(Flow("full")) == 4  # 64 tokens of context, 12 an example
+    full, local = Flow("full"), Flow("local")
+    for step, flow in ((whole.steps[full], full), (whole.steps[local], local)):
+        tokens = step.most_tokens(10**9 - whole.static.total)
+        assert step.at(tokens) <= 10**9 - whole.static.total < step.at(tokens + 2), flow
+
+    def advice(limit, **changes):
+        return plan.what_to_change(shape, options(**changes), FLOAT32, 60, int(limit))
+
+    at = {flow: whole.static.total + whole.steps[flow].at(60) for flow in FLOWS}
+    assert advice(at[full] + 1) == "try --gradient full"
+    cheapest = min(at, key=at.get)
+    assert advice(min(at.values()) + 1) == f"try {cheapest.options}"
+    assert "--quantized" in advice(at[cheapest] - 1)
+    assert advice(1000).startswith("the weights alone take")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
+    config = options(train_samples=8)
+    for limit, force in ((10**9, False), (10**5, True), (10**5, False)):
+        monkeypatch.setattr(job, "memory_to_be_had", lambda device, all_gpus, it=limit: it)
+        config.force = force
+        found = job.Job(config, Progress())
+        prompts = found.encode(found.dataset.training_prompts(4, 8, 0), "training")
+        if limit > 10**5 or force:
+            found.check_memory(prompts)
+    with pytest.raises(UserError, match=r"does not fit in 0.0 GB: .*, or --force"):
+        found.check_memory(prompts)
+    assert not hasattr(found, "model")
+
+
+def test_formats_nobody_can_count_are_said():
+    shape = tiny_config("llama")
+    shape.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(CannotCount, match="weights stored as gptq are not counted"):
+        static_memory(shape, options(), FLOAT32)
+    shape.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert static_memory(shape, options(), FLOAT32).quantized > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"gpu_memory": "0"}, "--gpu-memory 0: input should be greater than 0"),
+        ({"gpu_memory": "inf"}, "--gpu-memory inf"),
+        ({"gpu_memory": "big"}, "--gpu-memory big"),
+    ],
+)
+def test_a_malformed_gpu_is_refused(changes, error):
+    with pytest.raises(UserError, match=error):
+        resolve(PlanConfig, changes)
