@@ -35,7 +35,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        "gpu": ["flash-attn>=2.7", "liger-kernel>=0.6"],
+        "gpu": ["flash-attn>=2.7"],
         "track": ["wandb>=0.19", "tensorboard>=2.18"],
         "dev": ["hypothesis>=6.100", "pytest>=8.3", "pytest-benchmark>=5.0", "ruff>=0.12"],
     },

@@ -286,19 +286,29 @@ def what_to_change(
     shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic, longest: int, limit: int
 ) -> str:
     """Options with which a run that does not fit would, the least change first."""
-    quantized = config.model_copy(update={"quantized": True, "trainable": "lora"})
-    for candidate in (config, quantized):
+    candidates = {"": config}
+    if _bits(shape, config) is None:
+        changes = {"quantized": True, "trainable": "lora"}
+        candidates["--quantized "] = config.model_copy(update=changes)
+    plan, options = None, ""
+    for options, candidate in candidates.items():
+        static = static_memory(shape, candidate, arithmetic)
+        if static.total > limit:
+            continue
         plan = make_plan(shape, candidate, arithmetic, FLOWS, longest, limit)
         for flow in FLOWS:
             if plan.fits(flow):
-                return "try " + "--quantized " * (candidate is not config) + flow.options
-    demonstrations = plan.most_demonstrations(FLOWS[-1])
-    if demonstrations:
-        return f"try --quantized {FLOWS[-1].options} --k {demonstrations}"
-    return (
-        f"the weights alone take {plan.static.total / 1e9:.1f} GB in 4 bits: "
-        "use a larger GPU or a smaller model"
-    )
+                return f"try {options}{flow.options}"
+    if plan is None:
+        return (
+            f"weights and optimizer alone take {static.total / 1e9:.1f} GB"
+            + " with --quantized" * bool(options)
+            + ": use a larger GPU or a smaller model"
+        )
+    flow = max(FLOWS, key=plan.most_demonstrations)
+    if not plan.most_demonstrations(flow):
+        return "no prompt with a demonstration does: use a larger GPU or a smaller model"
+    return f"try {options}{flow.options} --k {plan.most_demonstrations(flow)}"
 
 
 def memory_to_be_had(device: torch.device, *, all_gpus: bool = False) -> int:

@@ -131,7 +131,7 @@ def test_what_fits_and_what_to_change():
     cheapest = min(at, key=at.get)
     assert advice(min(at.values()) + 1) == f"try {cheapest.options}"
     assert "--quantized" in advice(at[cheapest] - 1)
-    assert advice(1000).startswith("the weights alone take")
+    assert advice(1000).startswith("weights and optimizer alone take 0.0 GB with --quantized")
 
 
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):

@@ -1,0 +1,33 @@
+"""`abft-fast plan`, and what `train` makes of it."""
+
+import pytest
+
+from tests.command_line import abft_fast
+
+pytestmark = pytest.mark.cli
+
+
+def test_a_plan_needs_no_weights_and_no_network():
+    result = abft_fast(
+        "plan", "--model", "Qwen/Qwen2.5-32B", "--quantized", "--gpu-memory", "24", "--k", "4",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for part in (
+        "quantized weights", "16.10", "trained: 16.8M parameters", "--gradient local",
+        "most demonstrations", "23.0 GB are to be had",
+        "--gradient full: does not fit: try --gradient full --checkpointing",
+    ):  # fmt: skip
+        assert part in result.stdout, part
+
+
+def test_train_says_its_plan_and_refuses_what_cannot_fit(tmp_path):
+    folder = tmp_path / "run"
+    result = abft_fast(
+        "train", "--model", "synthetic:llama3-405b", "--device", "cpu", "--output-dir", folder
+    )
+    assert result.returncode == 2
+    plan, error = result.stderr.strip().splitlines()
+    assert plan.startswith("plan: weights and optimizer 16")
+    assert error.startswith("abft-fast: synthetic:llama3-405b with --gradient full does not fit in")
+    assert error.endswith("or --force")
+    assert not folder.exists()
