@@ -27,8 +27,6 @@ from abft_fast.synthetic import skeleton
 
 _ADAM_STATES = 2
 _FEWEST_TOKENS = 2048  # with less, what does not grow with tokens sets the peak
-
-
 GPU_RESERVE = 10**9  # CUDA's context and libraries, and memory in pieces; assumed, not counted
 
 
@@ -277,8 +275,14 @@ def make_plan(
         UserError: the model cannot be trained this way.
         CannotCount: its memory cannot be told from its config.
     """
-    steps = {flow: step_memory(shape, config, arithmetic, flow, longest) for flow in flows}
-    static = static_memory(shape, config, arithmetic)
+    try:
+        steps = {flow: step_memory(shape, config, arithmetic, flow, longest) for flow in flows}
+        static = static_memory(shape, config, arithmetic)
+    except (UserError, CannotCount):
+        raise
+    except Exception as error:  # what a family does that fewer layers or fake tensors do not bear
+        line = str(error).strip().split("\n")[0]
+        raise CannotCount(f"{shape.model_type}: {type(error).__name__}: {line}") from error
     return Plan(static, steps, longest, config.k, limit, loading.context_length(shape))
 
 

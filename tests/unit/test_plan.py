@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from transformers import GPTJConfig
 
 from abft_fast import job, plan
 from abft_fast.config import PlanConfig, TrainConfig, resolve
@@ -148,7 +149,10 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
     assert not hasattr(found, "model")
 
 
-def test_formats_nobody_can_count_are_said():
+def test_what_nobody_can_count_is_said():
+    gptj = GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    with pytest.raises(CannotCount, match=r"gptj: ValueError: .*not supported"):
+        make_plan(gptj, options(), FLOAT32, [Flow("full")], 60, 10**9)
     shape = tiny_config("llama")
     shape.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(CannotCount, match="weights stored as gptq are not counted"):
