@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from abft_fast.launch import launched_here
 from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, pack
 from abft_fast.prompts import PromptEncoder
-from abft_fast.shapes import SYNTHETIC, known_shape
+from abft_fast.shapes import SYNTHETIC, known_shape, with_layers
 from abft_fast.simulation import CannotCount, bytes_of, peak_memory, without_memory
 from abft_fast.stored_format import stored_format
 from abft_fast.synthetic import skeleton
@@ -153,7 +152,7 @@ def step_memory(
     counts = [count, 3 * count]
     found = {}
     for layers in depths:
-        model = _trainable(_cut(shape, layers), config, arithmetic, flow)
+        model = _trainable(with_layers(shape, layers), config, arithmetic, flow)
         found[layers] = [_peak(model, config, arithmetic, flow, length, n) for n in counts]
     at_depth = [_line(depths, [found[layers][i] for layers in depths], depth) for i in (0, 1)]
     tokens = [n * length for n in counts]
@@ -164,15 +163,6 @@ def _line(at: list[float], values: list[float], to: float) -> float:
     if len(at) == 1:
         return values[0]
     return values[0] + (values[1] - values[0]) * (to - at[0]) / (at[1] - at[0])
-
-
-def _cut(shape: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The same with fewer layers."""
-    shape = copy.deepcopy(shape)
-    shape.num_hidden_layers = layers
-    if getattr(shape, "layer_types", None):
-        shape.layer_types = shape.layer_types[:layers]
-    return shape
 
 
 def _trainable(

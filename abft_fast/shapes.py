@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def known_shape(name: str) -> PreTrainedConfig | None:
 def known_names() -> list[str]:
     """The short names."""
     return list(_shapes())
+
+
+def with_layers(shape: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same config with its first layers only."""
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers = layers
+    if getattr(shape, "layer_types", None):
+        shape.layer_types = shape.layer_types[:layers]
+    return shape
 
 
 def _shapes() -> dict[str, dict]:

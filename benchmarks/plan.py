@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import os
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.config import TrainConfig, resolve
 from abft_fast.model import enable_checkpointing, train_lora
 from abft_fast.plan import FLOWS, Arithmetic, Flow, static_memory, step_memory
-from abft_fast.shapes import known_shape
+from abft_fast.shapes import known_shape, with_layers
 from abft_fast.synthetic import random_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,11 +33,9 @@ K = 4
 
 def measure(options: argparse.Namespace, bits: int, flow: Flow) -> tuple[int, int, int, int]:
     """Bytes always there and of a step, each as planned and as measured."""
-    shape = copy.deepcopy(known_shape(options.shape))
+    shape = known_shape(options.shape)
     if options.layers:
-        shape.num_hidden_layers = options.layers
-        if getattr(shape, "layer_types", None):
-            shape.layer_types = shape.layer_types[: options.layers]
+        shape = with_layers(shape, options.layers)
     config = resolve(TrainConfig, {"quantized": bits > 0, "bits": bits or 4, "k": K})
     arithmetic = Arithmetic.on(DEVICE, mixed=options.mixed or DEVICE == "cuda")
     static = static_memory(shape, config, arithmetic)

@@ -93,7 +93,7 @@ def test_config_replays_to_the_same_bytes(run, tmp_path):
 
 def test_a_finished_run_resumes_to_its_own_table(run):
     before = (run[0] / "metrics.jsonl").read_bytes()
-    result = abft_fast("train", "--resume", run[0])
+    result = abft_fast("train", "--resume", run[0], "--force")
     assert result.returncode == 0, result.stderr
     assert (run[0] / "metrics.jsonl").read_bytes() == before
     assert "accuracy" in result.stdout
