@@ -89,7 +89,7 @@ def train_(flags: dict[str, Any]) -> None:
         extra = ", ".join(map(flag, extra))
         raise UserError(f"--resume goes on with the run's own options: leave out {extra}")
     from abft_fast import processes
-    from abft_fast.job import uses_cpu
+    from abft_fast.environment import uses_cpu
     from abft_fast.progress import Progress
     from abft_fast.report import print_run
     from abft_fast.run import Run
@@ -100,7 +100,7 @@ def train_(flags: dict[str, Any]) -> None:
     else:
         run, options = Run.open(config.resume)
         config = options.model_copy(update={"force": config.force})
-    with processes.running(uses_cpu(config)):
+    with processes.running(uses_cpu(config.device)):
         run = Run(processes.of_main(run.folder))  # its name has the time
         train(config, run, Progress(), new="resume" not in flags)
     if launch.is_main():
@@ -117,13 +117,14 @@ def eval_(flags: dict[str, Any]) -> None:
 
     from abft_fast import model as models
     from abft_fast import processes
+    from abft_fast.environment import uses_cpu
     from abft_fast.files import write_json
-    from abft_fast.job import Job, uses_cpu
+    from abft_fast.job import Job
     from abft_fast.label_head import keep_label_rows
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
 
-    with processes.running(uses_cpu(config)):
+    with processes.running(uses_cpu(config.device)):
         with processes.together():
             job = Job(config, Progress())
             prompts = job.encode(job.dataset.test_prompts(config.k), "test")

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from abft_fast.errors import UserError
 from abft_fast.launch import launched
 
 PACKAGES = (
@@ -52,6 +53,17 @@ def describe() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "versions": versions(),
     }
+
+
+def uses_cpu(requested: str) -> bool:
+    """Whether `--device` means the CPU: by name, or as there is no GPU.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; see `abft-fast doctor`")
+    return requested == "cpu" or not torch.cuda.is_available()
 
 
 def free_memory(device: torch.device) -> int:

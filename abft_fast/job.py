@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from abft_fast import data, loading, processes
 from abft_fast.config import EvalConfig, TrainConfig
 from abft_fast.device_map import over_all_gpus, refuse_offloaded
+from abft_fast.environment import uses_cpu
 from abft_fast.errors import UserError
 from abft_fast.evaluation import Behavior, Metrics, evaluate
 from abft_fast.plan import Arithmetic, Flow, make_plan, memory_to_be_had, what_to_change
@@ -135,7 +135,7 @@ def make_accelerator(
     Raises:
         UserError: a GPU is asked for and there is none, or the tracker is not installed.
     """
-    cpu = uses_cpu(config)
+    cpu = uses_cpu(config.device)
     precision = config.mixed_precision
     if precision == "auto":
         precision = "no" if cpu else "bf16"
@@ -152,14 +152,3 @@ def make_accelerator(
     except (ImportError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"--mixed-precision {precision}: {line}") from error
-
-
-def uses_cpu(config: TrainConfig | EvalConfig) -> bool:
-    """Whether there is no GPU to run on, or none is to be used.
-
-    Raises:
-        UserError: a GPU is asked for and there is none.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable GPU; see `abft-fast doctor`")
-    return config.device == "cpu" or not torch.cuda.is_available()

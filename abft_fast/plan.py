@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from abft_fast import data, loading
 from abft_fast import model as models
 from abft_fast.config import PlanConfig, TrainConfig
-from abft_fast.environment import free_memory
+from abft_fast.environment import free_memory, uses_cpu
 from abft_fast.errors import UserError
 from abft_fast.launch import launched_here
 from abft_fast.objective import attention_behavior_loss
@@ -333,7 +333,7 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
     )
     prompts = dataset.training_prompts(config.k, config.train_samples, config.seed)
     longest = max(map(len, encoder.encode(prompts).prompts))
-    on_gpu = config.gpu_memory is not None or (config.device != "cpu" and torch.cuda.is_available())
+    on_gpu = config.gpu_memory is not None or not uses_cpu(config.device)
     device = torch.device("cuda" if on_gpu else "cpu")
     limit = (
         memory_to_be_had(device, all_gpus=config.device_map == "auto")

@@ -70,13 +70,13 @@ def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
     for name, size in (
         ("quantized weights", static.quantized),
         ("other frozen weights", static.frozen),
-        (f"trained: {static.parameters / 1e6:.1f}M parameters in float32", static.trained),
+        (f"trained: {static.parameters:,} parameters, float32", static.trained),
         ("their gradients", static.gradients),
         ("Adam's moments", static.optimizer),
     ):
         if size:
-            parts.add_row(name, f"{size / 1e9:.2f}")
-    parts.add_row("together", f"{static.total / 1e9:.2f}")
+            parts.add_row(name, f"{size / 1e9:.3f}")
+    parts.add_row("together", f"{static.total / 1e9:.3f}")
     flows = Table()
     flows.add_column("during a step, with")
     for title in ("GB fixed", "GB a 1,000 tokens", "most tokens at once", "most demonstrations"):
@@ -84,8 +84,8 @@ def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
     for flow, step in plan.steps.items():
         flows.add_row(
             flow.options,
-            f"{step.fixed / 1e9:.2f}",
-            f"{step.a_token / 1e6:.3f}",
+            f"{step.fixed / 1e9:.3f}",
+            f"{step.a_token / 1e6:.4f}",
             f"{plan.most_tokens(flow):,}",
             f"{plan.most_demonstrations(flow):,}",
         )

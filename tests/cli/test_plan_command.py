@@ -1,6 +1,7 @@
 """`abft-fast plan`, and what `train` makes of it."""
 
 import pytest
+import torch
 
 from tests.command_line import abft_fast
 
@@ -13,11 +14,18 @@ def test_a_plan_needs_no_weights_and_no_network():
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for part in (
-        "quantized weights", "16.10", "trained: 16.8M parameters", "--gradient local",
+        "quantized weights", "16.099", "trained: 16,777,216 parameters", "--gradient local",
         "most demonstrations", "23.0 GB are to be had",
         "--gradient full: does not fit: try --gradient full --checkpointing",
     ):  # fmt: skip
         assert part in result.stdout, part
+
+
+def test_a_gpu_that_is_not_there_is_not_planned_for():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    result = abft_fast("plan", "--device", "cuda")
+    assert result.returncode == 2 and "--device cuda: this machine has no" in result.stderr
 
 
 def test_train_says_its_plan_and_refuses_what_cannot_fit(tmp_path):
