@@ -18,7 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from abft_fast import launch
-from abft_fast.config import EvalConfig, Options, PlanConfig, TrainConfig, flag, resolve
+from abft_fast.config import (
+    EvalConfig,
+    MergeConfig,
+    ModelOptions,
+    PlanConfig,
+    TrainConfig,
+    flag,
+    resolve,
+)
 from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
 
 _INTERRUPTED = 130  # exit code
@@ -31,7 +39,7 @@ app = typer.Typer(
 )
 
 
-def _command(config_class: type[Options]) -> Callable:
+def _command(config_class: type[ModelOptions]) -> Callable:
     """Register a function as a command that takes every option of a config class."""
 
     def decorate(function: Callable[[dict[str, Any]], None]) -> Callable:
@@ -67,7 +75,7 @@ def _option(name: str, field: FieldInfo) -> Any:
 
 def default_text(field: FieldInfo) -> str:
     """A default as help and README show it."""
-    if field.default is None or field.annotation is bool:
+    if field.default is None or field.is_required() or field.annotation is bool:
         return "[on]" if field.default is True else ""
     return f"[{field.default}]"
 
@@ -144,10 +152,24 @@ def eval_(flags: dict[str, Any]) -> None:
 def plan_(flags: dict[str, Any]) -> None:
     """Say what memory a run of `train` with these options takes, without loading weights."""
     config = resolve(PlanConfig, flags)
+    if config.resume is not None:
+        options = config.resume / "config.yaml"
+        raise UserError(f"--resume is for train: plan a run by --config {options}")
     from abft_fast.plan import plan_run
     from abft_fast.report import print_plan
 
     print_plan(config.model, *plan_run(config))
+
+
+@_command(MergeConfig)
+def merge_(flags: dict[str, Any]) -> None:
+    """Merge adapters into their model's weights, each with a coefficient."""
+    config = resolve(MergeConfig, flags)
+    from abft_fast.merge import merge
+    from abft_fast.progress import Progress
+
+    merge(config, Progress())
+    print(f"merged model: {config.output_dir}")
 
 
 @app.command()

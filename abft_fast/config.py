@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -34,8 +35,8 @@ def _named_or_count(value: Any, names: tuple[str, ...], allowed: str) -> str | i
     raise ValueError(f"use {allowed}")
 
 
-class Options(BaseModel):
-    """What `train` and `eval` share; a field with exclude=True is not part of a run's config."""
+class ModelOptions(BaseModel):
+    """Which model, and how its weights are kept; a field with exclude=True is of one call only."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -44,6 +45,32 @@ class Options(BaseModel):
         description="`builtin`, a local folder, a hub id, or `synthetic:` and the name of a known "
         "shape for random weights of true size.",
     )
+    quantized: bool = Field(
+        False, description="Quantize the weights as they are loaded (bitsandbytes); see bits."
+    )
+    bits: int = Field(4, description="Of a quantized weight: 4 (NF4, double quantization) or 8.")
+    config: Path | None = Field(
+        None, exclude=True, description="YAML file of options; flags override it."
+    )
+    debug: bool = Field(False, exclude=True, description="Show tracebacks.")
+
+    @model_validator(mode="after")
+    def _check_quantized(self) -> Self:
+        if self.bits != 4 and not self.quantized:
+            raise ValueError(f"--bits {self.bits} needs --quantized")
+        return self
+
+    @field_validator("bits")
+    @classmethod
+    def _check_bits(cls, value: int) -> int:
+        if value not in (4, 8):
+            raise ValueError("use 4 or 8")
+        return value
+
+
+class Options(ModelOptions):
+    """What `train` and `eval` share."""
+
     dataset: Annotated[str, AfterValidator(_dataset)] = Field(
         "subj", description=f"One of {', '.join(data.DATASETS)}; or the original's index 0-7."
     )
@@ -66,10 +93,6 @@ class Options(BaseModel):
         description="Tokens a packed batch, at most; auto tries what a GPU holds, 8192 on a CPU. "
         "Results do not depend on it.",
     )
-    quantized: bool = Field(
-        False, description="Quantize the weights as they are loaded (bitsandbytes); see bits."
-    )
-    bits: int = Field(4, description="Of a quantized weight: 4 (NF4, double quantization) or 8.")
     attention_backend: Literal[
         "auto", "flash-attn", "varlen", "sdpa", "flash-attn-3", "separate"
     ] = Field("auto", description="What computes attention; `abft-fast doctor` says what there is.")
@@ -84,28 +107,11 @@ class Options(BaseModel):
         description="Arithmetic of the forward: bfloat16, or no for float32 throughout. "
         "auto is bf16 on a GPU, no on a CPU.",
     )
-    config: Path | None = Field(
-        None, exclude=True, description="YAML file of options; flags override it."
-    )
-    debug: bool = Field(False, exclude=True, description="Show tracebacks.")
-
-    @model_validator(mode="after")
-    def _check_quantized(self) -> Self:
-        if self.bits != 4 and not self.quantized:
-            raise ValueError(f"--bits {self.bits} needs --quantized")
-        return self
 
     @field_validator("token_budget", mode="before")
     @classmethod
     def _check_token_budget(cls, value: Any) -> str | int:
         return _named_or_count(value, ("auto",), "auto or a number of tokens from 1")
-
-    @field_validator("bits")
-    @classmethod
-    def _check_bits(cls, value: int) -> int:
-        if value not in (4, 8):
-            raise ValueError("use 4 or 8")
-        return value
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -206,7 +212,43 @@ class PlanConfig(TrainConfig):
     )
 
 
-C = TypeVar("C", bound=Options)
+class MergeConfig(ModelOptions):
+    """Options of `abft-fast merge`."""
+
+    adapter: str = Field(
+        description="PEFT adapter folders, separated by commas, each with `=` and a coefficient "
+        "where that is not 1: the model plus the sum of coefficients times what was learnt "
+        "(paper, Eq. 2)."
+    )
+    output_dir: Path = Field(description="Folder to be made, which plain transformers loads.")
+
+    @property
+    def adapters(self) -> list[tuple[Path, float]]:
+        """The folders and their coefficients."""
+        return self._parse(self.adapter)
+
+    @field_validator("adapter")
+    @classmethod
+    def _check_adapter(cls, value: str) -> str:
+        cls._parse(value)
+        return value
+
+    @staticmethod
+    def _parse(value: str) -> list[tuple[Path, float]]:
+        found = []
+        for part in value.split(","):
+            folder, given, factor = part.partition("=")
+            try:
+                coefficient = float(factor) if given else 1.0
+            except ValueError:
+                coefficient = math.nan
+            if not folder or not math.isfinite(coefficient):
+                raise ValueError("use FOLDER or FOLDER=NUMBER, several separated by commas")
+            found.append((Path(folder), coefficient))
+        return found
+
+
+C = TypeVar("C", bound=ModelOptions)
 
 
 def resolve(kind: type[C], flags: dict[str, Any]) -> C:
@@ -243,7 +285,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
-def write_yaml(config: Options, path: Path) -> None:
+def write_yaml(config: ModelOptions, path: Path) -> None:
     """Write a run's options, readable by `--config`."""
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
@@ -258,6 +300,8 @@ def _one_line(error: dict) -> str:
     if not error["loc"]:  # of several options together, and they are in it
         return message
     name = flag(str(error["loc"][0]))
+    if error["type"] == "missing":
+        return f"{name} is missing"
     if error["type"] == "extra_forbidden":
         return f"{name}: no such option"
     return f"{name} {error['input']}: {message[0].lower()}{message[1:]}"

@@ -7,30 +7,29 @@ import sys
 from pathlib import Path
 
 from abft_fast.cli import default_text, values_text
-from abft_fast.config import EvalConfig, PlanConfig, TrainConfig, flag
+from abft_fast.config import EvalConfig, MergeConfig, PlanConfig, TrainConfig, flag
 
+_VERBS = {"train": TrainConfig, "eval": EvalConfig, "plan": PlanConfig, "merge": MergeConfig}
 _BEGIN, _END = "<!-- options: begin -->", "<!-- options: end -->"
 
 
 def table() -> str:
-    """A markdown table of every option of `train`, `eval` and `plan`."""
+    """A markdown table of every option of every verb."""
     lines = ["| option | value | default | what it does | verbs |", "|---|---|---|---|---|"]
-    verbs_of = {"train": TrainConfig, "eval": EvalConfig, "plan": PlanConfig}
-    fields = {
-        name: field
-        for config in (EvalConfig, PlanConfig, TrainConfig)
-        for name, field in config.model_fields.items()
-    }
-    for name, field in fields.items():
-        verbs = [verb for verb, config in verbs_of.items() if name in config.model_fields]
+    verbs_of: dict[tuple[str, str], list[str]] = {}
+    fields = {}
+    for verb, config in _VERBS.items():
+        for name, field in config.model_fields.items():
+            verbs_of.setdefault((name, field.description), []).append(verb)
+            fields.setdefault((name, field.description), field)
+    for (name, description), field in fields.items():
+        verbs = verbs_of[name, description]
         value = "" if field.annotation is bool else values_text(field).replace("|", "\\|")
         option = f"`{flag(name)}`"
         if field.default is True:
             option += f" / `--no-{flag(name)[2:]}`"
         default = default_text(field).strip("[]")
-        lines.append(
-            f"| {option} | {value} | {default} | {field.description} | {', '.join(verbs)} |"
-        )
+        lines.append(f"| {option} | {value} | {default} | {description} | {', '.join(verbs)} |")
     return "\n".join(lines)
 
 

@@ -33,14 +33,14 @@ def without_memory(model: nn.Module) -> nn.Module:
         with mode:
             return torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
 
-    found: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+    new: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False)):
             if is_quantized(module) and name == "weight":
-                found[old] = _quantized(module, fake(old, torch.float16))
-            elif old not in found:
-                found[old] = nn.Parameter(fake(old), requires_grad=old.requires_grad)
-            module.register_parameter(name, found[old])
+                new[old] = _quantized(module, fake(old, torch.float16))
+            elif old not in new:
+                new[old] = nn.Parameter(fake(old), requires_grad=old.requires_grad)
+            module.register_parameter(name, new[old])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, fake(buffer))
     return model

@@ -50,10 +50,10 @@ def random_model(
     model = skeleton(config, dtype, bits)
     tied = {model.get_submodule(name.rpartition(".")[0]) for name in model.all_tied_weights_keys}
     for module in model.modules():
-        quantized = module.weight if is_quantized(module) else None
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if module in tied:
             continue
+        quantized = module.weight if is_quantized(module) else None
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in own:
             kept = dtype if tensor is quantized else tensor.dtype
             empty = torch.empty(tensor.shape, dtype=kept, device=device)

@@ -1,0 +1,120 @@
+"""Merged models against the sums they should be."""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from transformers import AutoModelForCausalLM
+
+from abft_fast import builtin_model_path
+from abft_fast.config import MergeConfig, resolve
+from abft_fast.errors import UserError
+from abft_fast.loading import load, read_tokenizer
+from abft_fast.merge import merge
+from abft_fast.model import load_adapter, train_lora
+from abft_fast.progress import Progress
+from abft_fast.synthetic import is_quantized
+from tests.tiny_models import tiny_model
+
+pytestmark = pytest.mark.unit
+
+CPU = torch.device("cpu")
+IDS = torch.tensor([[5, 6, 7, 8, 30, 31]])
+
+
+def random_adapter(model, folder, seed):
+    torch.manual_seed(seed)
+    adapted = train_lora(model, 4)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(folder)
+    adapted.unload()
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny model in bfloat16 on disk and two adapters of it."""
+    folder = tmp_path / "base"
+    model = tiny_model("llama")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    read_tokenizer("builtin").save_pretrained(folder)
+    for seed in (1, 2):
+        random_adapter(load(str(folder), CPU, torch.float32), tmp_path / f"adapter{seed}", seed)
+    return folder
+
+
+def run(model, adapters, output, **options):
+    options |= {"model": str(model), "adapter": adapters, "output_dir": str(output)}
+    merge(resolve(MergeConfig, options), Progress())
+    return AutoModelForCausalLM.from_pretrained(output)
+
+
+def test_a_merged_model_is_the_adapted_one(tmp_path):
+    model = load("builtin", CPU, torch.float32)
+    random_adapter(model, tmp_path / "adapter", 0)
+    expected = load_adapter(load("builtin", CPU, torch.float32), tmp_path / "adapter")
+    merged = run("builtin", str(tmp_path / "adapter"), tmp_path / "merged")
+    torch.testing.assert_close(merged(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(builtin_model_path())
+    assert not torch.allclose(plain(IDS).logits, expected(IDS).logits, atol=1e-2)
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_changes_add_up_times_their_coefficients(base, tmp_path):
+    adapters = [tmp_path / f"adapter{seed}" for seed in (1, 2)]
+    merged = run(base, f"{adapters[0]}=1.5,{adapters[1]}=-0.25", tmp_path / "merged")
+    assert merged.dtype == torch.bfloat16  # as it was stored
+    expected = load(str(base), CPU, torch.float32)
+    start = dict(expected.named_parameters())
+    changes = []
+    for adapter in adapters:
+        one = load_adapter(load(str(base), CPU, torch.float32), adapter).merge_and_unload()
+        changes.append({n: p.detach() - start[n].detach() for n, p in one.named_parameters()})
+    moved = 0
+    for name, parameter in merged.named_parameters():
+        wanted = start[name].detach() + 1.5 * changes[0][name] - 0.25 * changes[1][name]
+        torch.testing.assert_close(parameter.float(), wanted.bfloat16().float())
+        moved += bool(changes[0][name].abs().max() > 0)
+    assert moved == 2 * merged.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_is_dequantized(bits, tmp_path):
+    random_adapter(load("builtin", CPU, torch.float32, bits), tmp_path / "adapter", 0)
+    adapted = load_adapter(load("builtin", CPU, torch.float32, bits), tmp_path / "adapter")
+    merged = run(
+        "builtin", str(tmp_path / "adapter"), tmp_path / "merged", quantized=True, bits=bits
+    )
+    assert getattr(merged.config, "quantization_config", None) is None
+    found = dict(merged.named_modules())
+    quantized = 0
+    for name, module in adapted.get_base_model().named_modules():
+        base = getattr(module, "base_layer", module)
+        if not is_quantized(base) or name.endswith("base_layer"):
+            continue
+        weight = base.weight
+        if bits == 4:
+            expected = dequantize_4bit(weight.data, weight.quant_state)
+        else:
+            expected = weight.data * weight.SCB[:, None] / 127
+        if module is not base:
+            expected = expected + module.get_delta_weight("default")
+        torch.testing.assert_close(found[name].weight, expected, rtol=1e-3, atol=1e-5)
+        quantized += 1
+    assert quantized == 4 * 7  # layers, matrices of one
+
+
+def test_mistakes_leave_nothing_behind(base, tmp_path):
+    adapter, output = tmp_path / "adapter1", tmp_path / "merged"
+    with pytest.raises(UserError, match="holds no adapter_config"):
+        run(base, f"{adapter},{tmp_path / 'none'}", output)
+    with pytest.raises(UserError, match="does not fit the model"):
+        run("builtin", str(adapter), output)
+    assert not output.exists()
+    with pytest.raises(UserError, match="exists: choose another --output-dir"):
+        run(base, str(adapter), base)
+    for wrong in ("a=b", "a=", "=1", "a,,b", "a=inf"):
+        with pytest.raises(UserError, match="use FOLDER or FOLDER=NUMBER"):
+            resolve(MergeConfig, {"adapter": wrong, "output_dir": "x"})
+    with pytest.raises(UserError, match="--adapter is missing"):
+        resolve(MergeConfig, {"output_dir": "x"})
