@@ -90,8 +90,8 @@ class Options(ModelOptions):
     )
     token_budget: str | int = Field(
         "auto",
-        description="Tokens a packed batch, at most; auto tries what a GPU holds, 8192 on a CPU. "
-        "Results do not depend on it.",
+        description="Tokens a packed batch, at most; auto tries in training what a GPU holds and "
+        "is 8192 elsewhere, less where the plan says so. Results do not depend on it.",
     )
     attention_backend: Literal[
         "auto", "flash-attn", "varlen", "sdpa", "flash-attn-3", "separate"
@@ -206,7 +206,7 @@ class PlanConfig(TrainConfig):
 
     gpu_memory: float | None = Field(
         None,
-        gt=0,
+        gt=1,  # is left to CUDA
         allow_inf_nan=False,
         description="GB (10^9 bytes) of the GPU to plan for. Unset: what is free here.",
     )

@@ -72,14 +72,24 @@ def free_memory(device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         share = total * torch.cuda.get_per_process_memory_fraction(device)
         return int(min(free + torch.cuda.memory_reserved(device), share))
-    free = psutil.virtual_memory().available
-    control_group = Path("/sys/fs/cgroup")
-    try:
-        most = int((control_group / "memory.max").read_text())
-        used = int((control_group / "memory.current").read_text())
-    except (OSError, ValueError):  # no such file, or `max`
-        return free
-    return min(free, most - used)
+    return min(psutil.virtual_memory().available, *_left_in_control_groups(Path("/sys/fs/cgroup")))
+
+
+def _left_in_control_groups(root: Path) -> list[int]:
+    """Bytes that a container's limit leaves; empty without a limit. Cached files do not count."""
+    left = []
+    for folder, most, used in (
+        (root, "memory.max", "memory.current"),  # version 2
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            held = int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            files = int(stat["inactive_file"]) + int(stat["active_file"])
+            left.append(int((folder / most).read_text()) - held + files)
+        except (OSError, ValueError, KeyError):  # no such file, or `max`
+            continue
+    return left
 
 
 def peak_memory(device: torch.device) -> int:

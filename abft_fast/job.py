@@ -44,8 +44,9 @@ class Job:
             max_length=loading.context_length(self.shape),
             on_long_prompt=config.on_long_prompt,
         )
+        self.most_tokens: int | None = None  # at once, by the plan
         mixed = self.accelerator.mixed_precision == "bf16"
-        self.arithmetic = Arithmetic.on(device.type, mixed=mixed)
+        self.arithmetic = Arithmetic(device.type, mixed)
 
     def load(self) -> None:
         """Get the model; what is wrong with prompts or memory has been said by then."""
@@ -112,6 +113,7 @@ class Job:
         run = (self.shape, config, self.arithmetic)
         try:
             plan = make_plan(*run, [flow], longest, room)
+            advice = "" if plan.fits(flow) else what_to_change(*run, longest, room)
         except CannotCount as error:
             self.progress.say(f"no plan of memory: {error}")
             return
@@ -120,10 +122,11 @@ class Job:
             f"{plan.steps[flow].at(longest) / 1e9:.2f} GB for the longest prompt ({longest} "
             f"tokens); {plan.most_tokens(flow):,} tokens at once fit in {room / 1e9:.1f} GB"
         )
+        self.most_tokens = plan.most_tokens(flow)
         if not plan.fits(flow) and not config.force:
             raise UserError(
                 f"{config.model} with {flow.options} does not fit in {room / 1e9:.1f} GB: "
-                f"{what_to_change(*run, longest, room)}, or --force"
+                f"{advice}, or --force"
             )
 
 

@@ -141,8 +141,11 @@ def _read(kind: type, name: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(path, **options)
     except Exception as error:  # of whatever library reads the files
-        full = "it does not fit into memory: use --quantized, or a smaller one"
-        problem = full if is_out_of_memory(error) else _damage(path)
+        problem = _damage(path)
+        if is_out_of_memory(error):
+            problem = "it does not fit into memory: use --quantized, or a smaller one"
+        elif "during automatic conversion" in str(error) and problem is None:
+            problem = "a weight could not be quantized as it was read, as when memory runs out"
         line = f"model {name}: {problem}" if problem else _why_not_loaded(name, path, error)
         raise UserError(line) from error
 
@@ -154,6 +157,8 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 def checkpoint_folder(path: str) -> Path | None:
     """Where the files of a model are on this machine, in a folder or in the hub's cache."""
+    if not path:  # as synthetic models have none
+        return None
     if Path(path).is_dir():
         return Path(path)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,7 +21,13 @@ from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, pack
 from abft_fast.prompts import PromptEncoder
 from abft_fast.shapes import SYNTHETIC, known_shape, with_layers
-from abft_fast.simulation import CannotCount, bytes_of, peak_memory, without_memory
+from abft_fast.simulation import (
+    CannotCount,
+    bytes_of,
+    float32_as_on_a_gpu,
+    peak_memory,
+    without_memory,
+)
 from abft_fast.stored_format import stored_format
 from abft_fast.synthetic import skeleton
 
@@ -34,17 +41,17 @@ class Arithmetic:
     """How numbers are kept.
 
     Attributes:
-        dtype: of weights that are neither quantized nor trained.
+        device_type: `cuda` or `cpu`.
         mixed: whether the forward is in bfloat16 (autocast).
+        dtype: of weights that are neither quantized nor trained.
     """
 
-    dtype: torch.dtype
+    device_type: str
     mixed: bool
 
-    @classmethod
-    def on(cls, device_type: str, *, mixed: bool) -> Arithmetic:
-        """What a run uses on `cuda` or `cpu`."""
-        return cls(torch.bfloat16 if mixed and device_type == "cuda" else torch.float32, mixed)
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.mixed and self.device_type == "cuda" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,9 @@ def step_memory(
     depth = shape.num_hidden_layers
     few = max(4, flow.gradient) if isinstance(flow.gradient, int) else 4
     depths = [few, 2 * few] if 2 * few < depth else [depth]
-    count = -(-_FEWEST_TOKENS // length)
+    softcap = getattr(shape.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    one_by_one = softcap is not None or _attention(config, arithmetic) == "separate"
+    count = 1 if one_by_one else -(-_FEWEST_TOKENS // length)
     counts = [count, 3 * count]
     found = {}
     for layers in depths:
@@ -188,6 +197,8 @@ def _bits(shape: PreTrainedConfig, config: TrainConfig) -> int | None:
             return config.bits if config.quantized else None
         case "bitsandbytes":
             return 8 if shape.quantization_config.get("load_in_8bit") else 4
+        case "mxfp4":
+            return None  # dequantized as it is read
     raise CannotCount(f"weights stored as {stored_format(shape)} are not counted")
 
 
@@ -207,12 +218,26 @@ def _peak(
         parameter.grad = torch.empty_like(parameter)  # of the batch before
 
     def step() -> None:
-        bfloat16 = torch.autocast("cpu", torch.bfloat16)
-        with bfloat16 if arithmetic.mixed else contextlib.nullcontext():
-            loss = attention_behavior_loss(model, packed, gradient=flow.gradient).loss
-        loss.backward()
+        with contextlib.ExitStack() as stack:
+            if arithmetic.mixed:
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            if arithmetic.device_type == "cuda":
+                stack.enter_context(float32_as_on_a_gpu())
+            loss = attention_behavior_loss(
+                model,
+                packed,
+                gradient=flow.gradient,
+                attention=_attention(config, arithmetic),
+            ).loss
+            loss.backward()
 
     return peak_memory(step)
+
+
+def _attention(config: TrainConfig, arithmetic: Arithmetic) -> str:
+    """What stands for a run's attention: all that share a log-sum-exp take the same memory."""
+    float32_on_gpu = arithmetic.device_type == "cuda" and not arithmetic.mixed
+    return "separate" if float32_on_gpu or config.attention_backend == "separate" else "auto"
 
 
 @dataclass(frozen=True)
@@ -279,23 +304,26 @@ def make_plan(
 def what_to_change(
     shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic, longest: int, limit: int
 ) -> str:
-    """Options with which a run that does not fit would, the least change first."""
+    """Options with which a run that does not fit would, the least change first.
+
+    Raises:
+        CannotCount: as `make_plan`.
+    """
     candidates = {"": config}
-    if _bits(shape, config) is None:
+    if stored_format(shape) is None and not config.quantized:
+        options = "--quantized " + "--trainable lora " * (config.trainable != "lora")
         changes = {"quantized": True, "trainable": "lora"}
-        candidates["--quantized "] = config.model_copy(update=changes)
-    plan, options = None, ""
+        candidates[options] = config.model_copy(update=changes)
     for options, candidate in candidates.items():
-        static = static_memory(shape, candidate, arithmetic)
-        if static.total > limit:
-            continue
-        plan = make_plan(shape, candidate, arithmetic, FLOWS, longest, limit)
-        for flow in FLOWS:
-            if plan.fits(flow):
-                return f"try {options}{flow.options}"
-    if plan is None:
+        plan = make_plan(shape, candidate, arithmetic, [], longest, limit)
+        if plan.static.total <= limit:
+            plan = make_plan(shape, candidate, arithmetic, FLOWS, longest, limit)
+            for flow in FLOWS:
+                if plan.fits(flow):
+                    return f"try {options}{flow.options}"
+    if plan.static.total > limit:
         return (
-            f"weights and optimizer alone take {static.total / 1e9:.1f} GB"
+            f"weights and optimizer alone take {plan.static.total / 1e9:.1f} GB"
             + " with --quantized" * bool(options)
             + ": use a larger GPU or a smaller model"
         )
@@ -320,7 +348,8 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
         UserError: an option, the data or the model does not allow the run, or its memory cannot be
             told from its config.
     """
-    known = known_shape(config.model.removeprefix(SYNTHETIC))
+    here = Path(config.model).is_dir()
+    known = None if here else known_shape(config.model.removeprefix(SYNTHETIC))
     shape = known or loading.read_config(config.model)
     dataset = data.load(config.dataset)
     encoder = PromptEncoder(
@@ -341,7 +370,7 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
         else int(config.gpu_memory * 1e9) - GPU_RESERVE
     )
     mixed = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and on_gpu)
-    arithmetic = Arithmetic.on(device.type, mixed=mixed)
+    arithmetic = Arithmetic(device.type, mixed)
     chosen = Flow(config.gradient, config.checkpointing)
     flows = dict.fromkeys([*FLOWS, chosen])
     try:

@@ -21,6 +21,7 @@ from torch import nn
 from abft_fast import launch
 from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
 from abft_fast.packing import balanced_shares
+from abft_fast.token_budget import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -154,8 +155,9 @@ def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) 
         if parameter.grad is None:  # a process without prompts
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     with _peers():
-        total = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="sum")
+        total = accelerator.reduce(flat, reduction="sum")
     parts = total.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
@@ -167,4 +169,6 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise ProcessEnded(f"another process of this run ended; {launch.GO_ON}") from error

@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from abft_fast.synthetic import is_quantized
 
@@ -115,6 +116,21 @@ class _MemoryCount(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+class float32_as_on_a_gpu(TorchFunctionMode):  # noqa: N801 - a context
+    """Under autocast, computes in float32 what CUDA's autocast does and the CPU's does not."""
+
+    _NAMES = ("layer_norm", "pow", "__pow__")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", None) in self._NAMES:
+            args = tree_map_only(Tensor, _to_float32, args)
+        return function(*args, **(kwargs or {}))
+
+
+def _to_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def peak_memory(run: Callable[[], object]) -> int:

@@ -185,7 +185,7 @@ def backward(
             )
         share = result.loss * (len(micro) / (pseudo_batch or len(batch)))
         accelerator.backward(share)
-        loss += share.detach()
+        loss += share.detach().to(loss.device)
         behavior.add(result, packed)
     return loss.item(), behavior
 
@@ -206,9 +206,13 @@ def token_budget(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedP
         return known
     if config.token_budget != "auto":
         return config.token_budget
-    if job.accelerator.device.type != "cuda":
-        return CPU_TOKENS
     lengths = [len(prompt) for prompt in prompts]
+    if job.accelerator.device.type != "cuda":
+        planned = CPU_TOKENS if job.most_tokens is None else max(job.most_tokens, *lengths)
+        tokens = min(CPU_TOKENS, *processes.collect(planned))
+        if tokens < CPU_TOKENS:  # free memory may be another when the run is resumed
+            processes.on_main(run.record_token_budget, tokens)
+        return tokens
     most = sum(sorted(lengths)[-config.pseudo_batch_size :])
 
     def forward_and_backward(indices: list[int]) -> None:

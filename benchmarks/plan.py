@@ -37,7 +37,7 @@ def measure(options: argparse.Namespace, bits: int, flow: Flow) -> tuple[int, in
     if options.layers:
         shape = with_layers(shape, options.layers)
     config = resolve(TrainConfig, {"quantized": bits > 0, "bits": bits or 4, "k": K})
-    arithmetic = Arithmetic.on(DEVICE, mixed=options.mixed or DEVICE == "cuda")
+    arithmetic = Arithmetic(DEVICE, options.mixed or DEVICE == "cuda")
     static = static_memory(shape, config, arithmetic)
     step = step_memory(shape, config, arithmetic, flow, options.length)
     if options.room and DEVICE == "cuda":

@@ -20,7 +20,7 @@ from tests.tiny_models import tiny_config
 
 pytestmark = pytest.mark.unit
 
-FLOAT32 = Arithmetic(torch.float32, mixed=False)
+FLOAT32 = Arithmetic("cpu", mixed=False)
 
 
 def options(**changes):
@@ -87,7 +87,7 @@ prompt = EncodedPrompt(list(range(128)), [20, 45, 70, 95], [True, False, True, F
 accelerator = Accelerator(cpu=True)
 for flow in FLOWS:
     config = resolve(TrainConfig, {"quantized": bits is not None, "gradient": flow.gradient})
-    planned = step_memory(shape, config, Arithmetic(torch.float32, False), flow, 128).at(32 * 128)
+    planned = step_memory(shape, config, Arithmetic("cpu", False), flow, 128).at(32 * 128)
     model = random_model(shape, torch.device("cpu"), torch.float32, bits)
     model = train_lora(model, config.lora_r)
     if flow.checkpointing:
@@ -149,6 +149,34 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
     assert not hasattr(found, "model")
 
 
+def test_a_gpu_is_counted_with_its_own_autocast():
+    """GPT-2's layer norms and powers are float32 there."""
+    on_gpu, on_cpu = (
+        step_memory(tiny_config("gpt2"), options(), Arithmetic(device, True), Flow("full"), 60)
+        for device in ("cuda", "cpu")
+    )
+    assert on_gpu.a_token > 1.1 * on_cpu.a_token
+
+
+def test_attention_prompt_by_prompt_is_counted_so():
+    shape, long = tiny_config("llama"), 600
+    flash, separate = (
+        step_memory(shape, options(attention_backend=name), FLOAT32, Flow("full"), long)
+        for name in ("auto", "separate")
+    )
+    assert separate.at(long) != flash.at(long)
+    float32_on_gpu = step_memory(shape, options(), Arithmetic("cuda", False), Flow("full"), long)
+    assert float32_on_gpu == separate
+
+
+def test_advice_is_advice_that_can_be_followed():
+    shape = tiny_config("llama", hidden_size=512, intermediate_size=1024)
+    config = options(trainable="full")
+    quantized = static_memory(shape, options(quantized=True), FLOAT32).total
+    advice = plan.what_to_change(shape, config, FLOAT32, 60, quantized + 10**7)
+    assert advice.startswith("try --quantized --trainable lora --gradient ")
+
+
 def test_what_nobody_can_count_is_said():
     gptj = GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
     with pytest.raises(CannotCount, match=r"gptj: ValueError: .*not supported"):
@@ -164,7 +192,7 @@ def test_what_nobody_can_count_is_said():
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"gpu_memory": "0"}, "--gpu-memory 0: input should be greater than 0"),
+        ({"gpu_memory": "0"}, "--gpu-memory 0: input should be greater than 1"),
         ({"gpu_memory": "inf"}, "--gpu-memory inf"),
         ({"gpu_memory": "big"}, "--gpu-memory big"),
     ],
