@@ -36,13 +36,11 @@ class Job:
         device = self.accelerator.device
         self.placement = over_all_gpus(device) if config.device_map == "auto" else None
         self.shape = loading.read_config(config.model)
-        self.encoder = PromptEncoder(
+        self.encoder = PromptEncoder.by_options(
+            config,
             loading.read_tokenizer(config.model),
             self.dataset,
-            form=config.prompt_form,
-            label_token=config.label_token,
-            max_length=loading.context_length(self.shape),
-            on_long_prompt=config.on_long_prompt,
+            loading.context_length(self.shape),
         )
         self.most_tokens: int | None = None  # at once, by the plan
         mixed = self.accelerator.mixed_precision == "bf16"

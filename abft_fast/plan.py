@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,16 +159,16 @@ def step_memory(
     one_by_one = softcap is not None or _attention(config, arithmetic) == "separate"
     count = 1 if one_by_one else -(-_FEWEST_TOKENS // length)
     counts = [count, 3 * count]
-    found = {}
+    found = []
     for layers in depths:
         model = _trainable(with_layers(shape, layers), config, arithmetic, flow)
-        found[layers] = [_peak(model, config, arithmetic, flow, length, n) for n in counts]
-    at_depth = [_line(depths, [found[layers][i] for layers in depths], depth) for i in (0, 1)]
+        found.append([_peak(model, config, arithmetic, flow, length, n) for n in counts])
+    at_depth = [_line(depths, peaks, depth) for peaks in zip(*found, strict=True)]
     tokens = [n * length for n in counts]
     return Step(_line(tokens, at_depth, 0), (at_depth[1] - at_depth[0]) / (tokens[1] - tokens[0]))
 
 
-def _line(at: list[float], values: list[float], to: float) -> float:
+def _line(at: Sequence[float], values: Sequence[float], to: float) -> float:
     if len(at) == 1:
         return values[0]
     return values[0] + (values[1] - values[0]) * (to - at[0]) / (at[1] - at[0])
@@ -352,14 +352,9 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
     known = None if here else known_shape(config.model.removeprefix(SYNTHETIC))
     shape = known or loading.read_config(config.model)
     dataset = data.load(config.dataset)
-    encoder = PromptEncoder(
-        loading.read_tokenizer("builtin" if known else config.model),
-        dataset,
-        form=config.prompt_form,
-        label_token=config.label_token,
-        max_length=loading.context_length(shape),
-        on_long_prompt=config.on_long_prompt,
-    )
+    tokenizer = loading.read_tokenizer("builtin" if known else config.model)
+    context = loading.context_length(shape)
+    encoder = PromptEncoder.by_options(config, tokenizer, dataset, context)
     prompts = dataset.training_prompts(config.k, config.train_samples, config.seed)
     longest = max(map(len, encoder.encode(prompts).prompts))
     on_gpu = config.gpu_memory is not None or not uses_cpu(config.device)

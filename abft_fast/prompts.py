@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from abft_fast.config import Options
 from abft_fast.data import Dataset, Prompt
 from abft_fast.errors import UserError
 from abft_fast.packing import EncodedPrompt
@@ -104,6 +105,24 @@ class PromptEncoder:
         self._label_token = label_token
         self._demonstration_ids = self._check_demonstration_labels(dataset)
         self.label_ids = self._check_query_labels(dataset)
+
+    @classmethod
+    def by_options(
+        cls,
+        options: Options,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset: Dataset,
+        max_length: int | None,
+    ) -> PromptEncoder:
+        """The encoder of a run with these options."""
+        return cls(
+            tokenizer,
+            dataset,
+            form=options.prompt_form,
+            label_token=options.label_token,
+            max_length=max_length,
+            on_long_prompt=options.on_long_prompt,
+        )
 
     def encode(self, prompts: Sequence[Prompt]) -> EncodedPrompts:
         """Tokenize prompts; those beyond the context length are refused, dropped or shortened.

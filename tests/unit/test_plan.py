@@ -14,8 +14,11 @@ from abft_fast.errors import UserError
 from abft_fast.model import train_lora, train_weights
 from abft_fast.plan import FLOWS, Arithmetic, Flow, make_plan, static_memory, step_memory
 from abft_fast.progress import Progress
+from abft_fast.run import Run
 from abft_fast.simulation import CannotCount, bytes_of
 from abft_fast.synthetic import random_model
+from abft_fast.token_budget import CPU_TOKENS
+from abft_fast.training import token_budget
 from tests.tiny_models import tiny_config
 
 pytestmark = pytest.mark.unit
@@ -175,6 +178,20 @@ def test_advice_is_advice_that_can_be_followed():
     quantized = static_memory(shape, options(quantized=True), FLOAT32).total
     advice = plan.what_to_change(shape, config, FLOAT32, 60, quantized + 10**7)
     assert advice.startswith("try --quantized --trainable lora --gradient ")
+
+
+def test_a_cpu_packs_no_more_than_the_plan_has_room_for(tmp_path):
+    config = options(train_samples=8, device="cpu")
+    found = job.Job(config, Progress())
+    prompts = found.encode(found.dataset.training_prompts(4, 8, 0), "training").prompts
+    run, longest = Run(tmp_path), max(map(len, prompts))
+    assert token_budget(config, run, found, prompts) == CPU_TOKENS  # nothing planned
+    found.most_tokens = CPU_TOKENS + 1
+    assert token_budget(config, run, found, prompts) == CPU_TOKENS and run.token_budget is None
+    found.most_tokens = longest - 1
+    assert token_budget(config, run, found, prompts) == longest == run.token_budget
+    found.most_tokens = CPU_TOKENS
+    assert token_budget(config, run, found, prompts) == longest  # a resumed run goes on as it began
 
 
 def test_what_nobody_can_count_is_said():
