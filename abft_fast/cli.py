@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -82,10 +83,17 @@ def default_text(field: FieldInfo) -> str:
 
 def values_text(field: FieldInfo) -> str:
     """The kind of value an option takes."""
-    if get_origin(field.annotation) is Literal:
-        return "|".join(get_args(field.annotation))
-    kinds = [k for k in get_args(field.annotation) or (field.annotation,) if k is not type(None)]
-    return "|".join("TEXT" if k is str else k.__name__.upper() for k in kinds)
+    annotation = field.annotation
+    kinds = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    return "|".join(
+        "|".join(get_args(kind))
+        if get_origin(kind) is Literal
+        else "TEXT"
+        if kind is str
+        else kind.__name__.upper()
+        for kind in kinds
+        if kind is not type(None)
+    )
 
 
 @_command(TrainConfig)
@@ -135,12 +143,12 @@ def eval_(flags: dict[str, Any]) -> None:
     with processes.running(uses_cpu(config.device)):
         with processes.together():
             job = Job(config, Progress())
-            prompts = job.encode(job.dataset.test_prompts(config.k), "test")
+            prompts = job.encode_tests()
             job.load()
             if config.adapter is not None:
                 job.model = models.load_adapter(job.model, config.adapter)
             keep_label_rows(job.model, job.encoder.label_ids)
-            job.check_attention(prompts)
+            job.check_attention(prompts.prompts)
         metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
         if config.output is not None:
             processes.on_main(write_json, config.output, {config.dataset: asdict(metrics)})

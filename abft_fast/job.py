@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -13,12 +14,14 @@ from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.environment import uses_cpu
 from abft_fast.errors import UserError
 from abft_fast.evaluation import Behavior, Metrics, evaluate
+from abft_fast.packing import EncodedPrompt
 from abft_fast.plan import Arithmetic, Flow, make_plan, memory_to_be_had, what_to_change
 from abft_fast.preflight import check_attention
 from abft_fast.progress import Progress
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.simulation import CannotCount
 from abft_fast.token_budget import CPU_TOKENS
+from abft_fast.training_data import training_prompts
 
 
 class Job:
@@ -58,22 +61,32 @@ class Job:
         )
         refuse_offloaded(self.model, self.config.model)
 
-    def encode(self, prompts: list[data.Prompt], what: str) -> EncodedPrompts:
-        """Tokenize prompts and say what became of those too long."""
-        encoded = self.encoder.encode(prompts)
+    def encode_tests(self) -> EncodedPrompts:
+        """The dataset's test prompts."""
+        prompts = self.dataset.test_prompts(self.config.k)
+        return self._said(self.encoder.encode(prompts), "test")
+
+    def encode_training(self) -> list[EncodedPrompt]:
+        """The training prompts of the method."""
+        prompts = training_prompts(self.config, self.dataset, self.encoder)
+        return self._said(prompts, "training").prompts
+
+    def _said(self, encoded: EncodedPrompts, what: str) -> EncodedPrompts:
+        """The same, after saying what became of prompts too long."""
         if encoded.dropped or encoded.shortened:
             self.progress.say(
                 f"{what} prompts beyond the model's context: {encoded.dropped} dropped, "
-                f"{encoded.shortened} with fewer demonstrations, of {len(prompts)}"
+                f"{encoded.shortened} with fewer demonstrations, "
+                f"of {len(encoded.prompts) + encoded.dropped}"
             )
         return encoded
 
-    def check_attention(self, prompts: EncodedPrompts) -> None:
+    def check_attention(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Make sure that packed attention is the model's own, and say what it runs on."""
         try:
             found = check_attention(
                 self.model,
-                prompts.prompts,
+                prompts,
                 self.accelerator.autocast,
                 self.config.attention_backend,
             )
@@ -98,14 +111,14 @@ class Job:
                 self.config.attention_backend,
             )
 
-    def check_memory(self, prompts: EncodedPrompts) -> None:
+    def check_memory(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Say what memory training will take; refuse what cannot fit, before weights are read.
 
         Raises:
             UserError: not even the longest prompt fits, and `--force` is not given.
         """
         config = self.config
-        longest = max(map(len, prompts.prompts))
+        longest = max(map(len, prompts))
         flow = Flow(config.gradient, config.checkpointing)
         room = memory_to_be_had(self.accelerator.device, all_gpus=self.placement is not None)
         run = (self.shape, config, self.arithmetic)

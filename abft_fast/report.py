@@ -28,15 +28,15 @@ def print_run(run: Run) -> None:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     content = run.evaluation
-    for dataset in content.get("after", {}):
-        sides = [content[when][dataset] for when in ("before", "after")]
-        heads = [run.attention[when][dataset] for when in ("before", "after")]
+    for dataset in next(iter(content.values()), {}):
+        sides = [content.get(when, {}).get(dataset, {}) for when in ("before", "after")]
+        heads = [run.attention.get(when, {}).get(dataset, {}) for when in ("before", "after")]
         for name, title in _METRICS.items():
-            table.add_row(title, *(_percent(side[name]) for side in sides))
+            table.add_row(title, *(_percent(side.get(name)) for side in sides))
         name = "induction_heads"
-        table.add_row(_ATTENTION[name], *(f"{side[name]:.2f}" for side in heads))
+        table.add_row(_ATTENTION[name], *(f"{side[name]:.2f}" if side else "-" for side in heads))
         name = "correct_share_above_chance"
-        table.add_row(_ATTENTION[name], *(_percent(side[name], "+") for side in heads))
+        table.add_row(_ATTENTION[name], *(_percent(side.get(name), "+") for side in heads))
     rows = run.metrics()
     table.add_row("training steps", "", str(len(rows)))
     table.add_row("seconds of training", "", f"{sum(row['seconds'] for row in rows):.1f}")
@@ -44,8 +44,15 @@ def print_run(run: Run) -> None:
     table.add_row("peak memory (MiB)", "", f"{peak / 2**20:.0f}")
     console = _console()
     console.print(table)
+    if run.mauve:
+        console.print(
+            f"MAUVE of {run.mauve['texts']} texts against those of before: "
+            f"{run.mauve['after']:.3f}; the model before against itself: "
+            f"{run.mauve['before_again']:.3f}"
+        )
     console.print(f"run folder: {run.folder}", soft_wrap=True)
-    console.print(f"trained {run.artifact.name}: {run.artifact}", soft_wrap=True)
+    if run.artifact.is_dir():
+        console.print(f"trained {run.artifact.name}: {run.artifact}", soft_wrap=True)
 
 
 def print_evaluation(dataset: str, metrics: Metrics, behavior: Behavior) -> None:

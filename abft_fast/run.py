@@ -67,7 +67,7 @@ class Run:
             raise UserError(f"--resume {folder}: its config.yaml lacks {sorted(missing)[0]}")
         return cls(folder), resolve(TrainConfig, options)
 
-    def create(self, config: TrainConfig) -> None:
+    def create(self, config: TrainConfig, trained_parameters: int) -> None:
         """Make the folder, empty it where that was asked for, and write what is known so far.
 
         Raises:
@@ -82,7 +82,8 @@ class Run:
             else:
                 entry.unlink()
         write_yaml(config, self.folder / "config.yaml")
-        write_json(self.folder / "environment.json", describe())
+        found = {**describe(), "trained_parameters": trained_parameters}
+        write_json(self.folder / "environment.json", found)
 
     @property
     def evaluation(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -109,6 +110,23 @@ class Run:
     def record_token_budget(self, tokens: int) -> None:
         """Remember it for a resumed run."""
         write_json(self._token_budget, {"tokens": tokens})
+
+    def texts(self, sample: str) -> list[str] | None:
+        """Texts a model has written; None before."""
+        return _read_json(self.folder / f"texts-{sample}.json").get("texts")
+
+    def record_texts(self, sample: str, texts: list[str]) -> None:
+        """Keep a sample of texts."""
+        write_json(self.folder / f"texts-{sample}.json", {"texts": texts})
+
+    @property
+    def mauve(self) -> dict[str, Any]:
+        """Scores of the samples; empty before."""
+        return _read_json(self.folder / "mauve.json")
+
+    def record_mauve(self, found: dict[str, Any]) -> None:
+        """Keep the scores."""
+        write_json(self.folder / "mauve.json", found)
 
     @property
     def artifact(self) -> Path:
@@ -141,6 +159,7 @@ class Run:
 _ENTRIES = {
     "config.yaml", "environment.json", "run.log", "metrics.jsonl", "evaluation.json",
     "attention.json", "token_budget.json", "checkpoints", "adapter", "model", "abft-fast",
+    "texts-before.json", "texts-before-again.json", "texts-after.json", "mauve.json",
 }  # fmt: skip
 
 
