@@ -39,8 +39,9 @@ setup(
         "track": ["wandb>=0.19", "tensorboard>=2.18"],
         "picl": ["bm25s>=0.2"],
         "mauve": ["mauve-text>=0.4"],
+        "data": ["datasets>=3.0", "pyarrow>=17.0"],
         "dev": [
-            "abft-fast[picl,mauve]",
+            "abft-fast[picl,mauve,data]",
             "hypothesis>=6.100",
             "pytest>=8.3",
             "pytest-benchmark>=5.0",

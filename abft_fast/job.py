@@ -8,8 +8,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from abft_fast import data, loading, processes
+from abft_fast import loading, own_data, processes
 from abft_fast.config import EvalConfig, TrainConfig
+from abft_fast.data_report import show_data
 from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.environment import uses_cpu
 from abft_fast.errors import UserError
@@ -35,7 +36,7 @@ class Job:
     ):
         self.config, self.progress = config, progress
         self.accelerator = make_accelerator(config, tracker_folder)
-        self.dataset = data.load(config.dataset)
+        self.dataset = own_data.by_options(config)
         device = self.accelerator.device
         self.placement = over_all_gpus(device) if config.device_map == "auto" else None
         self.shape = loading.read_config(config.model)
@@ -80,6 +81,11 @@ class Job:
                 f"of {len(encoded.prompts) + encoded.dropped}"
             )
         return encoded
+
+    def show_data(self, *parts: Sequence[EncodedPrompt]) -> None:
+        """Print what the user's own data are, with the prompts made of them."""
+        lengths = [len(prompt) for prompts in parts for prompt in prompts]
+        show_data(self.progress, self.dataset, self.encoder, lengths)
 
     def check_attention(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Make sure that packed attention is the model's own, and say what it runs on."""

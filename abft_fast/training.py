@@ -17,7 +17,7 @@ from abft_fast import checkpoint, loading, mauve, processes
 from abft_fast import model as models
 from abft_fast.config import TrainConfig
 from abft_fast.environment import peak_memory
-from abft_fast.errors import RunError
+from abft_fast.errors import RunError, UserError
 from abft_fast.evaluation import Behavior, BehaviorMean
 from abft_fast.files import atomic_folder
 from abft_fast.job import Job
@@ -42,11 +42,13 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
     """
     with processes.together():
         job, prompts, tests = set_up(config, run, progress, new=new)
+    if len(set(processes.collect(job.dataset.files))) > 1:
+        raise UserError(f"not every process reads the same data: share {config.dataset}")
 
     def evaluate_once(when: str) -> None:
         if when in config.sides and processes.of_main(when not in run.evaluation):
             found = map(dataclasses.asdict, job.evaluate(tests, f"evaluating {when}"))
-            processes.on_main(run.record_evaluation, when, config.dataset, *found)
+            processes.on_main(run.record_evaluation, when, job.dataset.name, *found)
 
     evaluate_once("before")
     if config.mauve_test:
@@ -67,8 +69,11 @@ def set_up(
     """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
     job = Job(config, progress, run.folder)
+    if not new and is_main():
+        run.check_data(dict(job.dataset.files))
     prompts = job.encode_training()
     tests = job.encode_tests() if config.sides else None
+    job.show_data(prompts, tests.prompts if tests else [])
     if config.mauve_test:
         mauve.check_installed()
         mauve.read_prefixes(config.mauve_prefix, job.dataset)
@@ -83,7 +88,7 @@ def set_up(
     job.model = models.set_trained(job.model, config.trainable, config.lora_r)
     trained = sum(p.numel() for p in models.trained_parameters(job.model).values())
     if new and is_main():
-        run.create(config, trained)
+        run.create(config, trained, dict(job.dataset.files))
     progress.keep(run.folder / "run.log")
     return job, prompts, tests
 

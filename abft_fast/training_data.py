@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abft_fast import data
+from abft_fast import own_data
 from abft_fast.config import TrainConfig
 from abft_fast.data import Dataset
 from abft_fast.language_model_loss import every_token, label_target
@@ -58,7 +58,8 @@ def _meta_prompts(config: TrainConfig, encoder: PromptEncoder) -> EncodedPrompts
         count = config.train_samples // len(names) + (i < config.train_samples % len(names))
         if not count:
             continue
-        dataset = data.load(name)
+        changes = {"dataset": name, "test_file": None}
+        dataset = own_data.by_options(config.model_copy(update=changes))
         its = PromptEncoder.by_options(config, encoder.tokenizer, dataset, encoder.max_length)
         found = _with_labels(config, dataset, its, count)
         together.prompts += found.prompts
