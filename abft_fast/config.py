@@ -22,6 +22,11 @@ from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.errors import UserError
 from abft_fast.files import write_text
 
+TestType = Literal[
+    "Normal", "TempSensitivity", "DemoSensitivity", "GLER", "TripletBias", "UnseenLabel"
+]
+CalibrationType = Literal["none", "contextual", "domain", "batch"]
+
 
 def _dataset(name: str) -> str:
     return data.resolve_name(str(name))
@@ -87,6 +92,26 @@ class Options(ModelOptions):
     )
     on_long_prompt: Literal["refuse", "drop", "fewer-demonstrations"] = Field(
         "refuse", description="What to do with prompts beyond the model's context length."
+    )
+    test_type: TestType = Field(
+        "Normal",
+        description="StaICC's test: accuracy (Normal), consistency of predictions under other "
+        "templates or demonstrations, accuracy against wrong labels (GLER), bias, or accuracy "
+        "where no demonstration has the query's label (paper, A.4).",
+    )
+    generalization_test: bool = Field(
+        False,
+        description="Test on all 8 datasets of the paper; `--dataset` is in-domain (paper, "
+        "Table 2).",
+    )
+    calibration: CalibrationType = Field(
+        "none", description="Calibrate the predictions of tests, as StaICC does."
+    )
+    calibration_samples: int = Field(
+        512,
+        ge=1,
+        description="Prompts of training examples that contextual and domain calibration learn "
+        "from.",
     )
     token_budget: str | int = Field(
         "auto",

@@ -9,17 +9,20 @@ import hashlib
 import importlib.util
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 from abft_fast.errors import UserError
 
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text; `label` indexes the dataset's label words."""
+    """One labelled text; `label` indexes the dataset's label words, or is `NO_LABEL`."""
+
+    NO_LABEL: ClassVar[int] = -1
 
     text: str
     label: int
@@ -126,6 +129,8 @@ class Dataset:
         training: StaICC's 1,024 calibration examples; only these are trained on.
         demonstrations: the pool test prompts draw their demonstrations from.
         test: the 512 test queries.
+        alternate_template: three values of each of four parts of the template, by StaICC's names;
+            None where there are none.
     """
 
     name: str
@@ -136,6 +141,7 @@ class Dataset:
     training: tuple[Example, ...]
     demonstrations: tuple[Example, ...]
     test: tuple[Example, ...]
+    alternate_template: Mapping[str, Sequence] | None = None
 
     def training_prompts(self, k: int, count: int, seed: int) -> list[Prompt]:
         """`count` prompts of k + 1 distinct training examples each (paper, A.1).
@@ -161,20 +167,10 @@ class Dataset:
         Raises:
             UserError: k is more than the pool of demonstrations.
         """
-        if k > len(self.demonstrations):
-            raise UserError(
-                f"k={k}: {self.name} has {len(self.demonstrations)} demonstrations to draw from"
-            )
-        from StaICC.util import configs, dataset_interface
+        from abft_fast.protocols import Protocol
 
-        repeats = configs.STANDARD_SETTINGS["test_times_for_each_test_sample"]
-        sampler = dataset_interface.demonstration_sampler(
-            k, len(self.demonstrations), repeats * len(self.test)
-        )
-        return [
-            Prompt(tuple(self.demonstrations[j] for j in sampler[i]), self.test[i % len(self.test)])
-            for i in range(len(sampler))
-        ]
+        [call] = Protocol.of("Normal", self, k).calls
+        return call.prompts
 
 
 def resolve_name(name: str) -> str:
@@ -222,6 +218,7 @@ def load(name: str) -> Dataset:
         training=_examples(split.calibration),
         demonstrations=_examples(split.demonstration),
         test=_examples(split.test),
+        alternate_template=original.get_alternate_template(),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import random
@@ -21,15 +20,14 @@ from abft_fast.errors import RunError
 from abft_fast.evaluation import Behavior, BehaviorMean
 from abft_fast.files import atomic_folder
 from abft_fast.job import Job
-from abft_fast.label_head import keep_label_rows
 from abft_fast.launch import is_main
 from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
 from abft_fast.preflight import check_gradients
 from abft_fast.progress import Progress
-from abft_fast.prompts import EncodedPrompts
 from abft_fast.run import Run
+from abft_fast.test_set import TestSet
 from abft_fast.token_budget import CPU_TOKENS, TokenBudget, find_token_budget
 
 
@@ -45,8 +43,8 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
 
     def evaluate_once(when: str) -> None:
         if tests is not None and processes.of_main(when not in run.evaluation):
-            found = map(dataclasses.asdict, job.evaluate(tests, f"evaluating {when}"))
-            processes.on_main(run.record_evaluation, when, config.dataset, *found)
+            found = job.evaluate(tests, f"evaluating {when}")
+            processes.on_main(run.record_evaluation, when, *found)
 
     evaluate_once("before")
     optimize(config, run, job, prompts)
@@ -57,19 +55,19 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
 
 def set_up(
     config: TrainConfig, run: Run, progress: Progress, *, new: bool
-) -> tuple[Job, list[EncodedPrompt], EncodedPrompts | None]:
+) -> tuple[Job, list[EncodedPrompt], list[TestSet] | None]:
     """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
     job = Job(config, progress, run.folder)
     prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
     encoded = job.encode(prompts, "training")
-    tests = None if config.no_eval else job.encode(job.dataset.test_prompts(config.k), "test")
+    tests = None if config.no_eval else job.test_sets()
     job.check_memory(encoded)
     job.load()
     job.check_attention(encoded)
     if config.trainable == "lora":  # else the whole model is saved
         check_gradients(job.model)
-        keep_label_rows(job.model, job.encoder.label_ids)
+        job.keep_label_rows(tests or [])
     set_seed(config.seed)
     job.model = (
         models.train_lora(job.model, config.lora_r)  # starts as a change of 0
