@@ -130,9 +130,9 @@ class Job:
         """
         metrics, attention = {}, {}
         for test in tests:
-            lengths = [len(prompt) for prompt in test.prompts]
+            own = sum(len(processes.share(list(map(len, e.prompts)))) for e in test.encoded)
             label = what if len(tests) == 1 else f"{what}, {test.dataset}"
-            with self.progress.bar(label, len(processes.share(lengths))) as advance:
+            with self.progress.bar(label, own) as advance:
 
                 def predict(encoded: EncodedPrompts, behavior: bool, advance=advance):
                     return evaluation.predict(

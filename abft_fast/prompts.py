@@ -53,11 +53,10 @@ class Template:
         return text + self.query_prefix + self._question(prompt.query.text), spans
 
     def _question(self, text: str) -> str:
+        label_prefix = self.label_prefix
         if self.form == "ours":
-            return (
-                f"{self.input_prefix}{text.strip()}{self.input_affix}{self.label_prefix.rstrip()}"
-            )
-        return f"{self.input_prefix}{text}{self.input_affix}{self.label_prefix}"
+            text, label_prefix = text.strip(), label_prefix.rstrip()
+        return f"{self.input_prefix}{text}{self.input_affix}{label_prefix}"
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from StaICC.util import functional
 from torch import Tensor
@@ -45,11 +45,6 @@ class TestSet:
         self._has_labels = [call.has_labels for call in calls]
         self.encoded = [encoder.encode(call.prompts, call.template) for call in calls]
         self._check_all_kept(options)
-
-    @property
-    def prompts(self) -> Iterator:
-        """Every tokenized prompt."""
-        return (prompt for encoded in self.encoded for prompt in encoded.prompts)
 
     @property
     def label_ids(self) -> set[int]:
