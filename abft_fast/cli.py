@@ -132,7 +132,7 @@ def eval_(flags: dict[str, Any]) -> None:
     with processes.running(uses_cpu(config.device)):
         with processes.together():
             job = Job(config, Progress())
-            tests = job.test_sets()
+            tests = job.evaluation_sets()
             job.load()
             if config.adapter is not None:
                 job.model = models.load_adapter(job.model, config.adapter)

@@ -14,13 +14,13 @@ from abft_fast.config import EvalConfig, TrainConfig
 from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.environment import uses_cpu
 from abft_fast.errors import UserError
+from abft_fast.evaluation_set import EvaluationSet
 from abft_fast.label_head import keep_label_rows
 from abft_fast.plan import Arithmetic, Flow, make_plan, memory_to_be_had, what_to_change
 from abft_fast.preflight import check_attention
 from abft_fast.progress import Progress
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.simulation import CannotCount
-from abft_fast.test_set import TestSet
 from abft_fast.token_budget import CPU_TOKENS
 
 
@@ -91,7 +91,7 @@ class Job:
             if name == "separate":
                 self.progress.say(f"one prompt at a time, keys read twice: {reasons}")
 
-    def test_sets(self) -> list[TestSet]:
+    def evaluation_sets(self) -> list[EvaluationSet]:
         """What the options want the model tested on, its prompts tokenized.
 
         Raises:
@@ -111,18 +111,18 @@ class Job:
                     dataset,
                     encoder.max_length,
                 )
-            test = TestSet(self.config, dataset, encoder)
+            test = EvaluationSet(self.config, dataset, encoder)
             for encoded in test.encoded:
                 self._say_too_long(encoded, f"{name}: test")
             tests.append(test)
         return tests
 
-    def keep_label_rows(self, tests: Sequence[TestSet]) -> None:
+    def keep_label_rows(self, tests: Sequence[EvaluationSet]) -> None:
         """Free the rows of the LM head that are of no label word."""
         wanted = set(self.encoder.label_ids).union(*(test.label_ids for test in tests))
         keep_label_rows(self.model, sorted(wanted))
 
-    def evaluate(self, tests: Sequence[TestSet], what: str) -> tuple[dict, dict]:
+    def evaluate(self, tests: Sequence[EvaluationSet], what: str) -> tuple[dict, dict]:
         """Test the model as it is.
 
         Returns:

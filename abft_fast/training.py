@@ -18,6 +18,7 @@ from abft_fast.config import TrainConfig
 from abft_fast.environment import peak_memory
 from abft_fast.errors import RunError
 from abft_fast.evaluation import Behavior, BehaviorMean
+from abft_fast.evaluation_set import EvaluationSet
 from abft_fast.files import atomic_folder
 from abft_fast.job import Job
 from abft_fast.launch import is_main
@@ -27,7 +28,6 @@ from abft_fast.penalty import PenaltyController
 from abft_fast.preflight import check_gradients
 from abft_fast.progress import Progress
 from abft_fast.run import Run
-from abft_fast.test_set import TestSet
 from abft_fast.token_budget import CPU_TOKENS, TokenBudget, find_token_budget
 
 
@@ -55,13 +55,13 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
 
 def set_up(
     config: TrainConfig, run: Run, progress: Progress, *, new: bool
-) -> tuple[Job, list[EncodedPrompt], list[TestSet] | None]:
+) -> tuple[Job, list[EncodedPrompt], list[EvaluationSet] | None]:
     """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
     job = Job(config, progress, run.folder)
     prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
     encoded = job.encode(prompts, "training")
-    tests = None if config.no_eval else job.test_sets()
+    tests = None if config.no_eval else job.evaluation_sets()
     job.check_memory(encoded)
     job.load()
     job.check_attention(encoded)

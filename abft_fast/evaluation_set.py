@@ -19,7 +19,7 @@ Predict = Callable[[EncodedPrompts, bool], tuple[Tensor, BehaviorMean]]
 """Logits of the label words, (prompts, labels), and, where asked for, what heads do."""
 
 
-class TestSet:
+class EvaluationSet:
     """A dataset's prompts under the protocol and the calibration of some options.
 
     Attributes:
@@ -28,8 +28,6 @@ class TestSet:
     Raises:
         UserError: the dataset does not allow the test, or its prompts cannot be tokenized.
     """
-
-    __test__ = False  # no class of tests, whatever pytest thinks
 
     def __init__(self, options: Options, dataset: Dataset, encoder: PromptEncoder):
         self.dataset = dataset.name
