@@ -139,32 +139,29 @@ def eval_(flags: dict[str, Any]) -> None:
     if config.output is not None and not config.output.parent.is_dir():
         raise UserError(f"--output {config.output}: folder {config.output.parent} does not exist")
     _look_at_data(config)
-    from dataclasses import asdict
-
     from abft_fast import model as models
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
     from abft_fast.files import write_json
     from abft_fast.job import Job
-    from abft_fast.label_head import keep_label_rows
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
 
     with processes.running(uses_cpu(config.device)):
         with processes.together():
             job = Job(config, Progress())
-            prompts = job.encode_tests()
-            job.show_data(prompts.prompts)
+            tests = job.evaluation_sets()
+            job.show_data(tests[0].prompts)
             job.load()
             if config.adapter is not None:
                 job.model = models.load_adapter(job.model, config.adapter)
-            keep_label_rows(job.model, job.encoder.label_ids)
-            job.check_attention(prompts.prompts)
-        metrics, behavior = job.evaluate(prompts, f"evaluating {job.dataset.name}")
+            job.keep_label_rows(tests)
+            job.check_attention(tests[0].prompts)
+        metrics, attention = job.evaluate(tests, "evaluating")
         if config.output is not None:
-            processes.on_main(write_json, config.output, {job.dataset.name: asdict(metrics)})
+            processes.on_main(write_json, config.output, metrics)
     if launch.is_main():
-        print_evaluation(job.dataset.name, metrics, behavior)
+        print_evaluation(metrics, attention)
 
 
 @_command(PlanConfig)

@@ -23,6 +23,11 @@ from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.errors import UserError
 from abft_fast.files import write_text
 
+TestType = Literal[
+    "Normal", "TempSensitivity", "DemoSensitivity", "GLER", "TripletBias", "UnseenLabel"
+]
+CalibrationType = Literal["none", "contextual", "domain", "batch"]
+
 
 def _dataset(name: str) -> str:
     try:
@@ -112,6 +117,26 @@ class Options(ModelOptions):
     on_long_prompt: Literal["refuse", "drop", "fewer-demonstrations"] = Field(
         "refuse", description="What to do with prompts beyond the model's context length."
     )
+    test_type: TestType = Field(
+        "Normal",
+        description="StaICC's test: accuracy (Normal), consistency of predictions under other "
+        "templates or demonstrations, accuracy against wrong labels (GLER), bias, or accuracy "
+        "where no demonstration has the query's label (paper, A.4).",
+    )
+    generalization_test: bool = Field(
+        False,
+        description="Test on all 8 datasets of the paper; `--dataset` is in-domain (paper, "
+        "Table 2).",
+    )
+    calibration: CalibrationType = Field(
+        "none", description="Calibrate the predictions of tests, as StaICC does."
+    )
+    calibration_samples: int = Field(
+        512,
+        ge=1,
+        description="Prompts of training examples that contextual and domain calibration learn "
+        "from.",
+    )
     token_budget: str | int = Field(
         "auto",
         description="Tokens a packed batch, at most; auto tries in training what a GPU holds and "
@@ -140,7 +165,10 @@ class Options(ModelOptions):
     @property
     def dataset_name(self) -> str:
         """The dataset's name, or that of the user's file without its suffix."""
-        return tables.name_of(Path(self.dataset)) if self.data_are_own else self.dataset
+        if not self.data_are_own:
+            return self.dataset
+        name = tables.name_of(Path(self.dataset))
+        return f"own-{name}" if name in data.DATASETS else name
 
     @field_serializer("dataset", "template", "test_file", when_used="json")
     def _found_from_anywhere(self, value: str | Path | None) -> str | None:

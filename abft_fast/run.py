@@ -118,11 +118,11 @@ class Run:
         """The same for attention behavior."""
         return _read_json(self._attention)
 
-    def record_evaluation(self, when: str, dataset: str, metrics: dict, attention: dict) -> None:
-        """Add one side; evaluation.json last, as it is what tells that a side is done."""
+    def record_evaluation(self, when: str, metrics: dict, attention: dict) -> None:
+        """Add one side, by dataset; evaluation.json last, as it tells that the side is done."""
         for path, found in ((self._attention, attention), (self._evaluation, metrics)):
             content = _read_json(path)
-            content.setdefault(when, {})[dataset] = found
+            content[when] = found
             write_json(path, content)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import random
@@ -19,16 +18,15 @@ from abft_fast.config import TrainConfig
 from abft_fast.environment import peak_memory
 from abft_fast.errors import RunError, UserError
 from abft_fast.evaluation import Behavior, BehaviorMean
+from abft_fast.evaluation_set import EvaluationSet
 from abft_fast.files import atomic_folder
 from abft_fast.job import Job
-from abft_fast.label_head import keep_label_rows
 from abft_fast.launch import is_main
 from abft_fast.methods import method_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
 from abft_fast.preflight import check_gradients
 from abft_fast.progress import Progress
-from abft_fast.prompts import EncodedPrompts
 from abft_fast.run import Run
 from abft_fast.token_budget import CPU_TOKENS, TokenBudget, find_token_budget
 
@@ -47,8 +45,8 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
 
     def evaluate_once(when: str) -> None:
         if when in config.sides and processes.of_main(when not in run.evaluation):
-            found = map(dataclasses.asdict, job.evaluate(tests, f"evaluating {when}"))
-            processes.on_main(run.record_evaluation, when, job.dataset.name, *found)
+            found = job.evaluate(tests, f"evaluating {when}")
+            processes.on_main(run.record_evaluation, when, *found)
 
     evaluate_once("before")
     if config.mauve_test:
@@ -65,15 +63,15 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
 
 def set_up(
     config: TrainConfig, run: Run, progress: Progress, *, new: bool
-) -> tuple[Job, list[EncodedPrompt], EncodedPrompts | None]:
+) -> tuple[Job, list[EncodedPrompt], list[EvaluationSet]]:
     """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
     job = Job(config, progress, run.folder)
     if not new and is_main():
         run.check_data(dict(job.dataset.files))
     prompts = job.encode_training()
-    tests = job.encode_tests() if config.sides else None
-    job.show_data(prompts, tests.prompts if tests else [])
+    tests = job.evaluation_sets() if config.sides else []
+    job.show_data(prompts, *(test.prompts for test in tests[:1]))
     if config.mauve_test:
         mauve.check_installed()
         mauve.read_prefixes(config.mauve_prefix, job.dataset)
@@ -83,7 +81,7 @@ def set_up(
     if config.trainable == "lora":
         check_gradients(job.model)
     if config.needs_label_rows_only:
-        keep_label_rows(job.model, job.encoder.label_ids)
+        job.keep_label_rows(tests)
     set_seed(config.seed)
     job.model = models.set_trained(job.model, config.trainable, config.lora_r)
     trained = sum(p.numel() for p in models.trained_parameters(job.model).values())
