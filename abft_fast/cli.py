@@ -30,6 +30,7 @@ from abft_fast.config import (
     resolve,
 )
 from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
+from abft_fast.original_options import translate
 
 _INTERRUPTED = 130  # exit code
 
@@ -210,7 +211,7 @@ def main() -> None:
     if not debug:
         _quiet()
     try:
-        code = app(standalone_mode=False)
+        code = app(translate(sys.argv[1:]), standalone_mode=False)
         if code == _INTERRUPTED:  # typer returns it in place of the exception
             raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:

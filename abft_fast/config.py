@@ -256,6 +256,9 @@ class TrainConfig(Options):
     adaptation: Literal["pid", "p", "none"] = Field(
         "pid", description="Control of the penalty by the number of induction heads (paper, A.3)."
     )
+    p_factor: float | None = Field(
+        None, description="Factor of the control where it is p. Unset: pid-p."
+    )
     pid_p: float = Field(0.03, description="Factor C_p of the control.")
     pid_i: float = Field(0.005, description="Factor C_i of the control.")
     pid_d: float = Field(0.005, description="Factor C_d of the control.")
@@ -311,6 +314,11 @@ class TrainConfig(Options):
         names = {name.lower(): name for name in get_args(cls.model_fields["method"].annotation)}
         return names.get(str(value).lower(), value)
 
+    @field_validator("adaptation", mode="before")
+    @classmethod
+    def _check_adaptation(cls, value: Any) -> Any:
+        return "none" if value is None else str(value).lower()
+
     @field_validator("meta_datasets")
     @classmethod
     def _check_meta_datasets(cls, value: str | None) -> str | None:
@@ -344,6 +352,12 @@ class TrainConfig(Options):
         if self.dataset in names:
             raise UserError(f"--meta-datasets holds {self.dataset}, which is tested: leave it out")
         return names
+
+    @property
+    def proportional_factor(self) -> float:
+        """Of the number of induction heads, in the control of the penalty."""
+        own = self.adaptation == "p" and self.p_factor is not None
+        return self.p_factor if own else self.pid_p
 
     @property
     def needs_label_rows_only(self) -> bool:

@@ -99,7 +99,7 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
     controller = PenaltyController(
         config.adaptation if config.method == "ABFT" else "none",
         config.penalty,
-        config.pid_p,
+        config.proportional_factor,
         config.pid_i,
         config.pid_d,
     )
