@@ -42,7 +42,7 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
     """
     with processes.together():
         job, prompts, tests = set_up(config, run, progress, new=new)
-    if len(set(processes.collect(job.dataset.files))) > 1:
+    if len(set(processes.collect(tuple(digest for _, digest in job.dataset.files)))) > 1:
         raise UserError(f"not every process reads the same data: share {config.dataset}")
 
     def evaluate_once(when: str) -> None:
