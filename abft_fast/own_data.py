@@ -16,13 +16,10 @@ from abft_fast.data import Dataset, Example
 from abft_fast.errors import UserError
 from abft_fast.template_file import TemplateFile, read_template
 
-_LARGEST_POOL = 4096  # StaICC copies the pool for every prompt
-
 
 @dataclass(frozen=True, kw_only=True)
 class OwnDataset(Dataset):
-    """A dataset of the user's; test prompts draw demonstrations from its training examples, of
-    very many from as many, chosen at random, as StaICC's largest pool has.
+    """A dataset of the user's; test prompts draw demonstrations from its training examples.
 
     Attributes:
         label_values: what the label column holds for each label word.
@@ -120,10 +117,6 @@ def _load(source: _Source) -> OwnDataset:
         split = str(source.test)
     index = {value: label for label, value in enumerate(words)}
     examples = [tuple(Example(e.text, index[e.value]) for e in part) for part in (training, test)]
-    pool = examples[0]
-    if len(pool) > _LARGEST_POOL:
-        chosen = random.Random(f"{source.split_seed}").sample(range(len(pool)), _LARGEST_POOL)
-        pool = tuple(pool[i] for i in sorted(chosen))
     return OwnDataset(
         name=source.name,
         input_prefix=template.input_prefix,
@@ -131,7 +124,7 @@ def _load(source: _Source) -> OwnDataset:
         label_words=tuple(words.values()),
         staicc_label_words=tuple(words.values()),
         training=examples[0],
-        demonstrations=pool,
+        demonstrations=examples[0],
         test=examples[1],
         files=source.files,
         label_values=tuple(words),

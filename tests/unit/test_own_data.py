@@ -136,7 +136,7 @@ def test_a_run_remembers_its_data(reviews, monkeypatch):
     given = {"dataset": "reviews.csv", "template": "t.yaml", "split_seed": "3"}
     config = resolve(TrainConfig, {**given, "output_dir": "run"})
     run = Run.reserve(config)
-    run.create(config, dict(own_data.by_options(config).files))
+    run.create(config, 0, dict(own_data.by_options(config).files))
     (reviews.parent / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     run, options = Run.open(reviews.parent / "run")
@@ -173,15 +173,6 @@ def test_what_stands_twice_is_named(reviews):
         "texts more than once to train on: 2, first train.csv, row 2, and train.csv, row 4",
         "texts with two labels: 2, first train.csv, row 2, and test.csv, row 4",
     ]
-
-
-def test_a_large_pool_is_drawn_once(reviews):
-    write("large.csv", [(f"t{i}", i % 2) for i in range(6000)])
-    dataset = load(dataset="large.csv", test_share=0.001)
-    assert len(dataset.training) == 5994 and len(dataset.demonstrations) == 4096
-    assert set(dataset.demonstrations) < set(dataset.training)
-    assert {e.label for e in dataset.demonstrations} == {0, 1}
-    assert len(dataset.test_prompts(4)) == 12
 
 
 def test_small_data_refuse_more_demonstrations_than_there_are(reviews):
