@@ -144,11 +144,12 @@ def eval_(flags: dict[str, Any]) -> None:
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
     from abft_fast.files import write_json
-    from abft_fast.job import Job
+    from abft_fast.job import Job, check_same_data
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
 
     with processes.running(uses_cpu(config.device)):
+        check_same_data(config)
         with processes.together():
             job = Job(config, Progress())
             tests = job.evaluation_sets()
