@@ -13,7 +13,9 @@ from tests.command_line import abft_fast
 pytestmark = pytest.mark.cli
 
 DOCS = (Path(__file__).parents[2] / "docs" / "original.md").read_text()
-EXAMPLE = shlex.split(re.search(r"```\nabft-fast train(.*?)```", DOCS, re.DOTALL)[1])
+EXAMPLE = shlex.split(
+    re.search(r"```\nabft-fast train(.*?)```", DOCS, re.DOTALL)[1].replace("\\\n", "")
+)
 
 
 def with_option(name, value):
