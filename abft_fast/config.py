@@ -68,13 +68,18 @@ class ModelOptions(BaseModel):
         return value
 
 
-class Options(ModelOptions):
-    """What `train` and `eval` share."""
+class DatasetOptions(ModelOptions):
+    """Which prompts are made of a dataset."""
 
     dataset: Annotated[str, AfterValidator(_dataset)] = Field(
         "subj", description=f"One of {', '.join(data.DATASETS)}; or the original's index 0-7."
     )
     k: int = Field(4, ge=0, description="Demonstrations a prompt.")
+
+
+class PromptOptions(ModelOptions):
+    """How prompts are written, and what runs the model on them."""
+
     prompt_form: Literal["ours", "staicc"] = Field(
         "ours",
         description="How prompts are written: one space belongs to the label token everywhere, "
@@ -117,6 +122,10 @@ class Options(ModelOptions):
     @classmethod
     def _yaml_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads `no` as false
+
+
+class Options(PromptOptions, DatasetOptions):
+    """What `train` and `eval` share."""
 
 
 class EvalConfig(Options):
@@ -210,6 +219,49 @@ class PlanConfig(TrainConfig):
         allow_inf_nan=False,
         description="GB (10^9 bytes) of the GPU to plan for. Unset: what is free here.",
     )
+
+
+class PredictConfig(PromptOptions):
+    """Options of `abft-fast predict`."""
+
+    text_column: str = Field("text", description="Column of the texts, in data of your own.")
+    label_column: str = Field("label", description="Column of the labels, in data of your own.")
+    template: Path | None = Field(
+        None,
+        description="YAML file on data of your own: `input_prefix`, `label_prefix`, and `labels`, "
+        "from values in the label column to label words. Unset: `text: `, `label: `, the values.",
+    )
+    on_long_prompt: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="What to do with a query whose prompt is beyond the model's context length; "
+        "drop leaves its predictions empty.",
+    )
+    adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
+    demonstrations: Path = Field(
+        description="File of texts and labels, all of which, in their order, every prompt begins "
+        "with."
+    )
+    input: Path = Field(description="File of the texts to label.")
+    output: Path | None = Field(
+        None,
+        description="File to write, .csv or .jsonl: the input's columns, `prediction`, and "
+        "`p_WORD` for each label word. Unset or `-`: CSV to standard output.",
+    )
+
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, value: Path | None) -> Path | None:
+        if value is None or str(value) == "-":
+            return None
+        if value.suffix.lower() not in (".csv", ".jsonl"):
+            raise ValueError("end it in .csv or .jsonl")
+        return value
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        if self.text_column == self.label_column:
+            raise ValueError(f"--text-column and --label-column are both {self.text_column}")
+        return self
 
 
 class MergeConfig(ModelOptions):

@@ -14,7 +14,7 @@ from abft_fast.backbone import attention_layers, must_run_alone, prepare
 from abft_fast.evaluation import label_logits
 from abft_fast.label_head import label_columns
 from abft_fast.objective import run_packed
-from abft_fast.packing import EncodedPrompt, pack
+from abft_fast.packing import EncodedPrompt, PackedPrompts, pack
 
 _NO_LOSS = {"penalty": 0.0, "reward": 0.0}
 
@@ -34,14 +34,18 @@ class SharedPrefix:
 
     def __init__(self, model: nn.Module, ids: Sequence[int], attention: str = "auto"):
         self.ids = list(ids)
+        self.model, self.attention = model, attention
         self.computed = 0
-        self._model, self._attention = model, attention
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def shorten(self, length: int) -> None:
         """Go on with its first `length` tokens; nothing is computed again."""
         self.ids = self.ids[:length]
         self._kept = {i: (k[:length], v[:length]) for i, (k, v) in self._kept.items()}
+
+    def can_share(self, longest: int) -> bool:
+        """Whether prompts of up to `longest` tokens, it included, can go on from its keys."""
+        return not must_run_alone(prepare(self.model), longest)
 
     @torch.no_grad()
     def label_logits(self, prompts: Sequence[Sequence[int]], label_ids: Sequence[int]) -> Tensor:
@@ -54,36 +58,50 @@ class SharedPrefix:
         Raises:
             ValueError: a prompt does not begin with the prefix, or ends with it.
         """
+        own = self._own(prompts)
+        if not self.can_share(max(map(len, prompts))):
+            self.computed += sum(map(len, prompts))
+            whole = [EncodedPrompt(list(prompt), [], []) for prompt in prompts]
+            return label_logits(self.model, whole, label_ids, self.attention)[0]
+        last = own.cu_seqlens[1:].long() - 1
+        logits = self._run(self.model, own, logits_to_keep=last).logits
+        return logits[0][:, label_columns(self.model, label_ids)]
+
+    @torch.no_grad()
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """What the last layer yields for each prompt's n tokens after the prefix, (n, width).
+
+        Raises:
+            ValueError: as `label_logits`, or these prompts cannot go on from a prefix.
+        """
+        own = self._own(prompts)
+        hidden = self._run(prepare(self.model), own).last_hidden_state[0]
+        return list(hidden.split(own.cu_seqlens.diff().tolist()))
+
+    def _own(self, prompts: Sequence[Sequence[int]]) -> PackedPrompts:
+        """What the prompts are after the prefix."""
         length = len(self.ids)
         for i, prompt in enumerate(prompts):
             if list(prompt[:length]) != self.ids or len(prompt) == length:
                 raise ValueError(f"prompts[{i}] does not go on from the prefix of {length} tokens")
-        if not self.can_share(max(map(len, prompts))):
-            self.computed += sum(map(len, prompts))
-            whole = [EncodedPrompt(list(prompt), [], []) for prompt in prompts]
-            return label_logits(self._model, whole, label_ids, self._attention)[0]
-        if not self._kept:
-            self._compute()
         own = pack([EncodedPrompt(list(prompt[length:]), [], []) for prompt in prompts])
-        own = replace(own, position_ids=own.position_ids + length)
-        forward = PackedForward(own, _NO_LOSS, self._attention, prefix=self._kept)
-        last = own.cu_seqlens[1:].long() - 1
-        logits = run_packed(self._model, forward, logits_to_keep=last).logits
+        return replace(own, position_ids=own.position_ids + length)
+
+    def _run(self, model: nn.Module, own: PackedPrompts, **kwargs):
+        if self.ids and not self._kept:
+            self._kept = self._compute()
         self.computed += len(own.input_ids)
-        return logits[0][:, label_columns(self._model, label_ids)]
+        forward = PackedForward(own, _NO_LOSS, self.attention, prefix=self._kept or None)
+        return run_packed(model, forward, **kwargs)
 
-    def can_share(self, longest: int) -> bool:
-        """Whether prompts of up to `longest` tokens, it included, can go on from it."""
-        return bool(self.ids) and not must_run_alone(prepare(self._model), longest)
-
-    def _compute(self) -> None:
-        last = max(attention_layers(self._model))
+    def _compute(self) -> dict[int, tuple[Tensor, Tensor]]:
+        last = max(attention_layers(self.model))
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         packed = pack([EncodedPrompt(self.ids, [], [])])
-        forward = PackedForward(packed, _NO_LOSS, self._attention, stop_after=last, keep=kept)
-        run_packed(prepare(self._model), forward)
-        self._kept = kept  # whole, or not at all
+        forward = PackedForward(packed, _NO_LOSS, self.attention, stop_after=last, keep=kept)
+        run_packed(prepare(self.model), forward)
         self.computed += len(self.ids)
+        return kept
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
