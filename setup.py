@@ -37,7 +37,15 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.7"],
         "track": ["wandb>=0.19", "tensorboard>=2.18"],
-        "dev": ["hypothesis>=6.100", "pytest>=8.3", "pytest-benchmark>=5.0", "ruff>=0.12"],
+        "data": ["datasets>=3.0", "pyarrow>=17.0"],
+        "dev": [
+            "datasets>=3.0",
+            "hypothesis>=6.100",
+            "pyarrow>=17.0",
+            "pytest>=8.3",
+            "pytest-benchmark>=5.0",
+            "ruff>=0.12",
+        ],
     },
     entry_points={"console_scripts": ["abft-fast = abft_fast.cli:main"]},
 )

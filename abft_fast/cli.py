@@ -17,11 +17,12 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from abft_fast import launch
+from abft_fast import launch, own_data
 from abft_fast.config import (
     EvalConfig,
     MergeConfig,
     ModelOptions,
+    Options,
     PlanConfig,
     PredictConfig,
     TrainConfig,
@@ -89,6 +90,12 @@ def values_text(field: FieldInfo) -> str:
     return "|".join("TEXT" if k is str else k.__name__.upper() for k in kinds)
 
 
+def _look_at_data(config: Options) -> None:
+    """Say what is wrong with the user's own data before what is slow to import is."""
+    if config.data_are_own:
+        own_data.by_options(config)
+
+
 @_command(TrainConfig)
 def train_(flags: dict[str, Any]) -> None:
     """Fine-tune attention behavior on a dataset, evaluating before and after."""
@@ -97,6 +104,8 @@ def train_(flags: dict[str, Any]) -> None:
     if config.resume is not None and extra:
         extra = ", ".join(map(flag, extra))
         raise UserError(f"--resume goes on with the run's own options: leave out {extra}")
+    if config.resume is None:
+        _look_at_data(config)
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
     from abft_fast.progress import Progress
@@ -122,6 +131,7 @@ def eval_(flags: dict[str, Any]) -> None:
     config = resolve(EvalConfig, flags)
     if config.output is not None and not config.output.parent.is_dir():
         raise UserError(f"--output {config.output}: folder {config.output.parent} does not exist")
+    _look_at_data(config)
     from dataclasses import asdict
 
     from abft_fast import model as models
@@ -137,16 +147,17 @@ def eval_(flags: dict[str, Any]) -> None:
         with processes.together():
             job = Job(config, Progress())
             prompts = job.encode(job.dataset.test_prompts(config.k), "test")
+            job.show_data(prompts)
             job.load()
             if config.adapter is not None:
                 job.model = models.load_adapter(job.model, config.adapter)
             keep_label_rows(job.model, job.encoder.label_ids)
             job.check_attention(prompts)
-        metrics, behavior = job.evaluate(prompts, f"evaluating {config.dataset}")
+        metrics, behavior = job.evaluate(prompts, f"evaluating {job.dataset.name}")
         if config.output is not None:
-            processes.on_main(write_json, config.output, {config.dataset: asdict(metrics)})
+            processes.on_main(write_json, config.output, {job.dataset.name: asdict(metrics)})
     if launch.is_main():
-        print_evaluation(config.dataset, metrics, behavior)
+        print_evaluation(job.dataset.name, metrics, behavior)
 
 
 @_command(PlanConfig)
@@ -156,10 +167,12 @@ def plan_(flags: dict[str, Any]) -> None:
     if config.resume is not None:
         options = config.resume / "config.yaml"
         raise UserError(f"--resume is for train: plan a run by --config {options}")
+    _look_at_data(config)
     from abft_fast.plan import plan_run
+    from abft_fast.progress import Progress
     from abft_fast.report import print_plan
 
-    print_plan(config.model, *plan_run(config))
+    print_plan(config.model, *plan_run(config, Progress()))
 
 
 @_command(PredictConfig)

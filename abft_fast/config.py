@@ -13,18 +13,24 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_serializer,
     field_validator,
     model_validator,
 )
 
-from abft_fast import data
+from abft_fast import data, tables
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.errors import UserError
 from abft_fast.files import write_text
 
 
 def _dataset(name: str) -> str:
-    return data.resolve_name(str(name))
+    try:
+        return data.resolve_name(str(name))
+    except UserError:
+        if tables.is_table(str(name)):
+            return str(name)
+        raise
 
 
 def _named_or_count(value: Any, names: tuple[str, ...], allowed: str) -> str | int:
@@ -72,8 +78,26 @@ class DatasetOptions(ModelOptions):
     """Which prompts are made of a dataset."""
 
     dataset: Annotated[str, AfterValidator(_dataset)] = Field(
-        "subj", description=f"One of {', '.join(data.DATASETS)}; or the original's index 0-7."
+        "subj",
+        description=f"One of {', '.join(data.DATASETS)}; the original's index 0-7; or data of "
+        f"your own: a file ({tables.FORMATS}).",
     )
+    text_column: str = Field("text", description="Column of the texts, in data of your own.")
+    label_column: str = Field("label", description="Column of the labels, in data of your own.")
+    template: Path | None = Field(
+        None,
+        description="YAML file on data of your own: `input_prefix`, `label_prefix`, and `labels`, "
+        "from values in the label column to label words. Unset: `text: `, `label: `, the values.",
+    )
+    test_file: Path | None = Field(
+        None,
+        description="Test examples of your own, as for dataset. Unset: a DatasetDict's part "
+        "`test`, else a share of the dataset.",
+    )
+    test_share: float = Field(
+        0.2, gt=0, lt=1, description="Part of each label's rows to test on, where nothing else is."
+    )
+    split_seed: int = Field(0, ge=0, description="Seed of the choice of these rows.")
     k: int = Field(4, ge=0, description="Demonstrations a prompt.")
 
 
@@ -112,6 +136,38 @@ class PromptOptions(ModelOptions):
         description="Arithmetic of the forward: bfloat16, or no for float32 throughout. "
         "auto is bf16 on a GPU, no on a CPU.",
     )
+
+    @property
+    def data_are_own(self) -> bool:
+        """Whether `dataset` is a file or folder."""
+        return self.dataset not in data.DATASETS
+
+    @property
+    def dataset_name(self) -> str:
+        """The dataset's name, or that of the user's file without its suffix."""
+        return tables.name_of(Path(self.dataset)) if self.data_are_own else self.dataset
+
+    @field_serializer("dataset", "template", "test_file", when_used="json")
+    def _found_from_anywhere(self, value: str | Path | None) -> str | None:
+        named = value is None or value in data.DATASETS
+        return value if named else str(Path(value).resolve())
+
+    @model_validator(mode="after")
+    def _check_own_data(self) -> Self:
+        fields = Options.model_fields
+        own = ("text_column", "label_column", "template", "test_file")
+        split = ("test_share", "split_seed")
+        given = [n for n in (*own, *split) if getattr(self, n) != fields[n].default]
+        if given and not self.data_are_own:
+            raise ValueError(
+                f"{flag(given[0])} is for data of your own, and {self.dataset} is StaICC's: "
+                "leave it out, or name a file by --dataset"
+            )
+        if self.test_file is not None and given[-1] in split:
+            raise ValueError(f"{flag(given[-1])}: with --test-file nothing is split: leave it out")
+        if self.text_column == self.label_column:
+            raise ValueError(f"--text-column and --label-column are both {self.text_column}")
+        return self
 
     @field_validator("token_budget", mode="before")
     @classmethod

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from abft_fast import data, loading, processes
+from abft_fast import data, loading, own_data, processes
 from abft_fast.config import EvalConfig, TrainConfig
+from abft_fast.data_report import show_data
 from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.environment import uses_cpu
 from abft_fast.errors import UserError
@@ -32,7 +33,7 @@ class Job:
     ):
         self.config, self.progress = config, progress
         self.accelerator = make_accelerator(config, tracker_folder)
-        self.dataset = data.load(config.dataset)
+        self.dataset = own_data.by_options(config)
         device = self.accelerator.device
         self.placement = over_all_gpus(device) if config.device_map == "auto" else None
         self.shape = loading.read_config(config.model)
@@ -67,6 +68,11 @@ class Job:
                 f"{encoded.shortened} with fewer demonstrations, of {len(prompts)}"
             )
         return encoded
+
+    def show_data(self, *parts: EncodedPrompts | None) -> None:
+        """Print what the user's own data are, with the prompts made of them."""
+        prompts = [prompt for part in parts if part is not None for prompt in part.prompts]
+        show_data(self.progress, self.dataset, self.encoder, map(len, prompts))
 
     def check_attention(self, prompts: EncodedPrompts) -> None:
         """Make sure that packed attention is the model's own, and say what it runs on."""

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from abft_fast import data, loading
+from abft_fast import loading, own_data
 from abft_fast import model as models
 from abft_fast.config import PlanConfig, TrainConfig
+from abft_fast.data_report import show_data
 from abft_fast.environment import free_memory, uses_cpu
 from abft_fast.errors import UserError
 from abft_fast.launch import launched_here
 from abft_fast.objective import attention_behavior_loss
 from abft_fast.packing import EncodedPrompt, pack
+from abft_fast.progress import Progress
 from abft_fast.prompts import PromptEncoder
 from abft_fast.shapes import SYNTHETIC, known_shape, with_layers
 from abft_fast.simulation import (
@@ -341,7 +343,7 @@ def memory_to_be_had(device: torch.device, *, all_gpus: bool = False) -> int:
     return sum(free_memory(torch.device("cuda", gpu)) - GPU_RESERVE for gpu in gpus)
 
 
-def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
+def plan_run(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
     """The plan of a run with these options, for every flow, and what is to be said of it.
 
     Raises:
@@ -351,12 +353,14 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
     here = Path(config.model).is_dir()
     known = None if here else known_shape(config.model.removeprefix(SYNTHETIC))
     shape = known or loading.read_config(config.model)
-    dataset = data.load(config.dataset)
+    dataset = own_data.by_options(config)
     tokenizer = loading.read_tokenizer("builtin" if known else config.model)
     context = loading.context_length(shape)
     encoder = PromptEncoder.by_options(config, tokenizer, dataset, context)
     prompts = dataset.training_prompts(config.k, config.train_samples, config.seed)
-    longest = max(map(len, encoder.encode(prompts).prompts))
+    lengths = [len(prompt) for prompt in encoder.encode(prompts).prompts]
+    show_data(progress, dataset, encoder, lengths)
+    longest = max(lengths)
     on_gpu = config.gpu_memory is not None or not uses_cpu(config.device)
     device = torch.device("cuda" if on_gpu else "cpu")
     limit = (
@@ -380,7 +384,7 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
             f"model {config.model}: {error}; `train` finds a budget by trying"
         ) from error
     notes = [
-        f"longest of {len(prompts)} training prompts of {config.dataset}, k={config.k}: "
+        f"longest of {len(prompts)} training prompts of {dataset.name}, k={config.k}: "
         f"{longest} tokens" + ", by the built-in model's tokenizer, which makes many" * bool(known),
         f"{limit / 1e9:.1f} GB are to be had"
         + f" ({GPU_RESERVE / 1e9:.0f} GB is left to CUDA)" * on_gpu,

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
+        self._environment = folder / "environment.json"
         self._metrics = folder / "metrics.jsonl"
         self._evaluation = folder / "evaluation.json"
         self._attention = folder / "attention.json"
@@ -67,8 +69,12 @@ class Run:
             raise UserError(f"--resume {folder}: its config.yaml lacks {sorted(missing)[0]}")
         return cls(folder), resolve(TrainConfig, options)
 
-    def create(self, config: TrainConfig) -> None:
+    def create(self, config: TrainConfig, files: Mapping[str, str] | None = None) -> None:
         """Make the folder, empty it where that was asked for, and write what is known so far.
+
+        Args:
+            config: the run's options.
+            files: SHA-256 of the user's own data files.
 
         Raises:
             UserError: another run has taken the folder in the meantime.
@@ -82,7 +88,21 @@ class Run:
             else:
                 entry.unlink()
         write_yaml(config, self.folder / "config.yaml")
-        write_json(self.folder / "environment.json", describe())
+        write_json(self._environment, {**describe(), "data": dict(files or {})})
+
+    def check_data(self, files: Mapping[str, str]) -> None:
+        """Make sure that the user's own data are what the run began with.
+
+        Raises:
+            UserError: a file has changed.
+        """
+        known = _read_json(self._environment).get("data", {})
+        for path, digest in files.items():
+            if known.get(path) != digest:
+                raise UserError(
+                    f"{path} is not what run {self.folder} began with (SHA-256 differs): put it "
+                    f"back, or start a new run by --config {self.folder / 'config.yaml'}"
+                )
 
     @property
     def evaluation(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -155,5 +175,9 @@ def _unused(folder: Path) -> Path:
 
 
 def _name(config: TrainConfig) -> str:
-    model = re.sub(r"[^A-Za-z0-9._]+", "-", config.model.rstrip("/").split("/")[-1])
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{config.dataset}"
+    model = _plain(config.model.rstrip("/").split("/")[-1])
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{_plain(config.dataset_name)}"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name)

@@ -17,7 +17,7 @@ from abft_fast import checkpoint, loading, processes
 from abft_fast import model as models
 from abft_fast.config import TrainConfig
 from abft_fast.environment import peak_memory
-from abft_fast.errors import RunError
+from abft_fast.errors import RunError, UserError
 from abft_fast.evaluation import Behavior, BehaviorMean
 from abft_fast.files import atomic_folder
 from abft_fast.job import Job
@@ -42,11 +42,13 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
     """
     with processes.together():
         job, prompts, tests = set_up(config, run, progress, new=new)
+    if len(set(processes.collect(job.dataset.files))) > 1:
+        raise UserError(f"not every process reads the same data: share {config.dataset}")
 
     def evaluate_once(when: str) -> None:
         if tests is not None and processes.of_main(when not in run.evaluation):
             found = map(dataclasses.asdict, job.evaluate(tests, f"evaluating {when}"))
-            processes.on_main(run.record_evaluation, when, config.dataset, *found)
+            processes.on_main(run.record_evaluation, when, job.dataset.name, *found)
 
     evaluate_once("before")
     optimize(config, run, job, prompts)
@@ -61,9 +63,12 @@ def set_up(
     """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
     job = Job(config, progress, run.folder)
+    if not new and is_main():
+        run.check_data(dict(job.dataset.files))
     prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
     encoded = job.encode(prompts, "training")
     tests = None if config.no_eval else job.encode(job.dataset.test_prompts(config.k), "test")
+    job.show_data(encoded, tests)
     job.check_memory(encoded)
     job.load()
     job.check_attention(encoded)
@@ -77,7 +82,7 @@ def set_up(
         else models.train_weights(job.model)
     )
     if new and is_main():
-        run.create(config)
+        run.create(config, dict(job.dataset.files))
     progress.keep(run.folder / "run.log")
     return job, encoded.prompts, tests
 
