@@ -75,13 +75,18 @@ class ModelOptions(BaseModel):
 
 
 class DatasetOptions(ModelOptions):
-    """Which prompts are made of a dataset."""
+    """Which data."""
 
     dataset: Annotated[str, AfterValidator(_dataset)] = Field(
         "subj",
         description=f"One of {', '.join(data.DATASETS)}; the original's index 0-7; or data of "
         f"your own: a file ({tables.FORMATS}).",
     )
+
+
+class TableOptions(ModelOptions):
+    """What the user's own files hold."""
+
     text_column: str = Field("text", description="Column of the texts, in data of your own.")
     label_column: str = Field("label", description="Column of the labels, in data of your own.")
     template: Path | None = Field(
@@ -89,6 +94,17 @@ class DatasetOptions(ModelOptions):
         description="YAML file on data of your own: `input_prefix`, `label_prefix`, and `labels`, "
         "from values in the label column to label words. Unset: `text: `, `label: `, the values.",
     )
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        if self.text_column == self.label_column:
+            raise ValueError(f"--text-column and --label-column are both {self.text_column}")
+        return self
+
+
+class SamplingOptions(ModelOptions):
+    """What prompts are made of the data."""
+
     test_file: Path | None = Field(
         None,
         description="Test examples of your own, as for dataset. Unset: a DatasetDict's part "
@@ -137,6 +153,20 @@ class PromptOptions(ModelOptions):
         "auto is bf16 on a GPU, no on a CPU.",
     )
 
+    @field_validator("token_budget", mode="before")
+    @classmethod
+    def _check_token_budget(cls, value: Any) -> str | int:
+        return _named_or_count(value, ("auto",), "auto or a number of tokens from 1")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads `no` as false
+
+
+class Options(PromptOptions, SamplingOptions, TableOptions, DatasetOptions):
+    """What `train` and `eval` share; from the last class to the first, as help lists them."""
+
     @property
     def data_are_own(self) -> bool:
         """Whether `dataset` is a file or folder."""
@@ -165,23 +195,7 @@ class PromptOptions(ModelOptions):
             )
         if self.test_file is not None and given[-1] in split:
             raise ValueError(f"{flag(given[-1])}: with --test-file nothing is split: leave it out")
-        if self.text_column == self.label_column:
-            raise ValueError(f"--text-column and --label-column are both {self.text_column}")
         return self
-
-    @field_validator("token_budget", mode="before")
-    @classmethod
-    def _check_token_budget(cls, value: Any) -> str | int:
-        return _named_or_count(value, ("auto",), "auto or a number of tokens from 1")
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _yaml_no(cls, value: Any) -> Any:
-        return "no" if value is False else value  # YAML reads `no` as false
-
-
-class Options(PromptOptions, DatasetOptions):
-    """What `train` and `eval` share."""
 
 
 class EvalConfig(Options):
@@ -277,16 +291,9 @@ class PlanConfig(TrainConfig):
     )
 
 
-class PredictConfig(PromptOptions):
+class PredictConfig(PromptOptions, TableOptions):
     """Options of `abft-fast predict`."""
 
-    text_column: str = Field("text", description="Column of the texts, in data of your own.")
-    label_column: str = Field("label", description="Column of the labels, in data of your own.")
-    template: Path | None = Field(
-        None,
-        description="YAML file on data of your own: `input_prefix`, `label_prefix`, and `labels`, "
-        "from values in the label column to label words. Unset: `text: `, `label: `, the values.",
-    )
     on_long_prompt: Literal["refuse", "drop"] = Field(
         "refuse",
         description="What to do with a query whose prompt is beyond the model's context length; "
@@ -312,12 +319,6 @@ class PredictConfig(PromptOptions):
         if value.suffix.lower() not in (".csv", ".jsonl"):
             raise ValueError("end it in .csv or .jsonl")
         return value
-
-    @model_validator(mode="after")
-    def _check_columns(self) -> Self:
-        if self.text_column == self.label_column:
-            raise ValueError(f"--text-column and --label-column are both {self.text_column}")
-        return self
 
 
 class MergeConfig(ModelOptions):

@@ -41,6 +41,7 @@ def check_files(config: PredictConfig) -> None:
         for path in (config.input, config.demonstrations):
             if output.resolve() == path.resolve():
                 raise UserError(f"--output {output} is what is read: name another file")
+    next(tables.read_rows(config.input, (config.text_column,)))  # says it of the header
     next(read_queries(config, ()))
 
 

@@ -148,7 +148,7 @@ def test_a_query_beyond_the_context(folder):
     message = r"queries.csv, row 3: its prompt of \d+ tokens is longer than the .* of 400 tokens"
     with pytest.raises(UserError, match=message):
         run(model="short")
-    assert not (folder / "out.csv").exists()
+    assert not list(folder.glob("*out*"))
     rows = run(model="short", on_long_prompt="drop")
     assert [row["prediction"] == "" == row["p_objective"] for row in rows] == [0, 1, 0, 1]
     plain = AutoModelForCausalLM.from_pretrained(builtin_model_path())
@@ -159,6 +159,14 @@ def test_a_query_beyond_the_context(folder):
         run(model="short", on_long_prompt="drop")
 
 
+def test_a_mistake_far_down_leaves_nothing(folder, monkeypatch):
+    monkeypatch.setattr(predict, "_CHUNK", 4)
+    write("queries.csv", [(i, "so so") for i in range(9)] + [(9, " ")], "id", "text")
+    with pytest.raises(UserError, match=r"queries.csv, row 11, column 'text': the text is empty"):
+        run()
+    assert not list(folder.glob("*out*"))
+
+
 def test_numbers_that_are_none_name_the_row(folder):
     model = load("builtin", CPU, torch.float32)
     with torch.no_grad():
@@ -167,7 +175,7 @@ def test_numbers_that_are_none_name_the_row(folder):
     AutoTokenizer.from_pretrained(builtin_model_path()).save_pretrained("broken")
     with pytest.raises(RunError, match=r"queries.csv, row 2: the model's logits"):
         run(model="broken")
-    assert not (folder / "out.csv").exists()
+    assert not list(folder.glob("*out*"))
 
 
 def test_label_words_of_several_tokens_are_refused(folder):

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-from abft_fast.tables import Row
 
 from abft_fast.config import PredictConfig, resolve
 from abft_fast.errors import UserError
@@ -16,6 +15,7 @@ from abft_fast.prediction_files import (
     read_demonstrations,
     read_queries,
 )
+from abft_fast.tables import Row
 
 pytestmark = pytest.mark.unit
 
