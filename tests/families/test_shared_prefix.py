@@ -6,6 +6,7 @@ import torch
 from abft_fast import EncodedPrompt
 from abft_fast.evaluation import label_logits
 from abft_fast.model import train_lora
+from abft_fast.preflight import shared_prefix_is_exact
 from abft_fast.shared_prefix import SharedPrefix, common_prefix
 from tests.families.test_families import nf4_llama, tiny_hybrid
 from tests.tiny_models import FAMILIES, tiny_model
@@ -112,6 +113,18 @@ def test_autocast_is_as_for_whole_prompts():
         packed = [EncodedPrompt(ids, [], []) for ids in prompts]
         expected = label_logits(model, packed, LABELS)[0].float()
     assert (actual - exact).norm() <= 2 * (expected - exact).norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_before_a_run(family):
+    model = tiny_model(family)
+    (prefix,) = random_ids(12)
+    prompts = [prefix + own for own in random_ids(9, 2, 14)]
+    shared = SharedPrefix(model, prefix)
+    assert shared_prefix_is_exact(shared, prompts)
+    for _, value in shared._kept.values():
+        value += 0.1  # as were it of other tokens
+    assert not shared_prefix_is_exact(shared, prompts)
 
 
 def test_prompts_that_do_not_go_on_from_it_are_refused():
