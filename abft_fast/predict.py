@@ -52,7 +52,8 @@ def predict(
         if done >= 2 * said:
             progress.say(f"{done:,} rows")
             said = done
-    shared = f"; {labeller.shared_tokens} tokens of each prompt computed once"
+    tokens = labeller.shared_tokens
+    shared = f"; the first {tokens:,} tokens of all prompts computed once" if tokens else ""
     left = f", {dropped:,} beyond the model's context left empty" if dropped else ""
     progress.say(f"{done:,} rows labelled{left}{shared}")
 
@@ -91,7 +92,7 @@ class Labeller:
 
     @property
     def shared_tokens(self) -> int:
-        """Tokens that are the same in all prompts so far and were computed once."""
+        """Tokens that all prompts so far begin with and that were computed once."""
         return len(self._prefix.ids) if self._prefix else 0
 
     def label(self, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, list[float] | None]]:

@@ -41,7 +41,8 @@ class SharedPrefix:
     def shorten(self, length: int) -> None:
         """Go on with its first `length` tokens; nothing is computed again."""
         self.ids = self.ids[:length]
-        self._kept = {i: (k[:length], v[:length]) for i, (k, v) in self._kept.items()}
+        kept = {i: (k[:length], v[:length]) for i, (k, v) in self._kept.items()}
+        self._kept = kept if self.ids else {}
 
     def can_share(self, longest: int) -> bool:
         """Whether prompts of up to `longest` tokens, it included, can go on from its keys."""

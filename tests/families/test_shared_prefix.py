@@ -57,6 +57,9 @@ def test_a_shortened_prefix_is_not_computed_again(family):
     shared.shorten(12)
     assert_close(shared.label_logits([second, first], LABELS), whole(model, [second, first]))
     assert shared.computed == 15 + 5 + 18 + 8
+    shared.shorten(0)
+    third = random_ids(6)
+    assert_close(shared.label_logits(third, LABELS), whole(model, third))
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "nf4"])
@@ -123,7 +126,7 @@ def test_the_check_before_a_run(family):
     shared = SharedPrefix(model, prefix)
     assert shared_prefix_is_exact(shared, prompts)
     for _, value in shared._kept.values():
-        value += 0.1  # as were it of other tokens
+        value.add_(0.1)  # as were it of other tokens
     assert not shared_prefix_is_exact(shared, prompts)
 
 

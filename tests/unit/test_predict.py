@@ -18,6 +18,7 @@ from abft_fast.model import load_adapter, train_lora
 from abft_fast.prediction_files import open_output, read_demonstrations
 from abft_fast.progress import Progress
 from abft_fast.prompts import PromptEncoder, Template
+from tests.families.test_families import tiny_hybrid
 
 pytestmark = pytest.mark.unit
 
@@ -137,6 +138,19 @@ def test_quantized(folder):
     expected = one_by_one(plain, texts, subj.training[:5])
     for row, (first, _) in zip(rows, expected, strict=True):
         assert float(row["p_objective"]) == pytest.approx(first, abs=1e-4)
+
+
+def test_a_model_that_cannot_share_is_given_whole_prompts(folder, capsys):
+    AutoTokenizer.from_pretrained(builtin_model_path()).save_pretrained("hybrid")
+    model = tiny_hybrid(
+        ["linear_attention", "full_attention"] * 2, vocab_size=4096, max_position_embeddings=2048
+    )
+    model.save_pretrained("hybrid")
+    texts = ["a fine film", "so so", "dull"]
+    write("queries.csv", enumerate(texts), "id", "text")
+    rows = run(model="hybrid")
+    assert "demonstrations are computed for each query" in capsys.readouterr().err
+    assert_predicted(rows, one_by_one(model, texts, data.load("subj").training[:5]))
 
 
 def test_a_query_beyond_the_context(folder):
