@@ -23,9 +23,9 @@ class SharedPrefix:
     """The first tokens of many prompts, with the keys and values that a model makes of them.
 
     Keys and values depend on the tokens before them alone, so every later prompt attends to those
-    that were kept. They are made at the first call and are the model's own: a model that changes
-    needs a new prefix. Models of which that is not true (layers without attention, RoPE that
-    depends on a prompt's length) are given whole prompts.
+    that were kept. They are made at the first call, in evaluation mode, and are of the model as it
+    is then. Models of which that is not true (layers without attention, RoPE that depends on a
+    prompt's length) are given whole prompts.
 
     Attributes:
         ids: its tokens.
@@ -34,7 +34,7 @@ class SharedPrefix:
 
     def __init__(self, model: nn.Module, ids: Sequence[int], attention: str = "auto"):
         self.ids = list(ids)
-        self.model, self.attention = model, attention
+        self.model, self.attention = model.eval(), attention
         self.computed = 0
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 

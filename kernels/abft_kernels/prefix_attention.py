@@ -15,6 +15,7 @@ from abft_kernels.problem import Scores
 from abft_kernels.separate_attention import attend_separately
 
 
+@torch.no_grad()  # a log-sum-exp has no gradient
 def attention_after_prefix(
     q: Tensor,
     k: Tensor,
@@ -57,9 +58,8 @@ def attention_after_prefix(
     if name == "separate" or window is not None:
         prefix = prefix_k, prefix_v
         return attend_separately(q, k, v, cu_seqlens, scores, sinks, prefix=prefix)
-    with torch.no_grad():  # a log-sum-exp has none
-        own, own_lse = attention_forward(name, q, k, v, sinks, Prompts(cu_seqlens, longest), scores)
-        all_rows = Prompts(cu_seqlens[[0, -1]], len(q), prefix=length)
-        seen, seen_lse = attention_forward(name, q, prefix_k, prefix_v, None, all_rows, scores)
-        weight = torch.sigmoid(seen_lse - own_lse).T[..., None]
-        return torch.lerp(own.to(weight.dtype), seen.to(weight.dtype), weight).to(q.dtype)
+    own, own_lse = attention_forward(name, q, k, v, sinks, Prompts(cu_seqlens, longest), scores)
+    all_rows = Prompts(cu_seqlens[[0, -1]], len(q), prefix=length)
+    seen, seen_lse = attention_forward(name, q, prefix_k, prefix_v, None, all_rows, scores)
+    weight = torch.sigmoid(seen_lse - own_lse).T[..., None]
+    return torch.lerp(own.to(weight.dtype), seen.to(weight.dtype), weight).to(q.dtype)

@@ -81,8 +81,7 @@ def assert_predicted(rows, expected):
         assert row["prediction"] == words[actual.index(max(actual))]
 
 
-@pytest.mark.parametrize("form", ["ours", "staicc"])
-@pytest.mark.parametrize("chunk", [1024, 7])
+@pytest.mark.parametrize(("chunk", "form"), [(1024, "ours"), (7, "staicc")])
 def test_equal_to_whole_prompts_one_by_one(folder, chunk, form, monkeypatch):
     monkeypatch.setattr(predict, "_CHUNK", chunk)
     subj = data.load("subj")
