@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -84,10 +85,17 @@ def default_text(field: FieldInfo) -> str:
 
 def values_text(field: FieldInfo) -> str:
     """The kind of value an option takes."""
-    if get_origin(field.annotation) is Literal:
-        return "|".join(get_args(field.annotation))
-    kinds = [k for k in get_args(field.annotation) or (field.annotation,) if k is not type(None)]
-    return "|".join("TEXT" if k is str else k.__name__.upper() for k in kinds)
+    annotation = field.annotation
+    kinds = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    return "|".join(
+        "|".join(get_args(kind))
+        if get_origin(kind) is Literal
+        else "TEXT"
+        if kind is str
+        else kind.__name__.upper()
+        for kind in kinds
+        if kind is not type(None)
+    )
 
 
 def _look_at_data(config: Options) -> None:
@@ -132,32 +140,29 @@ def eval_(flags: dict[str, Any]) -> None:
     if config.output is not None and not config.output.parent.is_dir():
         raise UserError(f"--output {config.output}: folder {config.output.parent} does not exist")
     _look_at_data(config)
-    from dataclasses import asdict
-
     from abft_fast import model as models
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
     from abft_fast.files import write_json
     from abft_fast.job import Job
-    from abft_fast.label_head import keep_label_rows
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
 
     with processes.running(uses_cpu(config.device)):
         with processes.together():
             job = Job(config, Progress())
-            prompts = job.encode(job.dataset.test_prompts(config.k), "test")
-            job.show_data(prompts)
+            tests = job.evaluation_sets()
+            job.show_data(tests[0].prompts)
             job.load()
             if config.adapter is not None:
                 job.model = models.load_adapter(job.model, config.adapter)
-            keep_label_rows(job.model, job.encoder.label_ids)
-            job.check_attention(prompts)
-        metrics, behavior = job.evaluate(prompts, f"evaluating {job.dataset.name}")
+            job.keep_label_rows(tests)
+            job.check_attention(tests[0].prompts)
+        metrics, attention = job.evaluate(tests, "evaluating")
         if config.output is not None:
-            processes.on_main(write_json, config.output, {job.dataset.name: asdict(metrics)})
+            processes.on_main(write_json, config.output, metrics)
     if launch.is_main():
-        print_evaluation(job.dataset.name, metrics, behavior)
+        print_evaluation(metrics, attention)
 
 
 @_command(PlanConfig)

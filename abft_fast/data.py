@@ -9,10 +9,11 @@ import hashlib
 import importlib.util
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 from abft_fast import tables
 from abft_fast.errors import UserError
@@ -20,7 +21,9 @@ from abft_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text; `label` indexes the dataset's label words."""
+    """One labelled text; `label` indexes the dataset's label words, or is `NO_LABEL`."""
+
+    NO_LABEL: ClassVar[int] = -1
 
     text: str
     label: int
@@ -128,6 +131,8 @@ class Dataset:
         demonstrations: the pool test prompts draw their demonstrations from.
         test: the 512 test queries.
         files: path and SHA-256 of each file it was made of, where they are the user's own.
+        alternate_template: three values of each of four parts of the template, by StaICC's names;
+            None where there are none.
     """
 
     name: str
@@ -139,6 +144,7 @@ class Dataset:
     demonstrations: tuple[Example, ...]
     test: tuple[Example, ...]
     files: tuple[tuple[str, str], ...] = ()
+    alternate_template: Mapping[str, Sequence] | None = None
 
     def training_prompts(self, k: int, count: int, seed: int) -> list[Prompt]:
         """`count` prompts of k + 1 distinct training examples each (paper, A.1).
@@ -164,20 +170,10 @@ class Dataset:
         Raises:
             UserError: k is more than the pool of demonstrations.
         """
-        if k > len(self.demonstrations):
-            raise UserError(
-                f"k={k}: {self.name} has {len(self.demonstrations)} demonstrations to draw from"
-            )
-        from StaICC.util import configs, dataset_interface
+        from abft_fast.protocols import Protocol
 
-        repeats = configs.STANDARD_SETTINGS["test_times_for_each_test_sample"]
-        sampler = dataset_interface.demonstration_sampler(
-            k, len(self.demonstrations), repeats * len(self.test)
-        )
-        return [
-            Prompt(tuple(self.demonstrations[j] for j in sampler[i]), self.test[i % len(self.test)])
-            for i in range(len(sampler))
-        ]
+        [call] = Protocol.of("Normal", self, k).calls
+        return call.prompts
 
 
 def resolve_name(name: str) -> str:
@@ -226,6 +222,7 @@ def load(name: str) -> Dataset:
         training=_examples(split.calibration),
         demonstrations=_examples(split.demonstration),
         test=_examples(split.test),
+        alternate_template=original.get_alternate_template(),
     )
 
 

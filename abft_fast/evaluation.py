@@ -1,4 +1,4 @@
-"""Accuracy on StaICC's test prompts, with StaICC's own metrics, and what the heads do on them."""
+"""Predictions of prompts' labels, packed, and what the heads do on the way."""
 
 from __future__ import annotations
 
@@ -73,61 +73,58 @@ class BehaviorMean:
         return Behavior(self._heads / max(self._prompts, 1), share)
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """StaICC's four metrics (its `util.functional`), on one dataset."""
-
-    accuracy: float
-    macro_f1: float
-    true_label_likelihood: float
-    expected_calibration_error: float | None
-
-
-def evaluate(
+def predict(
     model: nn.Module,
     encoded: EncodedPrompts,
-    label_ids: Sequence[int],
     token_budget: int,
     on_batch: Callable[[int], None] = lambda prompts: None,
     autocast: Callable = contextlib.nullcontext,
     attention: str = "auto",
-) -> tuple[Metrics, Behavior]:
-    """Predict every prompt's label, each process for its share, and score the predictions.
+    behavior: bool = True,
+) -> tuple[Tensor, BehaviorMean]:
+    """Predict every prompt's label, each process for its share; all have all of them in the end.
 
     Args:
         model: a decoder with LM head.
-        encoded: prompts and their labels.
-        label_ids: the label words' tokens.
+        encoded: prompts, and the tokens of the label words at their queries.
         token_budget: tokens a packed batch.
         on_batch: called with the number of prompts this process has done after each batch.
         autocast: context manager around each forward.
         attention: what computes attention, by `abft_kernels.choose_attention`.
+        behavior: whether to look at heads too.
+
+    Returns:
+        Logits of the label words, (prompts, labels), on the CPU in float32, and the heads, of no
+        prompt where they were not looked at.
 
     Raises:
         FloatingPointError: a label's logit is not finite.
     """
     lengths = [len(prompt) for prompt in encoded.prompts]
     mine = processes.share(lengths)
-    logits = torch.empty(len(encoded.prompts), len(label_ids))
-    behavior = BehaviorMean()
+    logits = torch.empty(len(encoded.prompts), len(encoded.label_ids))
+    heads = BehaviorMean()
     model.eval()
     with processes.together(), torch.no_grad():
         for micro in micro_batches([lengths[i] for i in mine], token_budget):
             batch = [mine[i] for i in micro]
             prompts = [encoded.prompts[i] for i in batch]
+            if not behavior:  # nothing to look at
+                prompts = [EncodedPrompt(prompt.input_ids, [], []) for prompt in prompts]
             with autocast():
-                found = _within_memory(model, prompts, label_ids, attention)
+                found = _within_memory(model, prompts, encoded.label_ids, attention)
             logits[batch] = torch.cat([rows.float().cpu() for rows, _, _ in found])
-            for _, heads, packed in found:
-                behavior.add(heads, packed)
+            for _, seen, packed in found:
+                if behavior:
+                    heads.add(seen, packed)
             on_batch(len(batch))
         if not logits[mine].isfinite().all():
             raise FloatingPointError("the model's logits of the label words are not finite")
     everyone = BehaviorMean()
-    for indices, rows, heads in processes.collect((mine, logits[mine], behavior)):
+    for indices, rows, seen in processes.collect((mine, logits[mine], heads)):
         logits[indices] = rows
-        everyone.join(heads)
-    return staicc_metrics(encoded.labels, logits), everyone.result()
+        everyone.join(seen)
+    return logits, everyone
 
 
 def _within_memory(model, prompts, label_ids, attention):
@@ -151,23 +148,3 @@ def label_logits(
     last = packed.cu_seqlens[1:].long() - 1
     output = run_packed(model, forward, logits_to_keep=last)
     return output.logits[0][:, label_columns(model, label_ids)], forward.behavior(), packed
-
-
-def staicc_metrics(labels: Sequence[int], logits: Tensor) -> Metrics:
-    """Score label logits, (prompts, labels), as StaICC does, by its own functions.
-
-    Its likelihood and calibration error take a softmax a second time wherever one row of
-    probabilities does not sum to exactly 1; its published figures have that in them, so ours do.
-    """
-    from StaICC.util import functional
-
-    probabilities = [functional.softmax(row) for row in logits.tolist()]
-    truth = list(labels)
-    return Metrics(
-        accuracy=functional.accuracy(truth, probabilities),
-        macro_f1=functional.macro_F1(truth, probabilities),
-        true_label_likelihood=functional.averaged_truelabel_likelihood(truth, probabilities),
-        expected_calibration_error=functional.expected_calibration_error_1(truth, probabilities)
-        if len(truth) >= 10  # its number of bins
-        else None,
-    )

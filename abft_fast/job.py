@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from abft_fast import data, loading, own_data, processes
+from abft_fast import data, evaluation, loading, own_data, processes
 from abft_fast.config import EvalConfig, TrainConfig
 from abft_fast.data_report import show_data
 from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.environment import uses_cpu
 from abft_fast.errors import UserError
-from abft_fast.evaluation import Behavior, Metrics, evaluate
+from abft_fast.evaluation_set import EvaluationSet
+from abft_fast.label_head import keep_label_rows
+from abft_fast.packing import EncodedPrompt
 from abft_fast.plan import Arithmetic, Flow, make_plan, memory_to_be_had, what_to_change
 from abft_fast.preflight import check_attention
 from abft_fast.progress import Progress
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.simulation import CannotCount
 from abft_fast.token_budget import CPU_TOKENS
+from abft_fast.training_data import training_prompts
 
 
 class Job:
@@ -59,27 +64,31 @@ class Job:
         )
         refuse_offloaded(self.model, self.config.model)
 
-    def encode(self, prompts: list[data.Prompt], what: str) -> EncodedPrompts:
-        """Tokenize prompts and say what became of those too long."""
-        encoded = self.encoder.encode(prompts)
+    def encode_training(self) -> list[EncodedPrompt]:
+        """The training prompts of the method."""
+        encoded = training_prompts(self.config, self.dataset, self.encoder)
+        self._say_too_long(encoded, "training")
+        return encoded.prompts
+
+    def _say_too_long(self, encoded: EncodedPrompts, what: str) -> None:
         if encoded.dropped or encoded.shortened:
             self.progress.say(
                 f"{what} prompts beyond the model's context: {encoded.dropped} dropped, "
-                f"{encoded.shortened} with fewer demonstrations, of {len(prompts)}"
+                f"{encoded.shortened} with fewer demonstrations, of "
+                f"{encoded.dropped + len(encoded.prompts)}"
             )
-        return encoded
 
-    def show_data(self, *parts: EncodedPrompts | None) -> None:
+    def show_data(self, *parts: Sequence[EncodedPrompt]) -> None:
         """Print what the user's own data are, with the prompts made of them."""
-        prompts = [prompt for part in parts if part is not None for prompt in part.prompts]
-        show_data(self.progress, self.dataset, self.encoder, map(len, prompts))
+        lengths = [len(prompt) for prompts in parts for prompt in prompts]
+        show_data(self.progress, self.dataset, self.encoder, lengths)
 
-    def check_attention(self, prompts: EncodedPrompts) -> None:
+    def check_attention(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Make sure that packed attention is the model's own, and say what it runs on."""
         try:
             found = check_attention(
                 self.model,
-                prompts.prompts,
+                prompts,
                 self.accelerator.autocast,
                 self.config.attention_backend,
             )
@@ -90,28 +99,75 @@ class Job:
             if name == "separate":
                 self.progress.say(f"one prompt at a time, keys read twice: {reasons}")
 
-    def evaluate(self, prompts: EncodedPrompts, what: str) -> tuple[Metrics, Behavior]:
-        """Score the model as it is on the test prompts."""
-        mine = processes.share([len(prompt) for prompt in prompts.prompts])
-        with self.progress.bar(what, len(mine)) as advance:
-            return evaluate(
-                self.model,
-                prompts,
-                self.encoder.label_ids,
-                CPU_TOKENS if self.config.token_budget == "auto" else self.config.token_budget,
-                advance,
-                self.accelerator.autocast,
-                self.config.attention_backend,
-            )
+    def evaluation_sets(self) -> list[EvaluationSet]:
+        """What the options want the model tested on, its prompts tokenized.
 
-    def check_memory(self, prompts: EncodedPrompts) -> None:
+        Raises:
+            UserError: a dataset does not allow the test, or a prompt is too long.
+        """
+        names = [self.dataset.name]
+        if self.config.generalization_test:
+            names += [name for name in data.PAPER_DATASETS if name != self.dataset.name]
+        tests = []
+        for name in names:
+            dataset, encoder = self.dataset, self.encoder
+            if name != self.dataset.name:
+                dataset = data.load(name)
+                encoder = PromptEncoder.by_options(
+                    self.config,
+                    encoder.tokenizer,
+                    dataset,
+                    encoder.max_length,
+                )
+            test = EvaluationSet(self.config, dataset, encoder)
+            for encoded in test.encoded:
+                self._say_too_long(encoded, f"{name}: test")
+            tests.append(test)
+        return tests
+
+    def keep_label_rows(self, tests: Sequence[EvaluationSet]) -> None:
+        """Free the rows of the LM head that are of no label word."""
+        wanted = set(self.encoder.label_ids).union(*(test.label_ids for test in tests))
+        keep_label_rows(self.model, sorted(wanted))
+
+    def evaluate(self, tests: Sequence[EvaluationSet], what: str) -> tuple[dict, dict]:
+        """Test the model as it is.
+
+        Returns:
+            Metrics by dataset, and attention behavior by dataset.
+        """
+        metrics, attention = {}, {}
+        for test in tests:
+            own = sum(len(processes.share(list(map(len, e.prompts)))) for e in test.encoded)
+            label = what if len(tests) == 1 else f"{what}, {test.dataset}"
+            with self.progress.bar(label, own) as advance:
+
+                def predict(encoded: EncodedPrompts, behavior: bool, advance=advance):
+                    return evaluation.predict(
+                        self.model,
+                        encoded,
+                        CPU_TOKENS
+                        if self.config.token_budget == "auto"
+                        else self.config.token_budget,
+                        advance,
+                        self.accelerator.autocast,
+                        self.config.attention_backend,
+                        behavior,
+                    )
+
+                found, behavior = test.run(predict)
+            metrics[test.dataset] = found
+            attention[test.dataset] = dataclasses.asdict(behavior)
+        return metrics, attention
+
+    def check_memory(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Say what memory training will take; refuse what cannot fit, before weights are read.
 
         Raises:
             UserError: not even the longest prompt fits, and `--force` is not given.
         """
         config = self.config
-        longest = max(map(len, prompts.prompts))
+        longest = max(map(len, prompts))
         flow = Flow(config.gradient, config.checkpointing)
         room = memory_to_be_had(self.accelerator.device, all_gpus=self.placement is not None)
         run = (self.shape, config, self.arithmetic)

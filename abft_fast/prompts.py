@@ -30,6 +30,10 @@ class Template:
     label_prefix: str
     label_words: tuple[str, ...]
     form: str
+    instruction: str = ""
+    input_affix: str = " "
+    label_affix: str = "\n"
+    query_prefix: str = ""
 
     @classmethod
     def of(cls, dataset: Dataset, form: str) -> Template:
@@ -39,19 +43,20 @@ class Template:
 
     def render(self, prompt: Prompt) -> tuple[str, list[tuple[int, int]]]:
         """The prompt's text and the (start, end) characters of each demonstration's label word."""
-        text, spans = "", []
+        text, spans = self.instruction, []
         for example in prompt.demonstrations:
             text += self._question(example.text)
             text += " " if self.form == "ours" else ""
             word = self.label_words[example.label]
             spans.append((len(text), len(text) + len(word)))
-            text += word + "\n"
-        return text + self._question(prompt.query.text), spans
+            text += word + self.label_affix
+        return text + self.query_prefix + self._question(prompt.query.text), spans
 
     def _question(self, text: str) -> str:
+        label_prefix = self.label_prefix
         if self.form == "ours":
-            return f"{self.input_prefix}{text.strip()} {self.label_prefix.rstrip()}"
-        return f"{self.input_prefix}{text} {self.label_prefix}"
+            text, label_prefix = text.strip(), label_prefix.rstrip()
+        return f"{self.input_prefix}{text}{self.input_affix}{label_prefix}"
 
 
 @dataclass
@@ -61,12 +66,16 @@ class EncodedPrompts:
     Attributes:
         prompts: the prompts kept.
         labels: index of each kept query's label word.
+        kept: index of each kept prompt among those given.
+        label_ids: the token each label word is at these queries.
         dropped: prompts left out.
         shortened: prompts that lost demonstrations.
     """
 
     prompts: list[EncodedPrompt] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    label_ids: list[int] = field(default_factory=list)
     dropped: int = 0
     shortened: int = 0
 
@@ -104,8 +113,17 @@ class PromptEncoder:
         self.on_long_prompt = on_long_prompt
         self._label_token = label_token
         self._another = "another model" + " or other words by --template" * bool(dataset.files)
-        self._demonstration_ids = self._check_demonstration_labels(dataset)
-        self.label_ids = self._check_query_labels(dataset)
+        self._example = dataset.training[0]
+        self._demonstration_ids = self._check_demonstration_labels()
+        self.label_ids = self._check_query_labels(self.template)
+        for word, query_id, id_ in zip(
+            self.template.label_words, self.label_ids, self._demonstration_ids, strict=True
+        ):
+            if form == "ours" and query_id != id_:
+                raise UserError(
+                    f"{self.dataset}: label word {word!r} is token {id_} in demonstrations but "
+                    f"{query_id} at the query in this tokenizer; use --prompt-form staicc"
+                )
 
     @classmethod
     def by_options(
@@ -125,26 +143,37 @@ class PromptEncoder:
             on_long_prompt=options.on_long_prompt,
         )
 
-    def encode(self, prompts: Sequence[Prompt]) -> EncodedPrompts:
+    def encode(self, prompts: Sequence[Prompt], template: Template | None = None) -> EncodedPrompts:
         """Tokenize prompts; those beyond the context length are refused, dropped or shortened.
 
+        Args:
+            template: how they are written, if not by the dataset's own template; labels are then
+                predicted by the tokens they are under it, and may be others in demonstrations.
+
         Raises:
-            UserError: a prompt is too long and `on_long_prompt` is `refuse`, or none is left.
+            UserError: a prompt is too long and `on_long_prompt` is `refuse`, or none is left, or
+                labels cannot be told apart under the template.
         """
-        result = EncodedPrompts()
+        template = template or self.template
+        label_ids = self.label_ids
+        if template != self.template:
+            label_ids = self._check_query_labels(template)
+        result = EncodedPrompts(label_ids=label_ids)
         longest = 0
         for start in range(0, len(prompts), _CHUNK):
             chunk = prompts[start : start + _CHUNK]
-            for prompt, encoded in zip(chunk, self._encode(chunk), strict=True):
+            found = self._encode(chunk, template)
+            for i, (prompt, encoded) in enumerate(zip(chunk, found, strict=True), start):
                 kept: EncodedPrompt | None = encoded
                 if self.max_length is not None and len(encoded) > self.max_length:
                     longest = max(longest, len(encoded))
-                    kept = self._fit(prompt)
+                    kept = self._fit(prompt, template)
                     result.shortened += kept is not None
                     result.dropped += kept is None
                 if kept is not None:
                     result.prompts.append(kept)
                     result.labels.append(prompt.query.label)
+                    result.kept.append(i)
             if longest and self.on_long_prompt == "refuse":
                 raise UserError(
                     f"{self.dataset}: a prompt of {longest} tokens is longer than the model's "
@@ -158,19 +187,19 @@ class PromptEncoder:
             )
         return result
 
-    def _fit(self, prompt: Prompt) -> EncodedPrompt | None:
+    def _fit(self, prompt: Prompt, template: Template) -> EncodedPrompt | None:
         """The prompt with as many of its last demonstrations as fit; None to drop it."""
         if self.on_long_prompt != "fewer-demonstrations":
             return None
         for first in range(1, len(prompt.demonstrations)):
             shorter = Prompt(prompt.demonstrations[first:], prompt.query)
-            encoded = self._encode([shorter])[0]
+            encoded = self._encode([shorter], template)[0]
             if len(encoded) <= self.max_length:
                 return encoded
         return None
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
-        rendered = [self.template.render(prompt) for prompt in prompts]
+    def _encode(self, prompts: Sequence[Prompt], template: Template) -> list[EncodedPrompt]:
+        rendered = [template.render(prompt) for prompt in prompts]
         encoded = []
         for prompt, (_, spans), (ids, offsets) in zip(
             prompts, rendered, self._tokenize([text for text, _ in rendered]), strict=True
@@ -178,7 +207,7 @@ class PromptEncoder:
             positions = [_overlapping(offsets, span)[0] for span in spans]
             for position, demonstration in zip(positions, prompt.demonstrations, strict=True):
                 expected = self._demonstration_ids[demonstration.label]
-                if ids[position] != expected:
+                if ids[position] != expected and template == self.template:
                     word = self.template.label_words[demonstration.label]
                     raise UserError(
                         f"{self.dataset}: label word {word!r} is token {expected} in one "
@@ -199,9 +228,9 @@ class PromptEncoder:
             result.append((ids[:end], offsets[:end]))
         return result
 
-    def _check_demonstration_labels(self, dataset: Dataset) -> list[int]:
+    def _check_demonstration_labels(self) -> list[int]:
         found = []
-        query = dataset.training[0]
+        query = self._example
         for label in range(len(self.template.label_words)):
             demonstration = type(query)(query.text, label)
             text, spans = self.template.render(Prompt((demonstration,), query))
@@ -209,17 +238,17 @@ class PromptEncoder:
             found.append([ids[i] for i in _overlapping(offsets, spans[0])])
         return self._distinct_tokens(found, "in demonstrations")
 
-    def _check_query_labels(self, dataset: Dataset) -> list[int]:
-        if self.template.form == "staicc":  # its harness looks a word up alone, last token
+    def _check_query_labels(self, template: Template) -> list[int]:
+        if template.form == "staicc":  # its harness looks a word up alone, last token
             alone = [
                 self.tokenizer(word, add_special_tokens=False)["input_ids"][::-1]
-                for word in self.template.label_words
+                for word in template.label_words
             ]
             return self._distinct_tokens(alone, "at the query")
-        question, _ = self.template.render(Prompt((), dataset.training[0]))
+        question, _ = template.render(Prompt((), self._example))
         before, _ = self._tokenize([question])[0]
         found = []
-        for word in self.template.label_words:
+        for word in template.label_words:
             ids, _ = self._tokenize([f"{question} {word}"])[0]
             if ids[: len(before)] != before:
                 raise UserError(
@@ -227,16 +256,7 @@ class PromptEncoder:
                     "tokenizer, so it cannot be predicted; use another model or --prompt-form"
                 )
             found.append(ids[len(before) :])
-        label_ids = self._distinct_tokens(found, "at the query")
-        for word, query_id, id_ in zip(
-            self.template.label_words, label_ids, self._demonstration_ids, strict=True
-        ):
-            if query_id != id_:
-                raise UserError(
-                    f"{self.dataset}: label word {word!r} is token {id_} in demonstrations but "
-                    f"{query_id} at the query in this tokenizer; use --prompt-form staicc"
-                )
-        return label_ids
+        return self._distinct_tokens(found, "at the query")
 
     def _distinct_tokens(self, found: list[list[int]], where: str) -> list[int]:
         listing = ", ".join(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from abft_fast.evaluation import Behavior, Metrics
 from abft_fast.plan import Plan
 from abft_fast.run import Run
 
-_METRICS = {
+_PERCENTAGES = {
     "accuracy": "accuracy (%)",
     "macro_f1": "macro F1 (%)",
     "true_label_likelihood": "true-label likelihood (%)",
     "expected_calibration_error": "expected calibration error (%)",
+    "consistency": "consistency (%)",
 }
 _ATTENTION = {
     "induction_heads": "induction heads a prompt",
@@ -27,38 +27,74 @@ def print_run(run: Run) -> None:
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    content = run.evaluation
-    for dataset in content.get("after", {}):
-        sides = [content[when][dataset] for when in ("before", "after")]
-        heads = [run.attention[when][dataset] for when in ("before", "after")]
-        for name, title in _METRICS.items():
-            table.add_row(title, *(_percent(side[name]) for side in sides))
-        name = "induction_heads"
-        table.add_row(_ATTENTION[name], *(f"{side[name]:.2f}" for side in heads))
-        name = "correct_share_above_chance"
-        table.add_row(_ATTENTION[name], *(_percent(side[name], "+") for side in heads))
-    rows = run.metrics()
-    table.add_row("training steps", "", str(len(rows)))
-    table.add_row("seconds of training", "", f"{sum(row['seconds'] for row in rows):.1f}")
-    peak = max(row["peak_memory_bytes"] for row in rows)
+    metrics, attention = run.evaluation, run.attention
+    sides = [when for when in ("before", "after") if when in metrics]
+    rows = [_rows(metrics[when], attention[when]) for when in sides]
+    for title in rows[0] if rows else ():
+        found = {when: side[title] for when, side in zip(sides, rows, strict=True)}
+        table.add_row(title, found.get("before", ""), found.get("after", ""))
+    steps = run.metrics()
+    table.add_row("training steps", "", str(len(steps)))
+    table.add_row("seconds of training", "", f"{sum(row['seconds'] for row in steps):.1f}")
+    peak = max(row["peak_memory_bytes"] for row in steps)
     table.add_row("peak memory (MiB)", "", f"{peak / 2**20:.0f}")
     console = _console()
     console.print(table)
+    if run.mauve:
+        console.print(
+            f"MAUVE of {run.mauve['texts']} texts against those of before: "
+            f"{run.mauve['after']:.3f}; the model before against itself: "
+            f"{run.mauve['before_again']:.3f}"
+        )
     console.print(f"run folder: {run.folder}", soft_wrap=True)
-    console.print(f"trained {run.artifact.name}: {run.artifact}", soft_wrap=True)
+    if run.artifact.is_dir():
+        console.print(f"trained {run.artifact.name}: {run.artifact}", soft_wrap=True)
 
 
-def print_evaluation(dataset: str, metrics: Metrics, behavior: Behavior) -> None:
-    """One dataset's metrics."""
-    table = Table(title=f"abft-fast eval: {dataset}", title_justify="left")
+def print_evaluation(metrics: dict[str, dict], attention: dict[str, dict]) -> None:
+    """Each dataset's metrics."""
+    table = Table(title=f"abft-fast eval: {', '.join(metrics)}", title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right")
-    for name, title in _METRICS.items():
-        table.add_row(title, _percent(getattr(metrics, name)))
-    table.add_row(_ATTENTION["induction_heads"], f"{behavior.induction_heads:.2f}")
-    share = behavior.correct_share_above_chance
-    table.add_row(_ATTENTION["correct_share_above_chance"], _percent(share, "+"))
+    for title, value in _rows(metrics, attention).items():
+        table.add_row(title, value)
     _console().print(table)
+
+
+def _rows(metrics: dict[str, dict], attention: dict[str, dict]) -> dict[str, str]:
+    """Titles and values of all datasets' figures; of several, the first is in-domain."""
+    rows = {}
+    for dataset, found in metrics.items():
+        start = "" if len(metrics) == 1 else f"{dataset}: "
+        for name, value in found.items():
+            title, text = _figure(name, value)
+            rows[start + title] = text
+        heads = attention[dataset]
+        rows[start + _ATTENTION["induction_heads"]] = f"{heads['induction_heads']:.2f}"
+        share = heads["correct_share_above_chance"]
+        rows[start + _ATTENTION["correct_share_above_chance"]] = _percent(share, "+")
+    inside, *outside = metrics.values()
+    if outside:
+        for name in inside:
+            if name not in _PERCENTAGES:
+                continue
+            title, rows_in = _figure(name, inside[name])
+            values = [other[name] for other in outside if other[name] is not None]
+            mean = sum(values) / len(values) if values else None
+            rows[f"in-domain: {title}"] = rows_in
+            rows[f"out-of-domain, mean of {len(values)}: {title}"] = _figure(name, mean)[1]
+    return rows
+
+
+def _figure(name: str, value: float | None) -> tuple[str, str]:
+    """A metric's title and value: per cent where it is a share, else the number."""
+    percent = _PERCENTAGES.get(name)
+    if percent is None and "_at_" in name:  # GLER, at one error rate
+        metric, _, rate = name.partition("_at_")
+        percent = f"{_PERCENTAGES[metric]}, {rate.removesuffix('_percent_wrong')} % wrong labels"
+    if percent:
+        return percent, _percent(value)
+    return name.replace("_", " "), "-" if value is None else f"{value:.4f}"
 
 
 def print_plan(model: str, plan: Plan, notes: list[str]) -> None:

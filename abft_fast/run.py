@@ -69,11 +69,14 @@ class Run:
             raise UserError(f"--resume {folder}: its config.yaml lacks {sorted(missing)[0]}")
         return cls(folder), resolve(TrainConfig, options)
 
-    def create(self, config: TrainConfig, files: Mapping[str, str] | None = None) -> None:
+    def create(
+        self, config: TrainConfig, trained_parameters: int, files: Mapping[str, str]
+    ) -> None:
         """Make the folder, empty it where that was asked for, and write what is known so far.
 
         Args:
             config: the run's options.
+            trained_parameters: how many there are.
             files: SHA-256 of the user's own data files.
 
         Raises:
@@ -88,7 +91,8 @@ class Run:
             else:
                 entry.unlink()
         write_yaml(config, self.folder / "config.yaml")
-        write_json(self._environment, {**describe(), "data": dict(files or {})})
+        found = {"trained_parameters": trained_parameters, "data": dict(files)}
+        write_json(self._environment, {**describe(), **found})
 
     def check_data(self, files: Mapping[str, str]) -> None:
         """Make sure that the user's own data are what the run began with.
@@ -114,11 +118,11 @@ class Run:
         """The same for attention behavior."""
         return _read_json(self._attention)
 
-    def record_evaluation(self, when: str, dataset: str, metrics: dict, attention: dict) -> None:
-        """Add one side; evaluation.json last, as it is what tells that a side is done."""
+    def record_evaluation(self, when: str, metrics: dict, attention: dict) -> None:
+        """Add one side, by dataset; evaluation.json last, as it tells that the side is done."""
         for path, found in ((self._attention, attention), (self._evaluation, metrics)):
             content = _read_json(path)
-            content.setdefault(when, {})[dataset] = found
+            content[when] = found
             write_json(path, content)
 
     @property
@@ -129,6 +133,23 @@ class Run:
     def record_token_budget(self, tokens: int) -> None:
         """Remember it for a resumed run."""
         write_json(self._token_budget, {"tokens": tokens})
+
+    def texts(self, sample: str) -> list[str] | None:
+        """Texts a model has written; None before."""
+        return _read_json(self.folder / f"texts-{sample}.json").get("texts")
+
+    def record_texts(self, sample: str, texts: list[str]) -> None:
+        """Keep a sample of texts."""
+        write_json(self.folder / f"texts-{sample}.json", {"texts": texts})
+
+    @property
+    def mauve(self) -> dict[str, Any]:
+        """Scores of the samples; empty before."""
+        return _read_json(self.folder / "mauve.json")
+
+    def record_mauve(self, found: dict[str, Any]) -> None:
+        """Keep the scores."""
+        write_json(self.folder / "mauve.json", found)
 
     @property
     def artifact(self) -> Path:
@@ -161,6 +182,7 @@ class Run:
 _ENTRIES = {
     "config.yaml", "environment.json", "run.log", "metrics.jsonl", "evaluation.json",
     "attention.json", "token_budget.json", "checkpoints", "adapter", "model", "abft-fast",
+    "texts-before.json", "texts-before-again.json", "texts-after.json", "mauve.json",
 }  # fmt: skip
 
 

@@ -38,6 +38,9 @@ def last_line(result):
         (["train", "--bits", "8"], "--bits 8 needs --quantized"),
         (["eval", "--adapter", "nowhere"], "adapter nowhere holds no adapter_config.json"),
         (["eval", "--output", "no/where.json"], "folder no does not exist"),
+        (["eval", "--test-type", "GLER", "--k", "0"], "--k 0: GLER changes demonstrations"),
+        (["eval", "--test-type", "Gler"], "--test-type Gler: input should be 'Normal'"),
+        (["train", "--generalization-test", "--k", "600"], "fp has 512 demonstrations"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -20,7 +20,9 @@ from tests.several_processes import (
 
 pytestmark = pytest.mark.cli
 
-OPTIONS = [*QUICK, "--train-samples", 33, "--lr", "1e-3"]  # the last pseudo-batch has 2 prompts
+CALIBRATION = ["--calibration", "contextual", "--calibration-samples", 16]
+OPTIONS = [*QUICK, *CALIBRATION, "--lr", "1e-3"]
+OPTIONS += ["--train-samples", 33]  # the last pseudo-batch has 2 prompts
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_eval_of_two_processes(two, tmp_path):
     output = tmp_path / "metrics.json"
     result = launch(
         TORCHRUN, "-m", "abft_fast", "eval", "--dataset", "trec", "--k", 2, "--device", "cpu",
-        "--adapter", two[0] / "adapter", "--output", output,
+        "--adapter", two[0] / "adapter", "--output", output, *CALIBRATION,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("accuracy (%)") == 1

@@ -1,7 +1,5 @@
 """Packed evaluation against StaICC's own harness, one prompt at a time."""
 
-import warnings
-
 import pytest
 import torch
 from StaICC.prefabricate_inference.model_kernel import standard_ICL_inference_with_torch_Causal_LM
@@ -9,8 +7,9 @@ from StaICC.util import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, data, pack
-from abft_fast.evaluation import BehaviorMean, evaluate, label_logits, staicc_metrics
-from abft_fast.prompts import PromptEncoder, Template
+from abft_fast.evaluation import BehaviorMean, label_logits, predict
+from abft_fast.prompts import PromptEncoder
+from abft_fast.protocols import Protocol
 from tests.tiny_models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.unit
@@ -22,20 +21,24 @@ def builtin():
     return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 
-@pytest.mark.parametrize("name", ["subj", "trec"])
-def test_staicc_form_equals_staiccs_harness(builtin, name):
+@pytest.fixture(scope="module")
+def reference():
+    """The same model, never packed."""
+    return AutoModelForCausalLM.from_pretrained(builtin_model_path())
+
+
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_predictions_are_those_of_staiccs_harness(builtin, reference, name):
+    """One prompt at a time, by its own string, in float32."""
     model, tokenizer = builtin
     dataset = data.load(name)
-    prompts = dataset.test_prompts(4)[:40]
-    encoder = PromptEncoder(tokenizer, dataset, form="staicc")
-    encoded = encoder.encode(prompts)
-    rows, _, _ = label_logits(model, encoded.prompts, encoder.label_ids)
-
-    template = Template.of(dataset, "staicc")
-    reference = AutoModelForCausalLM.from_pretrained(builtin_model_path())
+    [call] = Protocol.of("Normal", dataset, 4, "staicc").calls
+    prompts = call.prompts[:16]
+    encoded = PromptEncoder(tokenizer, dataset, form="staicc").encode(prompts)
+    logits, _ = predict(model, encoded, token_budget=1000)
     theirs = [
         standard_ICL_inference_with_torch_Causal_LM(
-            template.render(prompt)[0],
+            call.template.render(prompt)[0],
             reference,
             tokenizer,
             list(dataset.staicc_label_words),
@@ -43,29 +46,26 @@ def test_staicc_form_equals_staiccs_harness(builtin, name):
         )
         for prompt in prompts
     ]
-    torch.testing.assert_close(
-        rows.softmax(-1).double(), torch.tensor(theirs, dtype=torch.float64), rtol=0, atol=1e-5
-    )
-    metrics, _ = evaluate(model, encoded, encoder.label_ids, token_budget=1000)
-    assert metrics.accuracy == functional.accuracy(encoded.labels, theirs)
-    assert metrics.macro_f1 == functional.macro_F1(encoded.labels, theirs)
-    assert metrics.true_label_likelihood == pytest.approx(
-        functional.averaged_truelabel_likelihood(encoded.labels, theirs), abs=1e-5
-    )
+    ours = [functional.softmax(row) for row in logits.tolist()]
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-5)
+    assert list(map(functional.argmax, ours)) == list(map(functional.argmax, theirs))
 
 
-def test_token_budget_changes_nothing(builtin):
+def test_neither_token_budget_nor_behavior_changes_predictions(builtin):
     model, tokenizer = builtin
     dataset = data.load("trec")
-    encoder = PromptEncoder(tokenizer, dataset)
-    encoded = encoder.encode(dataset.test_prompts(4)[:30])
-    small = evaluate(model, encoded, encoder.label_ids, token_budget=1)
-    large = evaluate(model, encoded, encoder.label_ids, token_budget=10**6)
-    assert small[0].accuracy == large[0].accuracy
-    assert small[1].induction_heads == pytest.approx(large[1].induction_heads)
-    assert small[1].correct_share_above_chance == pytest.approx(
-        large[1].correct_share_above_chance, abs=1e-6
+    encoded = PromptEncoder(tokenizer, dataset).encode(dataset.test_prompts(4)[:30])
+    small, heads = predict(model, encoded, token_budget=1)
+    large, same_heads = predict(model, encoded, token_budget=10**6)
+    alone, none = predict(model, encoded, token_budget=10**6, behavior=False)
+    torch.testing.assert_close(small, large, rtol=0, atol=1e-4)
+    assert torch.equal(large, alone)
+    small, large = heads.result(), same_heads.result()
+    assert small.induction_heads == pytest.approx(large.induction_heads) and large.induction_heads
+    assert small.correct_share_above_chance == pytest.approx(
+        large.correct_share_above_chance, abs=1e-6
     )
+    assert none.result().induction_heads == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,19 +112,6 @@ def test_without_induction_heads_there_is_no_share():
     assert mean.result().correct_share_above_chance is None
 
 
-def test_metrics_are_staiccs():
-    logits = torch.randn(50, 3)
-    labels = torch.randint(0, 3, (50,)).tolist()
-    probabilities = [functional.softmax(row) for row in logits.tolist()]
-    metrics = staicc_metrics(labels, logits)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert metrics.expected_calibration_error == functional.expected_calibration_error_1(
-            labels, probabilities
-        )
-    assert metrics.accuracy == functional.accuracy(labels, probabilities)
-
-
 def test_logits_that_are_not_numbers_are_refused(builtin):
     _, tokenizer = builtin
     model = AutoModelForCausalLM.from_pretrained(builtin_model_path())
@@ -134,4 +121,4 @@ def test_logits_that_are_not_numbers_are_refused(builtin):
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError):
-        evaluate(model, encoded, encoder.label_ids, token_budget=1000)
+        predict(model, encoded, token_budget=1000)

@@ -1,0 +1,75 @@
+"""All datasets of the paper in one run, on fewer test examples than StaICC's."""
+
+import dataclasses
+import json
+
+import pytest
+
+from abft_fast import data
+from abft_fast.config import TrainConfig, resolve
+from abft_fast.evaluation import label_logits
+from abft_fast.job import Job
+from abft_fast.label_head import label_columns
+from abft_fast.progress import Progress
+from abft_fast.report import print_run
+from abft_fast.run import Run
+from abft_fast.training import train
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def few_test_examples(monkeypatch):
+    load = data.load
+
+    def cut(name):
+        dataset = load(name)
+        return dataclasses.replace(dataset, test=dataset.test[:3])
+
+    monkeypatch.setattr(data, "load", cut)
+
+
+OPTIONS = {
+    "dataset": "mr", "k": 2, "train_samples": 8, "pseudo_batch_size": 8, "epochs": 1,
+    "generalization_test": True, "device": "cpu", "calibration": "contextual",
+    "calibration_samples": 2,
+}  # fmt: skip
+
+
+def test_before_and_after_on_all_datasets(few_test_examples, tmp_path, capsys):
+    config = resolve(TrainConfig, OPTIONS | {"output_dir": tmp_path / "run"})
+    run = Run.reserve(config)
+    train(config, run, Progress(), new=True)
+    for name in ("evaluation.json", "attention.json"):
+        content = json.loads((run.folder / name).read_text())
+        for when in ("before", "after"):
+            assert list(content[when]) == ["mr", *(d for d in data.PAPER_DATASETS if d != "mr")]
+    print_run(run)
+    table = capsys.readouterr().out
+    after = {d: m["accuracy"] for d, m in run.evaluation["after"].items()}
+    outside = sum(v for d, v in after.items() if d != "mr") / 7
+    assert f"{100 * after['mr']:.1f}" in line_of(table, "in-domain: accuracy")
+    assert f"{100 * outside:.1f}" in line_of(table, "out-of-domain, mean of 7: accuracy")
+
+
+def line_of(table, title):
+    [line] = [line for line in table.splitlines() if f"│ {title}" in line]
+    return line
+
+
+def test_the_head_keeps_the_rows_of_all_datasets(few_test_examples):
+    config = resolve(TrainConfig, OPTIONS | {"calibration": "none"})
+    job = Job(config, Progress())
+    tests = job.evaluation_sets()
+    job.load()
+    expected = [
+        label_logits(job.model, found.encoded[0].prompts[:2], found.encoded[0].label_ids)[0]
+        for found in tests
+    ]
+    vocabulary = job.model.lm_head.weight.shape[0]
+    job.keep_label_rows(tests)
+    assert job.model.lm_head.weight.shape[0] < vocabulary
+    for found, logits in zip(tests, expected, strict=True):
+        label_columns(job.model, found.encoded[0].label_ids)
+        again = label_logits(job.model, found.encoded[0].prompts[:2], found.encoded[0].label_ids)[0]
+        assert (again - logits).abs().max() < 1e-4
