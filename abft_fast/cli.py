@@ -25,6 +25,7 @@ from abft_fast.config import (
     ModelOptions,
     Options,
     PlanConfig,
+    PredictConfig,
     TrainConfig,
     flag,
     resolve,
@@ -179,6 +180,23 @@ def plan_(flags: dict[str, Any]) -> None:
     from abft_fast.report import print_plan
 
     print_plan(config.model, *plan_run(config, Progress()))
+
+
+@_command(PredictConfig)
+def predict_(flags: dict[str, Any]) -> None:
+    """Label the texts of a file, by demonstrations from another."""
+    config = resolve(PredictConfig, flags)
+    if launch.launched() > 1:
+        raise UserError("predict runs in one process: start it without a launcher")
+    from abft_fast.prediction_files import check_files, open_output, read_demonstrations
+
+    check_files(config)
+    dataset = read_demonstrations(config)
+    with open_output(config, dataset.label_words) as writer:
+        from abft_fast.predict import predict
+        from abft_fast.progress import Progress
+
+        predict(config, dataset, writer, Progress())
 
 
 @_command(MergeConfig)
