@@ -5,7 +5,7 @@
 On the built-in model in float32 and StaICC's form of prompts, which its harness knows alone, text
 to metrics. Contenders take turns; each answers all prompts once a round. `harness` is StaICC's
 `standard_ICL_inference_with_torch_Causal_LM`, `packed` what `abft-fast eval` does, which also looks
-at heads, `predictions` the same without. Before anything is timed, probabilities must be equal to
+at heads, `predictions` the same without. Nothing is recorded unless probabilities are equal to
 1e-5 and predictions and accuracy the same, on all prompts. `floor_ratio` is by arithmetic alone:
 multiplications of the harness's weights over those that no packed forward can leave out, those of
 the layers' weights (not the LM head's, but at last tokens). Processor time tells more than wall
@@ -88,14 +88,15 @@ def measure(name, count, rounds):
     [call] = Protocol.of("Normal", dataset, 4, "staicc").calls
     functions, tokens, floor = contenders(dataset, call, count)
     truth = [prompt.query.label for prompt in call.prompts[:count]]
-    difference = check(truth, {which: function() for which, function in functions.items()})
     wall, processor = ({which: [] for which in functions} for _ in range(2))
+    found = {}
     for _ in range(rounds):
         for which, function in functions.items():
             began = time.perf_counter(), time.process_time()
-            function()
+            found[which] = function()
             wall[which].append(time.perf_counter() - began[0])
             processor[which].append(time.process_time() - began[1])
+    difference = check(truth, found)
     expected = statistics.median(processor["harness"])
     for which in functions:
         p20, p50, p80 = spread(processor[which]) if rounds > 1 else processor[which] * 3
