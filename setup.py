@@ -36,6 +36,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
+        "ray": ["ray>=2.40"],
         "track": ["wandb>=0.19", "tensorboard>=2.18"],
         "picl": ["bm25s>=0.2"],
         "mauve": ["mauve-text>=0.4"],

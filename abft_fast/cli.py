@@ -10,7 +10,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -20,17 +19,20 @@ from rich.table import Table
 
 from abft_fast import launch, own_data
 from abft_fast.config import (
+    CommandOptions,
     EvalConfig,
     MergeConfig,
-    ModelOptions,
     Options,
     PlanConfig,
     PredictConfig,
+    SweepConfig,
+    TableConfig,
     TrainConfig,
     flag,
+    is_positional,
     resolve,
 )
-from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
+from abft_fast.errors import Interrupted, ProcessEnded, RunError, SaidByMain, UserError
 from abft_fast.original_options import translate
 
 _INTERRUPTED = 130  # exit code
@@ -43,7 +45,7 @@ app = typer.Typer(
 )
 
 
-def _command(config_class: type[ModelOptions]) -> Callable:
+def _command(config_class: type[CommandOptions]) -> Callable:
     """Register a function as a command that takes every option of a config class."""
 
     def decorate(function: Callable[[dict[str, Any]], None]) -> Callable:
@@ -56,7 +58,7 @@ def _command(config_class: type[ModelOptions]) -> Callable:
                 inspect.Parameter(
                     name,
                     inspect.Parameter.KEYWORD_ONLY,
-                    default=None,
+                    default=inspect.Parameter.empty if is_positional(field) else None,
                     annotation=_option(name, field),
                 )
                 for name, field in config_class.model_fields.items()
@@ -70,33 +72,33 @@ def _command(config_class: type[ModelOptions]) -> Callable:
 def _option(name: str, field: FieldInfo) -> Any:
     """A typer option; None means not given, everything else is pydantic's to judge."""
     text = f"{field.description} {default_text(field)}".strip()
+    if is_positional(field):
+        return Annotated[str, typer.Argument(metavar=name.upper(), help=text, show_default=False)]
     if field.annotation is bool:
         names = f"{flag(name)}/--no-{flag(name)[2:]}" if field.default else flag(name)
         return Annotated[bool | None, typer.Option(names, help=text, show_default=False)]
     option = typer.Option(flag(name), help=text, metavar=values_text(field), show_default=False)
-    return Annotated[str | None, option]
+    return Annotated[(list[str] if get_origin(field.annotation) is list else str) | None, option]
 
 
 def default_text(field: FieldInfo) -> str:
     """A default as help and README show it."""
-    if field.default is None or field.is_required() or field.annotation is bool:
+    if field.default in (None, []) or field.is_required() or field.annotation is bool:
         return "[on]" if field.default is True else ""
     return f"[{field.default}]"
 
 
 def values_text(field: FieldInfo) -> str:
     """The kind of value an option takes."""
-    annotation = field.annotation
-    kinds = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
-    return "|".join(
-        "|".join(get_args(kind))
-        if get_origin(kind) is Literal
-        else "TEXT"
-        if kind is str
-        else kind.__name__.upper()
-        for kind in kinds
-        if kind is not type(None)
-    )
+    kind = field.annotation
+    kinds = (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
+    return "|".join(_kind_text(k) for k in kinds if k is not type(None))
+
+
+def _kind_text(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    return "TEXT" if kind is str else kind.__name__.upper()
 
 
 def _look_at_data(config: Options) -> None:
@@ -210,6 +212,40 @@ def merge_(flags: dict[str, Any]) -> None:
     print(f"merged model: {config.output_dir}")
 
 
+@_command(SweepConfig)
+def sweep_(flags: dict[str, Any]) -> None:
+    """Run a grid of models, datasets, methods, seeds and settings; go on where it was left."""
+    config = resolve(SweepConfig, flags)
+    from abft_fast.progress import Progress
+    from abft_fast.sweep import plan_sweep, run_sweep
+
+    cells = plan_sweep(config)
+    if config.dry_run:
+        for cell in cells:
+            print(f"{cell.title}  {cell.name}")
+        return
+    folder = run_sweep(config, cells, Progress())
+    print(f"results: {folder / 'results.csv'}; `abft-fast table {folder}` makes a table of them")
+
+
+@_command(TableConfig)
+def table_(flags: dict[str, Any]) -> None:
+    """Make a table in the paper's form of the runs below a folder."""
+    config = resolve(TableConfig, flags)
+    if config.output is not None and not config.output.parent.is_dir():
+        raise UserError(f"--output {config.output}: folder {config.output.parent} does not exist")
+    from abft_fast.files import write_text
+    from abft_fast.records import read_records
+    from abft_fast.table import make_table
+    from abft_fast.table_format import FORMATS
+
+    text = FORMATS[config.format](make_table(config, read_records(config.folder)))
+    if config.output is None:
+        print(text, end="")
+    else:
+        write_text(config.output, text)
+
+
 @app.command()
 def doctor() -> None:
     """Check versions, device, data and disk, and say what would be used."""
@@ -256,8 +292,8 @@ def _same_everywhere(error: BaseException) -> bool:
 def _explain(error: BaseException) -> tuple[str, int]:
     """The line a user reads and the exit code."""
     match error:
-        case UserError():
-            return str(error), 2
+        case UserError() | Interrupted():
+            return str(error), 2 if isinstance(error, UserError) else _INTERRUPTED
         case typer.TyperException():
             return error.format_message(), 2
         case KeyboardInterrupt() | typer.Abort():

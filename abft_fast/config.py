@@ -17,6 +17,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from abft_fast import data, tables
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
@@ -46,10 +47,24 @@ def _named_or_count(value: Any, names: tuple[str, ...], allowed: str) -> str | i
     raise ValueError(f"use {allowed}")
 
 
-class ModelOptions(BaseModel):
-    """Which model, and how its weights are kept; a field with exclude=True is of one call only."""
+_POSITIONAL = {"positional": True}
+
+
+def is_positional(field: FieldInfo) -> bool:
+    """Whether an option is given without its name."""
+    return field.json_schema_extra == _POSITIONAL
+
+
+class CommandOptions(BaseModel):
+    """What every command has; a field with exclude=True is of one call only."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    debug: bool = Field(False, exclude=True, description="Show tracebacks.")
+
+
+class ModelOptions(CommandOptions):
+    """Which model, and how its weights are kept."""
 
     model: str = Field(
         "builtin",
@@ -63,7 +78,6 @@ class ModelOptions(BaseModel):
     config: Path | None = Field(
         None, exclude=True, description="YAML file of options; flags override it."
     )
-    debug: bool = Field(False, exclude=True, description="Show tracebacks.")
 
     @model_validator(mode="after")
     def _check_quantized(self) -> Self:
@@ -479,7 +493,57 @@ class MergeConfig(ModelOptions):
         return found
 
 
-C = TypeVar("C", bound=ModelOptions)
+class SweepConfig(CommandOptions):
+    """Options of `abft-fast sweep`."""
+
+    file: Path = Field(
+        description="YAML: options of every cell, a grid of lists, named settings.",
+        json_schema_extra=_POSITIONAL,
+    )
+    model: str | None = Field(None, description="In place of every model of the file.")
+    device: Literal["auto", "cpu", "cuda"] | None = Field(
+        None, description="Where every cell runs."
+    )
+    set: list[str] = Field(
+        [],
+        description="`name=value`, the value in YAML, in place of all that the file says of an "
+        "option; a list is an axis; may be repeated.",
+    )
+    output_dir: Path | None = Field(
+        None, description="Folder of the sweep. Unset: runs/<name of the file>."
+    )
+    jobs: int | None = Field(
+        None, ge=1, description="Cells at once. Unset: 1, or with ray all that the cluster holds."
+    )
+    engine: Literal["local", "ray"] = Field(
+        "local", description="Processes of this machine, or tasks of a Ray cluster."
+    )
+    cell_cpus: int = Field(1, ge=1, description="With ray: CPUs of a cell.")
+    cell_gpus: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="With ray: GPUs of a cell. Unset: 1, if any."
+    )
+    dry_run: bool = Field(False, description="Only say which cells there are.")
+
+
+class TableConfig(CommandOptions):
+    """Options of `abft-fast table`."""
+
+    folder: Path = Field(
+        description="A sweep's folder, a run's, or one above them.", json_schema_extra=_POSITIONAL
+    )
+    layout: Literal["1", "2", "3", "4"] = Field(
+        "1",
+        description="The paper's table: 1 methods by dataset, 2 cost and out of domain, "
+        "3 consistency, 4 settings.",
+    )
+    metric: Literal[
+        "accuracy", "macro_f1", "true_label_likelihood", "expected_calibration_error"
+    ] = Field("accuracy", description="What is shown, but in layout 3.")
+    format: Literal["markdown", "latex"] = Field("markdown", description="How it is written.")
+    output: Path | None = Field(None, description="File to write. Unset: standard output.")
+
+
+C = TypeVar("C", bound=CommandOptions)
 
 
 def resolve(kind: type[C], flags: dict[str, Any]) -> C:
@@ -497,6 +561,18 @@ def resolve(kind: type[C], flags: dict[str, Any]) -> C:
         raise UserError("; ".join(map(_one_line, error.errors()))) from None
 
 
+class _EachOnce(yaml.SafeLoader):
+    """YAML of which no key is given twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"{key.value} is given twice, line {line}")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The options of a YAML file.
 
@@ -504,7 +580,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: it is missing or no mapping of options.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _EachOnce)  # a safe loader
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -516,7 +592,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
-def write_yaml(config: ModelOptions, path: Path) -> None:
+def write_yaml(config: CommandOptions, path: Path) -> None:
     """Write a run's options, readable by `--config`."""
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 

@@ -15,6 +15,10 @@ class ProcessEnded(RunError):  # noqa: N818 - what happened, to another one
     """Another process of this run is gone, so nothing can be waited for."""
 
 
+class Interrupted(Exception):  # noqa: N818 - no error
+    """Ended from outside: the message says how to go on. Exit code 130."""
+
+
 class SaidByMain(Exception):  # noqa: N818 - the error itself is another's
     """This process ends as the main one does, which says why."""
 

@@ -12,8 +12,11 @@ from abft_fast.config import (
     MergeConfig,
     PlanConfig,
     PredictConfig,
+    SweepConfig,
+    TableConfig,
     TrainConfig,
     flag,
+    is_positional,
 )
 
 _VERBS = {
@@ -22,6 +25,8 @@ _VERBS = {
     "plan": PlanConfig,
     "predict": PredictConfig,
     "merge": MergeConfig,
+    "sweep": SweepConfig,
+    "table": TableConfig,
 }
 _BEGIN, _END = "<!-- options: begin -->", "<!-- options: end -->"
 
@@ -38,7 +43,7 @@ def table() -> str:
     for (name, description), field in fields.items():
         verbs = verbs_of[name, description]
         value = "" if field.annotation is bool else values_text(field).replace("|", "\\|")
-        option = f"`{flag(name)}`"
+        option = f"`{name.upper()}`" if is_positional(field) else f"`{flag(name)}`"
         if field.default is True:
             option += f" / `--no-{flag(name)[2:]}`"
         default = default_text(field).strip("[]")

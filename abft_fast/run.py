@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from abft_fast.config import TrainConfig, read_yaml, resolve, write_yaml
-from abft_fast.environment import describe
 from abft_fast.errors import UserError
 from abft_fast.files import write_json, write_text
 
@@ -90,6 +89,8 @@ class Run:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+        from abft_fast.environment import describe  # torch, which reading a run does without
+
         write_yaml(config, self.folder / "config.yaml")
         found = {"trained_parameters": trained_parameters, "data": dict(files)}
         write_json(self._environment, {**describe(), **found})

@@ -1,0 +1,173 @@
+from pathlib import Path
+
+import pytest
+
+from abft_fast.errors import UserError
+from abft_fast.grid import parse_overrides, read_cells
+
+pytestmark = pytest.mark.unit
+
+PAPER = sorted((Path(__file__).parents[2] / "configs/paper").glob("*.yaml"))
+
+
+def cells(tmp_path, text, **overrides):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    return read_cells(path, overrides)
+
+
+def test_a_grid_is_every_combination(tmp_path):
+    found = cells(
+        tmp_path, "options: {k: 3}\ngrid: {dataset: [sst2, subj], seed: [0, 1], lr: [1e-4, 2e-4]}"
+    )
+    chosen = [(c.config.dataset, c.config.seed, c.config.lr) for c in found]
+    assert chosen == [(d, s, r) for d in ("sst2", "subj") for s in (0, 1) for r in (1e-4, 2e-4)]
+    assert {(c.config.k, c.command, c.method) for c in found} == {(3, "train", "ABFT")}
+    assert found[0].title == "sst2 seed=0 lr=1e-4"
+    assert len({c.name for c in found}) == 8
+
+
+GROUPS = """
+grid:
+  seed: [0, 1]
+  model:
+    - small: {model: gpt2, trainable: full, seed: [5, 6, 7]}
+    - {big: {model: Qwen/Qwen2.5-32B, quantized: true}}
+  method: [vanilla, ABFT]
+settings:
+  standard:
+  w/o PID: {adaptation: none}
+  longer: {method: ABFT, epochs: 3, seed: 9}
+"""
+
+
+def test_what_a_named_group_says_takes_the_place_of_an_axis(tmp_path):
+    found = cells(tmp_path, GROUPS)
+    trained = [
+        (c.labels["model"], c.labels["setting"], c.config.adaptation, c.config.seed)
+        for c in found
+        if c.command == "train"
+    ]
+    expected = [
+        (model, setting, adaptation, seed)
+        for model, seeds in (("small", (5, 6, 7)), ("big", (0, 1)))
+        for setting, adaptation in (("standard", "pid"), ("w/o PID", "none"))
+        for seed in seeds
+    ]
+    expected += [(model, "longer", "pid", 9) for model in ("small", "big")]
+    assert sorted(trained) == sorted(expected)
+    small, big = (next(c.config for c in found if c.labels["model"] == m) for m in ("small", "big"))
+    assert (small.quantized, big.quantized) == (False, True)
+
+
+def test_what_trains_nothing_is_one_cell_whatever_the_seed_or_a_setting_of_training(tmp_path):
+    evaluated = [c for c in cells(tmp_path, GROUPS) if c.command == "eval"]
+    assert [c.labels for c in evaluated] == [{"model": "small"}, {"model": "big"}]
+    assert [c.method for c in evaluated] == ["vanilla", "vanilla"]
+    both = cells(
+        tmp_path, "grid: {method: [contextual, vanilla]}\nsettings: {a: {k: 2}, b: {k: 3}}"
+    )
+    assert [(c.config.calibration, c.labels["setting"]) for c in both] == [
+        ("contextual", "a"), ("none", "a"), ("contextual", "b"), ("none", "b"),
+    ]  # fmt: skip
+
+
+def test_a_cell_is_named_by_what_it_is(tmp_path):
+    text = "options: {k: 2, dataset: sst2}\ngrid: {seed: [0]}"
+    (first,) = cells(tmp_path, text)
+    more = cells(tmp_path, "grid: {seed: [1, 0], dataset: ['0'], k: [2], lr: [3e-3]}", device="cpu")
+    assert first.name == more[1].name != more[0].name  # lr is the built-in model's own
+    assert first.name.startswith("builtin-sst2-ABFT-seed0-")
+    twice = cells(tmp_path, text + "\nsettings: {a: {}, b: {k: 2}}")
+    assert [c.name for c in twice] == [first.name]
+
+
+def test_changed_data_are_another_cell_and_a_mistake_in_them_is_seen_first(tmp_path):
+    data = tmp_path / "mails.csv"
+    names = set()
+    for text in ("good,yes\nbad,no\n" * 5, "good,yes\nsad,no\n" * 5):
+        data.write_text("text,label\n" + text)
+        (cell,) = cells(tmp_path, f"options: {{k: 2, dataset: {data}}}")
+        names.add(cell.name)
+    assert len(names) == 2 and all(n.startswith("builtin-mails-ABFT-seed0-") for n in names)
+    data.write_text("text,kind\ngood,yes\n")
+    with pytest.raises(UserError, match=r"mails\.csv"):
+        cells(tmp_path, f"options: {{dataset: {data}}}")
+
+
+def test_overrides_replace_axes_groups_and_settings(tmp_path):
+    found = cells(tmp_path, GROUPS, model="builtin", seed=[3, 4], adaptation="p")
+    assert {(c.config.model, c.config.quantized) for c in found} == {("builtin", False)}
+    trained = [c.config for c in found if c.command == "train"]
+    assert {(c.seed, c.adaptation, c.trainable) for c in trained} == {
+        (3, "p", "lora"), (4, "p", "lora"),
+    }  # fmt: skip
+    assert parse_overrides(["seed=[0, 1]", "train-samples=8", "adaptation=none"]) == {
+        "seed": [0, 1], "train_samples": 8, "adaptation": "none",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grids: {}", "the file: no part grids; did you mean grid?"),
+        ("options: {k: 1, k: 2}", "k is given twice, line 1"),
+        ("options: {sede: 1}", "options: no option sede; did you mean seed?"),
+        ("grid: {datasets: [subj]}", "grid: no option datasets; did you mean dataset?"),
+        ("settings: {a: {head-filtre: 1}}", "settings: a: no option head_filtre; did you mean he"),
+        ("options: {output_dir: x}", "options: no option output_dir"),
+        ("options: {k: [1, 2]}", "options: k is a list: several values go under `grid`"),
+        ("grid: {k: 4}", r"grid: k must be a list, such as \[4\]"),
+        ("grid: {k: []}", "grid: k must be a list"),
+        ("grid: [k]", "grid must be a mapping"),
+        ("grid: {model: [{a: {k: 1}}]}", "grid: model: a does not say which model it is"),
+        ("grid: {model: [{model: gpt2, k: 1}]}", "an entry is a value, or one name and its"),
+        ("grid: {k: [0, 1]}", "k=0: --k 0: input should be greater"),
+        ("grid: {method: [AFBT]}", "--method AFBT: input should be"),
+        ("grid: {method: [vanilla], k: [-1]}", "vanilla k=-1: --k -1"),
+        ("settings: {a: {quantized: true, trainable: full}}", "a: --trainable full needs float"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_starts(text, message, tmp_path):
+    with pytest.raises(UserError, match=f"sweep.yaml.*: .*{message}"):
+        cells(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("seed", "use NAME=VALUE"),
+        ("sede=1", "no option sede; did you mean seed"),
+        ("seed=[1", "is no YAML"),
+    ],
+)
+def test_a_mistake_in_an_override(pair, message):
+    with pytest.raises(UserError, match=message):
+        parse_overrides([pair])
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_files_resolve_here_too(path):
+    for overrides in ({}, {"model": "builtin"}):
+        found = read_cells(path, overrides)
+        for cell in found:
+            config = cell.config
+            if cell.command == "train" and not overrides:
+                expected = ("lora", 1e-4) if config.quantized else ("full", 2e-5)
+                if cell.method in ("MetaICL", "PICL"):
+                    expected = ("model", 1e-5)
+                assert (config.trainable, config.lr) == expected
+                above_10b = not {"gpt2-large", "gpt2-xl", "Falcon3-7B-Base", "Meta-Llama-3-8B"} & {
+                    config.model.split("/")[1]
+                }
+                assert not above_10b or (config.quantized and config.seed < 2)
+    assert {cell.config.model for cell in found} == {"builtin"}
+
+
+def test_the_papers_files_are_there():
+    names = {path.stem for path in PAPER}
+    assert {"table1", "table2", "table3", "table4"} <= names
+    table1 = read_cells(next(path for path in PAPER if path.stem == "table1"), {})
+    assert len({cell.labels["model"] for cell in table1}) == 9
+    abft = [cell for cell in table1 if cell.method == "ABFT"]
+    assert len(abft) == 8 * (4 * 4 + 5 * 2)

@@ -1,0 +1,185 @@
+"""Tables of run folders whose numbers are worked out by hand."""
+
+import re
+
+import pytest
+
+from abft_fast.cells import CellFolder
+from abft_fast.config import TableConfig, TrainConfig, resolve
+from abft_fast.errors import UserError
+from abft_fast.files import write_json
+from abft_fast.grid import read_cells
+from abft_fast.records import read_records
+from abft_fast.run import Run
+from abft_fast.table import make_table
+from abft_fast.table_format import FORMATS
+
+pytestmark = pytest.mark.unit
+
+
+def write_run(root, before=None, after=None, seconds=None, parameters=1, **options):
+    """A run folder as `train` writes it, with the accuracies given."""
+    folder = root / re.sub(r"[^\w.]+", "-", "-".join(map(str, ("run", *options.values()))))
+    config = resolve(TrainConfig, options)
+    run = Run(folder)
+    run.create(config, parameters, {})
+    metric = "accuracy" if config.test_type == "Normal" else "consistency"
+    for side, given in (("before", before), ("after", after)):
+        scores = {config.dataset_name: given} if isinstance(given, float) else given
+        if scores:
+            metrics = {dataset: {metric: score} for dataset, score in scores.items()}
+            run.record_evaluation(side, metrics, {})
+    for step, taken in enumerate(seconds or [], 1):
+        run.append_metrics({"step": step, "seconds": taken, "peak_memory_bytes": 5})
+    return folder
+
+
+def show(folder, form="markdown", **options):
+    config = resolve(TableConfig, {"folder": folder, "format": form, **options})
+    text = FORMATS[form](make_table(config, read_records(folder)))
+    return text.replace("\N{MULTIPLICATION SIGN}", "x").splitlines()
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Two seeds on two datasets, and one of another method on one of them."""
+    for seed, sst2, subj in ((0, 0.60, 0.70), (1, 0.64, 0.72)):
+        write_run(tmp_path, 0.50, sst2, dataset="sst2", seed=seed)
+        write_run(tmp_path, 0.55, subj, dataset="subj", seed=seed)
+    write_run(tmp_path, None, 0.80, dataset="subj", seed=0, method="E2E")
+    return tmp_path
+
+
+def test_layout_1(seeds):
+    assert show(seeds) == [
+        "| Model | Method | Seeds | SST2 | SUBJ | Average |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+        "| builtin | Vanilla | 1 | 50.00 | 55.00 | 52.50 |",
+        "|  | E2E | 1 | missing | **80.00** | 80.00 (1 of 2 datasets) |",
+        "|  | ABFT | 2 | **62.00** ± 2.83 | 71.00 ± 1.41 | **66.50** ± 2.12 |",
+    ]
+
+
+def test_layout_1_in_latex(seeds):
+    assert show(seeds, "latex") == [
+        r"\begin{tabular}{lllrrr}",
+        r"\toprule",
+        r"Model & Method & Seeds & SST2 & SUBJ & Average \\",
+        r"\midrule",
+        r"builtin & Vanilla & 1 & 50.00 & 55.00 & 52.50 \\",
+        r" & E2E & 1 & missing & \textbf{80.00} & 80.00 (1 of 2 datasets) \\",
+        r" & ABFT & 2 & \textbf{62.00}$_{2.83}$ & 71.00$_{1.41}$ & \textbf{66.50}$_{2.12}$ \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_a_seed_that_lacks_a_dataset_gives_the_average_no_deviation(seeds):
+    write_run(seeds, None, 0.74, dataset="subj", seed=2)
+    line = show(seeds)[-1]
+    assert line.endswith("| 2-3 | **62.00** ± 2.83 | 72.00 ± 2.00 | **67.00** |")
+
+
+def test_other_options_are_other_rows_and_latex_is_escaped(seeds):
+    write_run(seeds, 0.40, 0.45, dataset="sst2", seed=0, k=8)
+    write_run(seeds, 0.50, 0.47, dataset="sst2", seed=0, head_filter=False)
+    methods = [line.split(" | ")[1] for line in show(seeds)[2:]]
+    assert methods == [
+        "Vanilla (k=4)", "Vanilla (k=8)", "E2E", "ABFT (k=4, head_filter=True)",
+        "ABFT (k=8, head_filter=True)", "ABFT (k=4, head_filter=False)",
+    ]  # fmt: skip
+    assert any(r"head\_filter=False" in line for line in show(seeds, "latex"))
+
+
+def test_layout_2(tmp_path):
+    """Out of domain is the mean over the datasets a run was not trained on."""
+    before = {"sst2": 0.50, "subj": 0.60, "trec": 0.40}
+    for method, factor, parameters in (("ABFT", 1, 2_500_000), ("E2E", 3, 40_000)):
+        write_run(
+            tmp_path, before, {"sst2": 0.70, "subj": 0.50, "trec": 0.30}, [factor, factor],
+            parameters, dataset="sst2", method=method,
+        )  # fmt: skip
+        write_run(
+            tmp_path, before, {"sst2": 0.48, "subj": 0.80, "trec": 0.42}, [2 * factor],
+            parameters, dataset="subj", method=method,
+        )  # fmt: skip
+    assert show(tmp_path, layout="2") == [
+        "| Model | Method | Seeds | Param. | Time | In domain | Out of domain |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| builtin | Vanilla | 1 | - | - | 55.00 | 47.50 |",
+        "|  | E2E | 1 | 40.0K | 3.0x | 75.00 | 42.50 |",
+        "|  | ABFT | 1 | 2.5M | 1.0x | 75.00 | 42.50 |",
+    ]
+
+
+def test_layout_3(tmp_path):
+    for test_type, before, after in (("TempSensitivity", 0.8, 0.9), ("DemoSensitivity", 0.6, 0.7)):
+        write_run(tmp_path, before, after, dataset="sst2", test_type=test_type)
+        write_run(tmp_path, before, after + 0.02, dataset="subj", test_type=test_type)
+    write_run(tmp_path, 0.1, 0.1, dataset="subj", test_type="Normal")
+    assert show(tmp_path, layout="3") == [
+        "| Model | Seeds | Template, w/o | Template, w/ ABFT | Demonstration, w/o "
+        "| Demonstration, w/ ABFT |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| builtin | 1 | 80.00 | 91.00 | 60.00 | 71.00 |",
+    ]
+
+
+def test_layout_4(tmp_path):
+    write_run(tmp_path, 0.5, 0.7, [2.0, 2.0], dataset="sst2")
+    write_run(tmp_path, 0.5, 0.6, [5.0], dataset="sst2", adaptation="none")
+    assert show(tmp_path, layout="4") == [
+        "| Model | Method | Seeds | Time | Average |",
+        "| --- | --- | --- | ---: | ---: |",
+        "| builtin | Vanilla | 1 | - | 50.00 |",
+        "|  | ABFT (adaptation=pid) | 1 | 1.0x | 70.00 |",
+        "|  | ABFT (adaptation=none) | 1 | 1.2x | 60.00 |",
+    ]
+
+
+def test_data_of_ones_own_are_columns_by_name(tmp_path):
+    """Options that go with a dataset make no rows; two datasets of one name are refused."""
+    for folder, name in (("a", "reviews.csv"), ("a", "mails.csv"), ("b", "reviews.csv")):
+        path = tmp_path / folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("text,label\ngood,yes\nbad,no\n")
+    runs = tmp_path / "runs"
+    write_run(runs, 0.5, 0.7, seed=1, dataset=f"{tmp_path}/a/reviews.csv", label_column="label")
+    write_run(runs, 0.5, 0.9, seed=2, dataset=f"{tmp_path}/a/mails.csv", label_column="kind")
+    assert show(runs)[0] == "| Model | Method | Seeds | mails | reviews | Average |"
+    assert show(runs)[-1] == "|  | ABFT | 1 | **90.00** | **70.00** | **80.00** |"
+    write_run(runs, 0.5, 0.7, seed=3, dataset=f"{tmp_path}/b/reviews.csv")
+    with pytest.raises(UserError, match="two datasets are called reviews: "):
+        show(runs)
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        show(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no run"):
+        show(tmp_path)
+    folder = write_run(tmp_path, dataset="sst2")
+    with pytest.raises(UserError, match=r"layout 1: no run below .* was evaluated for accuracy"):
+        show(tmp_path)
+    write_run(tmp_path, 0.5, 0.6, dataset="subj")
+    (folder / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"run-sst2 cannot be read .JSONDecodeError"):
+        show(tmp_path)
+
+
+def test_cells_that_have_not_run_are_missing(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("grid: {method: [ABFT, vanilla], seed: [0, 1]}")
+    for cell in read_cells(tmp_path / "sweep.yaml", {}):
+        place = CellFolder(tmp_path / "cells" / cell.name)
+        place.prepare(cell)
+        place.prepare(cell)
+        if cell.method == "vanilla":
+            write_json(place.metrics, {"subj": {"accuracy": 0.5}})
+    assert show(tmp_path)[2:] == [
+        "| builtin | Vanilla | 1 | 50.00 | 50.00 |",
+        "|  | ABFT | 0 | missing | missing |",
+    ]
+    options = place.folder / "cell.yaml"
+    options.write_text(options.read_text().replace("k: 4", "k: 5"))
+    with pytest.raises(UserError, match="was run with k 5, and is now to be run with 4"):
+        place.prepare(cell)
