@@ -37,7 +37,16 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.7"],
         "track": ["wandb>=0.19", "tensorboard>=2.18"],
-        "dev": ["hypothesis>=6.100", "pytest>=8.3", "pytest-benchmark>=5.0", "ruff>=0.12"],
+        "picl": ["bm25s>=0.2"],
+        "mauve": ["mauve-text>=0.4"],
+        "data": ["datasets>=3.0", "pyarrow>=17.0"],
+        "dev": [
+            "abft-fast[picl,mauve,data]",
+            "hypothesis>=6.100",
+            "pytest>=8.3",
+            "pytest-benchmark>=5.0",
+            "ruff>=0.12",
+        ],
     },
     entry_points={"console_scripts": ["abft-fast = abft_fast.cli:main"]},
 )

@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -17,11 +18,12 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from abft_fast import launch
+from abft_fast import launch, own_data
 from abft_fast.config import (
     EvalConfig,
     MergeConfig,
     ModelOptions,
+    Options,
     PlanConfig,
     TrainConfig,
     flag,
@@ -82,10 +84,23 @@ def default_text(field: FieldInfo) -> str:
 
 def values_text(field: FieldInfo) -> str:
     """The kind of value an option takes."""
-    if get_origin(field.annotation) is Literal:
-        return "|".join(get_args(field.annotation))
-    kinds = [k for k in get_args(field.annotation) or (field.annotation,) if k is not type(None)]
-    return "|".join("TEXT" if k is str else k.__name__.upper() for k in kinds)
+    annotation = field.annotation
+    kinds = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    return "|".join(
+        "|".join(get_args(kind))
+        if get_origin(kind) is Literal
+        else "TEXT"
+        if kind is str
+        else kind.__name__.upper()
+        for kind in kinds
+        if kind is not type(None)
+    )
+
+
+def _look_at_data(config: Options) -> None:
+    """Say what is wrong with the user's own data before what is slow to import is."""
+    if config.data_are_own:
+        own_data.by_options(config)
 
 
 @_command(TrainConfig)
@@ -96,6 +111,8 @@ def train_(flags: dict[str, Any]) -> None:
     if config.resume is not None and extra:
         extra = ", ".join(map(flag, extra))
         raise UserError(f"--resume goes on with the run's own options: leave out {extra}")
+    if config.resume is None:
+        _look_at_data(config)
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
     from abft_fast.progress import Progress
@@ -121,6 +138,7 @@ def eval_(flags: dict[str, Any]) -> None:
     config = resolve(EvalConfig, flags)
     if config.output is not None and not config.output.parent.is_dir():
         raise UserError(f"--output {config.output}: folder {config.output.parent} does not exist")
+    _look_at_data(config)
     from abft_fast import model as models
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
@@ -133,11 +151,12 @@ def eval_(flags: dict[str, Any]) -> None:
         with processes.together():
             job = Job(config, Progress())
             tests = job.evaluation_sets()
+            job.show_data(tests[0].prompts)
             job.load()
             if config.adapter is not None:
                 job.model = models.load_adapter(job.model, config.adapter)
             job.keep_label_rows(tests)
-            job.check_attention(tests[0].encoded[0])
+            job.check_attention(tests[0].prompts)
         metrics, attention = job.evaluate(tests, "evaluating")
         if config.output is not None:
             processes.on_main(write_json, config.output, metrics)
@@ -152,10 +171,12 @@ def plan_(flags: dict[str, Any]) -> None:
     if config.resume is not None:
         options = config.resume / "config.yaml"
         raise UserError(f"--resume is for train: plan a run by --config {options}")
+    _look_at_data(config)
     from abft_fast.plan import plan_run
+    from abft_fast.progress import Progress
     from abft_fast.report import print_plan
 
-    print_plan(config.model, *plan_run(config))
+    print_plan(config.model, *plan_run(config, Progress()))
 
 
 @_command(MergeConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -13,11 +13,12 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_serializer,
     field_validator,
     model_validator,
 )
 
-from abft_fast import data
+from abft_fast import data, tables
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.errors import UserError
 from abft_fast.files import write_text
@@ -29,7 +30,12 @@ CalibrationType = Literal["none", "contextual", "domain", "batch"]
 
 
 def _dataset(name: str) -> str:
-    return data.resolve_name(str(name))
+    try:
+        return data.resolve_name(str(name))
+    except UserError:
+        if tables.is_table(str(name)):
+            return str(name)
+        raise
 
 
 def _named_or_count(value: Any, names: tuple[str, ...], allowed: str) -> str | int:
@@ -77,8 +83,26 @@ class Options(ModelOptions):
     """What `train` and `eval` share."""
 
     dataset: Annotated[str, AfterValidator(_dataset)] = Field(
-        "subj", description=f"One of {', '.join(data.DATASETS)}; or the original's index 0-7."
+        "subj",
+        description=f"One of {', '.join(data.DATASETS)}; the original's index 0-7; or data of "
+        f"your own: a file ({tables.FORMATS}).",
     )
+    text_column: str = Field("text", description="Column of the texts, in data of your own.")
+    label_column: str = Field("label", description="Column of the labels, in data of your own.")
+    template: Path | None = Field(
+        None,
+        description="YAML file on data of your own: `input_prefix`, `label_prefix`, and `labels`, "
+        "from values in the label column to label words. Unset: `text: `, `label: `, the values.",
+    )
+    test_file: Path | None = Field(
+        None,
+        description="Test examples of your own, as for dataset. Unset: a DatasetDict's part "
+        "`test`, else a share of the dataset.",
+    )
+    test_share: float = Field(
+        0.2, gt=0, lt=1, description="Part of each label's rows to test on, where nothing else is."
+    )
+    split_seed: int = Field(0, ge=0, description="Seed of the choice of these rows.")
     k: int = Field(4, ge=0, description="Demonstrations a prompt.")
     prompt_form: Literal["ours", "staicc"] = Field(
         "ours",
@@ -133,6 +157,41 @@ class Options(ModelOptions):
         "auto is bf16 on a GPU, no on a CPU.",
     )
 
+    @property
+    def data_are_own(self) -> bool:
+        """Whether `dataset` is a file or folder."""
+        return self.dataset not in data.DATASETS
+
+    @property
+    def dataset_name(self) -> str:
+        """The dataset's name, or that of the user's file without its suffix."""
+        if not self.data_are_own:
+            return self.dataset
+        name = tables.name_of(Path(self.dataset))
+        return f"own-{name}" if name in data.DATASETS else name
+
+    @field_serializer("dataset", "template", "test_file", when_used="json")
+    def _found_from_anywhere(self, value: str | Path | None) -> str | None:
+        named = value is None or value in data.DATASETS
+        return value if named else str(Path(value).resolve())
+
+    @model_validator(mode="after")
+    def _check_own_data(self) -> Self:
+        fields = Options.model_fields
+        own = ("text_column", "label_column", "template", "test_file")
+        split = ("test_share", "split_seed")
+        given = [n for n in (*own, *split) if getattr(self, n) != fields[n].default]
+        if given and not self.data_are_own:
+            raise ValueError(
+                f"{flag(given[0])} is for data of your own, and {self.dataset} is StaICC's: "
+                "leave it out, or name a file by --dataset"
+            )
+        if self.test_file is not None and given[-1] in split:
+            raise ValueError(f"{flag(given[-1])}: with --test-file nothing is split: leave it out")
+        if self.text_column == self.label_column:
+            raise ValueError(f"--text-column and --label-column are both {self.text_column}")
+        return self
+
     @field_validator("token_budget", mode="before")
     @classmethod
     def _check_token_budget(cls, value: Any) -> str | int:
@@ -155,6 +214,22 @@ class TrainConfig(Options):
     """Options of `abft-fast train`; the defaults are the paper's (section 4.1)."""
 
     k: int = Field(4, ge=1, description="Demonstrations a prompt.")
+    method: Literal["ABFT", "E2E", "MetaICL", "PICL"] = Field(
+        "ABFT",
+        description="ABFT; E2E, cross-entropy of the query's label; MetaICL, the same on other "
+        "datasets (Min et al. 2022); PICL, a language model's loss on retrieved plain text "
+        "(Gu et al. 2023).",
+    )
+    meta_datasets: str | None = Field(
+        None,
+        description="What MetaICL trains on, names or files as for dataset, separated by commas. "
+        "Unset: StaICC's datasets but the one that is tested.",
+    )
+    plain_text: Path | None = Field(
+        None,
+        description="What PICL trains on, one paragraph a line. Unset: StaICC's texts, "
+        "without labels and without test texts.",
+    )
     train_samples: int = Field(512, ge=1, description="Training prompts.")
     epochs: int = Field(2, ge=1, description="Passes over the training prompts.")
     pseudo_batch_size: int = Field(32, ge=1, description="Prompts averaged in an optimizer step.")
@@ -162,15 +237,18 @@ class TrainConfig(Options):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Adam's learning rate. Unset: 1e-4 for LoRA, 2e-5 for full W_Q/W_K, "
-        "the built-in model's own where that is trained.",
+        description="Adam's learning rate. Unset: 1e-4 for LoRA, 2e-5 for full W_Q/W_K, 1e-5 for "
+        "the whole model, the built-in model's own where that is trained.",
     )
     gradient: str | int = Field(
         "full",
-        description="How far a layer's loss reaches: full, local (its own layer), or N layers.",
+        description="How far a layer's loss reaches in ABFT: full, local (its own layer), or N "
+        "layers.",
     )
-    trainable: Literal["lora", "full"] = Field(
-        "lora", description="Train LoRA on W_Q/W_K, or W_Q/W_K themselves in float32."
+    trainable: Literal["lora", "full", "model"] | None = Field(
+        None,
+        description="Train LoRA on W_Q/W_K, W_Q/W_K themselves in float32, or the whole model so. "
+        "Unset: lora; for MetaICL and PICL model.",
     )
     lora_r: int = Field(16, ge=1, description="Rank of LoRA.")
     penalty: float = Field(0.5, ge=0, description="A, on attention to wrong labels, at the start.")
@@ -188,8 +266,24 @@ class TrainConfig(Options):
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of prompts, their order and LoRA's start."
     )
+    mauve_test: bool = Field(
+        False, description="Score by MAUVE how close texts written after are to those of before."
+    )
+    mauve_prefix: Path | None = Field(
+        None,
+        description="Beginnings of the texts MAUVE compares, one a line. Unset: the first words "
+        "of the dataset's test texts.",
+    )
+    mauve_model: str | None = Field(
+        None, description="Model whose hidden states MAUVE compares. Unset: the model as it was."
+    )
     save_steps: int = Field(8, ge=1, description="Steps between checkpoints.")
     no_eval: bool = Field(False, description="Skip the evaluations before and after.")
+    no_eval_before: bool = Field(False, description="Skip the evaluation before.")
+    no_eval_after: bool = Field(False, description="Skip the evaluation after.")
+    no_save: bool = Field(
+        False, description="Keep no adapter and no checkpoint; a killed run starts anew."
+    )
     tracker: Literal["none", "wandb", "tensorboard"] = Field(
         "none", description="Also log to a tracker of accelerate."
     )
@@ -211,16 +305,61 @@ class TrainConfig(Options):
     def _check_gradient(cls, value: Any) -> str | int:
         return _named_or_count(value, ("full", "local"), "full, local or a number of layers from 1")
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _check_method(cls, value: Any) -> Any:
+        names = {name.lower(): name for name in get_args(cls.model_fields["method"].annotation)}
+        return names.get(str(value).lower(), value)
+
+    @field_validator("meta_datasets")
+    @classmethod
+    def _check_meta_datasets(cls, value: str | None) -> str | None:
+        return value and ",".join(map(_dataset, value.split(",")))
+
     @model_validator(mode="after")
     def _check_trainable(self) -> Self:
-        if self.quantized and self.trainable == "full":
-            raise ValueError("--trainable full needs float weights: drop --quantized, or use lora")
+        if self.trainable is None:
+            self.trainable = "lora" if self.method in ("ABFT", "E2E") else "model"
+        if self.quantized and self.trainable != "lora":
+            raise ValueError(
+                f"--trainable {self.trainable} needs float weights: drop --quantized, or use lora"
+            )
+        if self.method != "ABFT" and self.gradient != "full":
+            raise ValueError(
+                f"--gradient {self.gradient} is ABFT's: the loss of {self.method} is at the "
+                "model's output, so its gradient is full"
+            )
         return self
+
+    @property
+    def meta_dataset_names(self) -> list[str]:
+        """What MetaICL trains on.
+
+        Raises:
+            UserError: the dataset that is tested is among them.
+        """
+        if self.meta_datasets is None:
+            return [name for name in data.DATASETS if name != self.dataset]
+        names = self.meta_datasets.split(",")
+        if self.dataset in names:
+            raise UserError(f"--meta-datasets holds {self.dataset}, which is tested: leave it out")
+        return names
+
+    @property
+    def needs_label_rows_only(self) -> bool:
+        """Whether nothing needs an LM head's other rows: no loss, no text, no model to be saved."""
+        return self.trainable == "lora" and self.method == "ABFT" and not self.mauve_test
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """When to evaluate: `before`, `after`."""
+        skipped = {"before": self.no_eval_before, "after": self.no_eval_after}
+        return tuple(when for when, skip in skipped.items() if not (skip or self.no_eval))
 
     @model_validator(mode="after")
     def _default_learning_rate(self) -> Self:
         if self.lr is None:
-            paper = {"lora": 1e-4, "full": 2e-5}
+            paper = {"lora": 1e-4, "full": 2e-5, "model": 1e-5}
             rates = BUILTIN_LEARNING_RATES if self.model == "builtin" else paper
             self.lr = rates[self.trainable]
         return self

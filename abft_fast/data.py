@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+from abft_fast import tables
 from abft_fast.errors import UserError
 
 
@@ -118,7 +119,7 @@ DATASETS = tuple(_SOURCES)
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification dataset with StaICC's split.
+    """A classification dataset with StaICC's split; `own_data.OwnDataset` has one of the user's.
 
     Attributes:
         name: the paper's short name, e.g. `"sst2"`.
@@ -129,6 +130,7 @@ class Dataset:
         training: StaICC's 1,024 calibration examples; only these are trained on.
         demonstrations: the pool test prompts draw their demonstrations from.
         test: the 512 test queries.
+        files: path and SHA-256 of each file it was made of, where they are the user's own.
         alternate_template: three values of each of four parts of the template, by StaICC's names;
             None where there are none.
     """
@@ -141,6 +143,7 @@ class Dataset:
     training: tuple[Example, ...]
     demonstrations: tuple[Example, ...]
     test: tuple[Example, ...]
+    files: tuple[tuple[str, str], ...] = ()
     alternate_template: Mapping[str, Sequence] | None = None
 
     def training_prompts(self, k: int, count: int, seed: int) -> list[Prompt]:
@@ -162,7 +165,7 @@ class Dataset:
         return prompts
 
     def test_prompts(self, k: int) -> list[Prompt]:
-        """StaICC's 512 test queries, twice, each time with its own k demonstrations.
+        """The test queries, StaICC's 512, twice, each time with its own k demonstrations.
 
         Raises:
             UserError: k is more than the pool of demonstrations.
@@ -184,7 +187,8 @@ def resolve_name(name: str) -> str:
         return PAPER_DATASETS[int(lowered)]
     if lowered not in _SOURCES:
         raise UserError(
-            f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}, or an index 0-7"
+            f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}, an index 0-7, or "
+            f"data of your own ({tables.FORMATS})"
         )
     return lowered
 

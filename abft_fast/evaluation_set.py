@@ -12,6 +12,7 @@ from abft_fast.config import Options
 from abft_fast.data import Dataset
 from abft_fast.errors import UserError
 from abft_fast.evaluation import Behavior, BehaviorMean
+from abft_fast.packing import EncodedPrompt
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.protocols import Protocol
 
@@ -43,6 +44,11 @@ class EvaluationSet:
         self._has_labels = [call.has_labels for call in calls]
         self.encoded = [encoder.encode(call.prompts, call.template) for call in calls]
         self._check_all_kept(options)
+
+    @property
+    def prompts(self) -> list[EncodedPrompt]:
+        """Those of the test itself, of its first part where it has several."""
+        return self.encoded[0].prompts
 
     @property
     def label_ids(self) -> set[int]:

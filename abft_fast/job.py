@@ -9,19 +9,22 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from abft_fast import data, evaluation, loading, processes
+from abft_fast import data, evaluation, loading, own_data, processes
 from abft_fast.config import EvalConfig, TrainConfig
+from abft_fast.data_report import show_data
 from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.environment import uses_cpu
 from abft_fast.errors import UserError
 from abft_fast.evaluation_set import EvaluationSet
 from abft_fast.label_head import keep_label_rows
+from abft_fast.packing import EncodedPrompt
 from abft_fast.plan import Arithmetic, Flow, make_plan, memory_to_be_had, what_to_change
 from abft_fast.preflight import check_attention
 from abft_fast.progress import Progress
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.simulation import CannotCount
 from abft_fast.token_budget import CPU_TOKENS
+from abft_fast.training_data import training_prompts
 
 
 class Job:
@@ -35,7 +38,7 @@ class Job:
     ):
         self.config, self.progress = config, progress
         self.accelerator = make_accelerator(config, tracker_folder)
-        self.dataset = data.load(config.dataset)
+        self.dataset = own_data.by_options(config)
         device = self.accelerator.device
         self.placement = over_all_gpus(device) if config.device_map == "auto" else None
         self.shape = loading.read_config(config.model)
@@ -61,11 +64,11 @@ class Job:
         )
         refuse_offloaded(self.model, self.config.model)
 
-    def encode(self, prompts: list[data.Prompt], what: str) -> EncodedPrompts:
-        """Tokenize prompts and say what became of those too long."""
-        encoded = self.encoder.encode(prompts)
-        self._say_too_long(encoded, what)
-        return encoded
+    def encode_training(self) -> list[EncodedPrompt]:
+        """The training prompts of the method."""
+        encoded = training_prompts(self.config, self.dataset, self.encoder)
+        self._say_too_long(encoded, "training")
+        return encoded.prompts
 
     def _say_too_long(self, encoded: EncodedPrompts, what: str) -> None:
         if encoded.dropped or encoded.shortened:
@@ -75,12 +78,17 @@ class Job:
                 f"{encoded.dropped + len(encoded.prompts)}"
             )
 
-    def check_attention(self, prompts: EncodedPrompts) -> None:
+    def show_data(self, *parts: Sequence[EncodedPrompt]) -> None:
+        """Print what the user's own data are, with the prompts made of them."""
+        lengths = [len(prompt) for prompts in parts for prompt in prompts]
+        show_data(self.progress, self.dataset, self.encoder, lengths)
+
+    def check_attention(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Make sure that packed attention is the model's own, and say what it runs on."""
         try:
             found = check_attention(
                 self.model,
-                prompts.prompts,
+                prompts,
                 self.accelerator.autocast,
                 self.config.attention_backend,
             )
@@ -152,14 +160,14 @@ class Job:
             attention[test.dataset] = dataclasses.asdict(behavior)
         return metrics, attention
 
-    def check_memory(self, prompts: EncodedPrompts) -> None:
+    def check_memory(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Say what memory training will take; refuse what cannot fit, before weights are read.
 
         Raises:
             UserError: not even the longest prompt fits, and `--force` is not given.
         """
         config = self.config
-        longest = max(map(len, prompts.prompts))
+        longest = max(map(len, prompts))
         flow = Flow(config.gradient, config.checkpointing)
         room = memory_to_be_had(self.accelerator.device, all_gpus=self.placement is not None)
         run = (self.shape, config, self.arithmetic)

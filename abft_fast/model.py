@@ -1,4 +1,4 @@
-"""What of a decoder is trained: W_Q and W_K, nothing else."""
+"""What of a decoder is trained: W_Q and W_K, or, by methods that need it, all."""
 
 from __future__ import annotations
 
@@ -22,6 +22,22 @@ from abft_fast.backbone import (
     query_key_projections,
 )
 from abft_fast.errors import UserError
+
+
+def set_trained(model: PreTrainedModel, trainable: str, rank: int) -> nn.Module:
+    """Make a model's `lora` of a rank, `full` W_Q and W_K, or the whole `model` what learns.
+
+    Raises:
+        UserError: the model does not allow it.
+    """
+    match trainable:
+        case "lora":
+            return train_lora(model, rank)
+        case "full":
+            return train_weights(model)
+        case "model":
+            return train_model(model)
+    raise ValueError(f"trainable must be lora, full or model, not {trainable!r}")
 
 
 def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:
@@ -66,12 +82,7 @@ def train_weights(model: PreTrainedModel) -> PreTrainedModel:
         UserError: the weights are quantized.
     """
     projections = _projections(model)
-    # FP8 and torchao weights call themselves floating point.
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise UserError(
-            f"{projections[0].name} is quantized: --trainable full needs float weights, "
-            "use --trainable lora"
-        )
+    _refuse_quantized(model, "full")
     model.requires_grad_(False)
     for projection in projections:
         weight = projection.module.weight
@@ -81,6 +92,16 @@ def train_weights(model: PreTrainedModel) -> PreTrainedModel:
             projection, projection.module.weight, dim=1 if _is_transposed(projection.module) else 0
         )
     return model
+
+
+def train_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Train every weight, as float32.
+
+    Raises:
+        UserError: the weights are quantized.
+    """
+    _refuse_quantized(model, "model")
+    return model.float().requires_grad_(True)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -124,6 +145,15 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     if set(saved) != set(get_peft_model_state_dict(adapted)):
         raise UserError(f"adapter {folder} does not fit the model: it adapts other layers")
     return adapted
+
+
+def _refuse_quantized(model: PreTrainedModel, trainable: str) -> None:
+    # FP8 and torchao weights call themselves floating point.
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{model.config.model_type}'s weights are quantized: --trainable {trainable} needs "
+            "float weights, use --trainable lora"
+        )
 
 
 def _projections(model: PreTrainedModel) -> list[Projection]:

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from abft_fast import data, loading
+from abft_fast import loading, own_data
 from abft_fast import model as models
 from abft_fast.config import PlanConfig, TrainConfig
+from abft_fast.data_report import show_data
 from abft_fast.environment import free_memory, uses_cpu
 from abft_fast.errors import UserError
 from abft_fast.launch import launched_here
-from abft_fast.objective import attention_behavior_loss
-from abft_fast.packing import EncodedPrompt, pack
+from abft_fast.methods import example_prompt, method_loss
+from abft_fast.packing import pack
+from abft_fast.progress import Progress
 from abft_fast.prompts import PromptEncoder
 from abft_fast.shapes import SYNTHETIC, known_shape, with_layers
 from abft_fast.simulation import (
@@ -30,6 +32,7 @@ from abft_fast.simulation import (
 )
 from abft_fast.stored_format import stored_format
 from abft_fast.synthetic import skeleton
+from abft_fast.training_data import training_prompts
 
 _ADAM_STATES = 2
 _FEWEST_TOKENS = 2048  # with less, what does not grow with tokens sets the peak
@@ -71,14 +74,19 @@ FLOWS = (Flow("full"), Flow("full", True), Flow(4), Flow(2), Flow("local"))
 """From most memory to least, in most models."""
 
 
+def flows_of(config: TrainConfig) -> list[Flow]:
+    """Those a method can take: a loss at the output needs the whole graph."""
+    return [flow for flow in FLOWS if config.method == "ABFT" or flow.gradient == "full"]
+
+
 @dataclass(frozen=True)
 class Static:
     """Bytes that are there all the time.
 
     Attributes:
         quantized: weights in 4 or 8 bits, with their statistics.
-        frozen: all other weights that are not trained; no LM head of its own where only adapters
-            are trained.
+        frozen: all other weights that are not trained; no LM head of its own where only its label
+            rows are kept.
         trained: trained parameters, float32.
         gradients: of them.
         optimizer: Adam's two moments of them.
@@ -124,7 +132,7 @@ def static_memory(shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arit
     trained = [p for p in model.parameters() if p.requires_grad]
     head = model.get_output_embeddings()
     freed = set()
-    if config.trainable == "lora" and head.weight is not model.get_input_embeddings().weight:
+    if config.needs_label_rows_only and head.weight is not model.get_input_embeddings().weight:
         freed = set(head.parameters())
     frozen = [p for p in model.parameters() if not p.requires_grad and p not in freed]
     quantized = [p for p in frozen if not p.is_floating_point()]
@@ -179,12 +187,7 @@ def _trainable(
 ) -> nn.Module:
     """The model as `train` sets it up, on tensors without memory."""
     model = skeleton(shape, arithmetic.dtype, _bits(shape, config))
-    model = (
-        models.train_lora(model, config.lora_r)
-        if config.trainable == "lora"
-        else models.train_weights(model)
-    )
-    model = without_memory(model)
+    model = without_memory(models.set_trained(model, config.trainable, config.lora_r))
     if flow.checkpointing:
         models.enable_checkpointing(model)
     return model
@@ -210,10 +213,10 @@ def _peak(
     length: int,
     count: int,
 ) -> int:
-    every = length // (config.k + 1)
-    labels = list(range(every - 1, length - 1, every))[: config.k] if every else []
-    prompt = EncodedPrompt([0] * length, labels, [True] * len(labels))
-    packed = pack([prompt] * count)
+    prompts = [example_prompt(config, length)] * count
+    packed = pack(prompts)
+    changes = {"gradient": flow.gradient, "attention_backend": _attention(config, arithmetic)}
+    options = config.model_copy(update=changes)
     for parameter in models.trained_parameters(model).values():
         parameter.grad = torch.empty_like(parameter)  # of the batch before
 
@@ -223,13 +226,7 @@ def _peak(
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             if arithmetic.device_type == "cuda":
                 stack.enter_context(float32_as_on_a_gpu())
-            loss = attention_behavior_loss(
-                model,
-                packed,
-                gradient=flow.gradient,
-                attention=_attention(config, arithmetic),
-            ).loss
-            loss.backward()
+            method_loss(model, prompts, packed, options, config.penalty).loss.backward()
 
     return peak_memory(step)
 
@@ -317,8 +314,9 @@ def what_to_change(
     for options, candidate in candidates.items():
         plan = make_plan(shape, candidate, arithmetic, [], longest, limit)
         if plan.static.total <= limit:
-            plan = make_plan(shape, candidate, arithmetic, FLOWS, longest, limit)
-            for flow in FLOWS:
+            flows = flows_of(config)
+            plan = make_plan(shape, candidate, arithmetic, flows, longest, limit)
+            for flow in flows:
                 if plan.fits(flow):
                     return f"try {options}{flow.options}"
     if plan.static.total > limit:
@@ -327,7 +325,7 @@ def what_to_change(
             + " with --quantized" * bool(options)
             + ": use a larger GPU or a smaller model"
         )
-    flow = max(FLOWS, key=plan.most_demonstrations)
+    flow = max(plan.steps, key=plan.most_demonstrations)
     if not plan.most_demonstrations(flow):
         return "no prompt with a demonstration does: use a larger GPU or a smaller model"
     return f"try {options}{flow.options} --k {plan.most_demonstrations(flow)}"
@@ -341,7 +339,7 @@ def memory_to_be_had(device: torch.device, *, all_gpus: bool = False) -> int:
     return sum(free_memory(torch.device("cuda", gpu)) - GPU_RESERVE for gpu in gpus)
 
 
-def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
+def plan_run(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
     """The plan of a run with these options, for every flow, and what is to be said of it.
 
     Raises:
@@ -351,12 +349,13 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
     here = Path(config.model).is_dir()
     known = None if here else known_shape(config.model.removeprefix(SYNTHETIC))
     shape = known or loading.read_config(config.model)
-    dataset = data.load(config.dataset)
+    dataset = own_data.by_options(config)
     tokenizer = loading.read_tokenizer("builtin" if known else config.model)
     context = loading.context_length(shape)
     encoder = PromptEncoder.by_options(config, tokenizer, dataset, context)
-    prompts = dataset.training_prompts(config.k, config.train_samples, config.seed)
-    longest = max(map(len, encoder.encode(prompts).prompts))
+    lengths = [len(prompt) for prompt in training_prompts(config, dataset, encoder).prompts]
+    show_data(progress, dataset, encoder, lengths)
+    longest = max(lengths)
     on_gpu = config.gpu_memory is not None or not uses_cpu(config.device)
     device = torch.device("cuda" if on_gpu else "cpu")
     limit = (
@@ -367,7 +366,7 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
     mixed = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and on_gpu)
     arithmetic = Arithmetic(device.type, mixed)
     chosen = Flow(config.gradient, config.checkpointing)
-    flows = dict.fromkeys([*FLOWS, chosen])
+    flows = dict.fromkeys([*flows_of(config), chosen])
     try:
         plan = make_plan(shape, config, arithmetic, flows, longest, limit)
         verdict = (
@@ -380,7 +379,7 @@ def plan_run(config: PlanConfig) -> tuple[Plan, list[str]]:
             f"model {config.model}: {error}; `train` finds a budget by trying"
         ) from error
     notes = [
-        f"longest of {len(prompts)} training prompts of {config.dataset}, k={config.k}: "
+        f"longest of {len(lengths)} training prompts of {dataset.name}, k={config.k}: "
         f"{longest} tokens" + ", by the built-in model's tokenizer, which makes many" * bool(known),
         f"{limit / 1e9:.1f} GB are to be had"
         + f" ({GPU_RESERVE / 1e9:.0f} GB is left to CUDA)" * on_gpu,

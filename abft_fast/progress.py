@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Table
 
 from abft_fast.launch import is_main
 
@@ -30,10 +32,14 @@ class Progress:
     def say(self, line: str) -> None:
         """One line, unwrapped, also to the run's log."""
         self.console.print(line, soft_wrap=True, markup=False)
-        if self._log is None:
-            self._said.append(line)
-        else:
-            self._write([line])
+        self._log_or_keep([line])
+
+    def show(self, table: Table) -> None:
+        """A table, also to the run's log."""
+        self.console.print(table)
+        plain = Console(file=io.StringIO(), highlight=False, width=100)
+        plain.print(table)
+        self._log_or_keep(plain.file.getvalue().splitlines())
 
     def keep(self, log: Path) -> None:
         """Write what was said, and will be, to a file as well."""
@@ -41,6 +47,12 @@ class Progress:
             return
         self._log = log
         self._write(self._said)
+
+    def _log_or_keep(self, lines: list[str]) -> None:
+        if self._log is None:
+            self._said += lines
+        else:
+            self._write(lines)
 
     def _write(self, lines: list[str]) -> None:
         with self._log.open("a", encoding="utf-8") as file:

@@ -112,6 +112,7 @@ class PromptEncoder:
         self.max_length = max_length
         self.on_long_prompt = on_long_prompt
         self._label_token = label_token
+        self._another = "another model" + " or other words by --template" * bool(dataset.files)
         self._example = dataset.training[0]
         self._demonstration_ids = self._check_demonstration_labels()
         self.label_ids = self._check_query_labels(self.template)
@@ -264,13 +265,13 @@ class PromptEncoder:
         if self._label_token == "single" and any(len(ids) != 1 for ids in found):
             raise UserError(
                 f"{self.dataset}: label words are several tokens {where} ({listing}): "
-                "pass --label-token first, or use another model"
+                f"pass --label-token first, or use {self._another}"
             )
         first = [ids[0] for ids in found]
         if len(set(first)) != len(first):
             raise UserError(
                 f"{self.dataset}: label words share a token {where} ({listing}), so they cannot "
-                "be told apart: use another model"
+                f"be told apart: use {self._another}"
             )
         return first
 

@@ -40,8 +40,15 @@ def print_run(run: Run) -> None:
     table.add_row("peak memory (MiB)", "", f"{peak / 2**20:.0f}")
     console = _console()
     console.print(table)
+    if run.mauve:
+        console.print(
+            f"MAUVE of {run.mauve['texts']} texts against those of before: "
+            f"{run.mauve['after']:.3f}; the model before against itself: "
+            f"{run.mauve['before_again']:.3f}"
+        )
     console.print(f"run folder: {run.folder}", soft_wrap=True)
-    console.print(f"trained {run.artifact.name}: {run.artifact}", soft_wrap=True)
+    if run.artifact.is_dir():
+        console.print(f"trained {run.artifact.name}: {run.artifact}", soft_wrap=True)
 
 
 def print_evaluation(metrics: dict[str, dict], attention: dict[str, dict]) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
+        self._environment = folder / "environment.json"
         self._metrics = folder / "metrics.jsonl"
         self._evaluation = folder / "evaluation.json"
         self._attention = folder / "attention.json"
@@ -67,8 +69,15 @@ class Run:
             raise UserError(f"--resume {folder}: its config.yaml lacks {sorted(missing)[0]}")
         return cls(folder), resolve(TrainConfig, options)
 
-    def create(self, config: TrainConfig) -> None:
+    def create(
+        self, config: TrainConfig, trained_parameters: int, files: Mapping[str, str]
+    ) -> None:
         """Make the folder, empty it where that was asked for, and write what is known so far.
+
+        Args:
+            config: the run's options.
+            trained_parameters: how many there are.
+            files: SHA-256 of the user's own data files.
 
         Raises:
             UserError: another run has taken the folder in the meantime.
@@ -82,7 +91,22 @@ class Run:
             else:
                 entry.unlink()
         write_yaml(config, self.folder / "config.yaml")
-        write_json(self.folder / "environment.json", describe())
+        found = {"trained_parameters": trained_parameters, "data": dict(files)}
+        write_json(self._environment, {**describe(), **found})
+
+    def check_data(self, files: Mapping[str, str]) -> None:
+        """Make sure that the user's own data are what the run began with.
+
+        Raises:
+            UserError: a file has changed.
+        """
+        known = _read_json(self._environment).get("data", {})
+        for path, digest in files.items():
+            if known.get(path) != digest:
+                raise UserError(
+                    f"{path} is not what run {self.folder} began with (SHA-256 differs): put it "
+                    f"back, or start a new run by --config {self.folder / 'config.yaml'}"
+                )
 
     @property
     def evaluation(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -109,6 +133,23 @@ class Run:
     def record_token_budget(self, tokens: int) -> None:
         """Remember it for a resumed run."""
         write_json(self._token_budget, {"tokens": tokens})
+
+    def texts(self, sample: str) -> list[str] | None:
+        """Texts a model has written; None before."""
+        return _read_json(self.folder / f"texts-{sample}.json").get("texts")
+
+    def record_texts(self, sample: str, texts: list[str]) -> None:
+        """Keep a sample of texts."""
+        write_json(self.folder / f"texts-{sample}.json", {"texts": texts})
+
+    @property
+    def mauve(self) -> dict[str, Any]:
+        """Scores of the samples; empty before."""
+        return _read_json(self.folder / "mauve.json")
+
+    def record_mauve(self, found: dict[str, Any]) -> None:
+        """Keep the scores."""
+        write_json(self.folder / "mauve.json", found)
 
     @property
     def artifact(self) -> Path:
@@ -141,6 +182,7 @@ class Run:
 _ENTRIES = {
     "config.yaml", "environment.json", "run.log", "metrics.jsonl", "evaluation.json",
     "attention.json", "token_budget.json", "checkpoints", "adapter", "model", "abft-fast",
+    "texts-before.json", "texts-before-again.json", "texts-after.json", "mauve.json",
 }  # fmt: skip
 
 
@@ -155,5 +197,9 @@ def _unused(folder: Path) -> Path:
 
 
 def _name(config: TrainConfig) -> str:
-    model = re.sub(r"[^A-Za-z0-9._]+", "-", config.model.rstrip("/").split("/")[-1])
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{config.dataset}"
+    model = _plain(config.model.rstrip("/").split("/")[-1])
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{model}-{_plain(config.dataset_name)}"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name)

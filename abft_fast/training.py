@@ -12,17 +12,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from abft_fast import checkpoint, loading, processes
+from abft_fast import checkpoint, loading, mauve, processes
 from abft_fast import model as models
 from abft_fast.config import TrainConfig
 from abft_fast.environment import peak_memory
-from abft_fast.errors import RunError
+from abft_fast.errors import RunError, UserError
 from abft_fast.evaluation import Behavior, BehaviorMean
 from abft_fast.evaluation_set import EvaluationSet
 from abft_fast.files import atomic_folder
 from abft_fast.job import Job
 from abft_fast.launch import is_main
-from abft_fast.objective import attention_behavior_loss
+from abft_fast.methods import method_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
 from abft_fast.preflight import check_gradients
@@ -40,53 +40,68 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
     """
     with processes.together():
         job, prompts, tests = set_up(config, run, progress, new=new)
+    if len(set(processes.collect(job.dataset.files))) > 1:
+        raise UserError(f"not every process reads the same data: share {config.dataset}")
 
     def evaluate_once(when: str) -> None:
-        if tests is not None and processes.of_main(when not in run.evaluation):
+        if when in config.sides and processes.of_main(when not in run.evaluation):
             found = job.evaluate(tests, f"evaluating {when}")
             processes.on_main(run.record_evaluation, when, *found)
 
     evaluate_once("before")
+    if config.mauve_test:
+        processes.on_main(mauve.record_texts, config, run, job, "before")
+        processes.on_main(mauve.record_texts, config, run, job, "before-again")
     optimize(config, run, job, prompts)
     processes.on_main(save_result, config, run, job.model)
     evaluate_once("after")
+    if config.mauve_test:
+        processes.on_main(mauve.record_texts, config, run, job, "after")
+        processes.on_main(mauve.score_texts, config, run, job)
     job.accelerator.end_training()
 
 
 def set_up(
     config: TrainConfig, run: Run, progress: Progress, *, new: bool
-) -> tuple[Job, list[EncodedPrompt], list[EvaluationSet] | None]:
+) -> tuple[Job, list[EncodedPrompt], list[EvaluationSet]]:
     """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
     job = Job(config, progress, run.folder)
-    prompts = job.dataset.training_prompts(config.k, config.train_samples, config.seed)
-    encoded = job.encode(prompts, "training")
-    tests = None if config.no_eval else job.evaluation_sets()
-    job.check_memory(encoded)
+    if not new and is_main():
+        run.check_data(dict(job.dataset.files))
+    prompts = job.encode_training()
+    tests = job.evaluation_sets() if config.sides else []
+    job.show_data(prompts, *(test.prompts for test in tests[:1]))
+    if config.mauve_test:
+        mauve.check_installed()
+        mauve.read_prefixes(config.mauve_prefix, job.dataset)
+    job.check_memory(prompts)
     job.load()
-    job.check_attention(encoded)
-    if config.trainable == "lora":  # else the whole model is saved
+    job.check_attention(prompts)
+    if config.trainable == "lora":
         check_gradients(job.model)
-        job.keep_label_rows(tests or [])
+    if config.needs_label_rows_only:
+        job.keep_label_rows(tests)
     set_seed(config.seed)
-    job.model = (
-        models.train_lora(job.model, config.lora_r)  # starts as a change of 0
-        if config.trainable == "lora"
-        else models.train_weights(job.model)
-    )
+    job.model = models.set_trained(job.model, config.trainable, config.lora_r)
+    trained = sum(p.numel() for p in models.trained_parameters(job.model).values())
     if new and is_main():
-        run.create(config)
+        run.create(config, trained, dict(job.dataset.files))
     progress.keep(run.folder / "run.log")
-    return job, encoded.prompts, tests
+    return job, prompts, tests
 
 
 def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> None:
-    """Adam on the attention-behavior loss, one step a pseudo-batch, from the last checkpoint on."""
+    """Adam on the method's loss, one step a pseudo-batch, from the last checkpoint on."""
     accelerator, model = job.accelerator, job.model
     trained = models.trained_parameters(model)
     optimizer = torch.optim.Adam(trained.values(), lr=config.lr)
     controller = PenaltyController(
-        config.adaptation, config.penalty, config.pid_p, config.pid_i, config.pid_d
+        config.adaptation if config.method == "ABFT" else "none",
+        config.penalty,
+        config.pid_p,
+        config.pid_i,
+        config.pid_d,
     )
     with processes.together():
         done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
@@ -149,7 +164,8 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
                         run.record_token_budget(budget.tokens)
                     run.append_metrics(row)
                     accelerator.log({k: v for k, v in row.items() if v is not None}, step=step)
-                    if step % config.save_steps == 0 or step == len(batches):
+                    due = step % config.save_steps == 0 or step == len(batches)
+                    if due and not config.no_save:
                         checkpoint.save(run.checkpoints, step, trained, optimizer, controller)
             advance(1, f"loss {row['loss']:.3f}, {heads:.1f} induction heads")
 
@@ -170,17 +186,10 @@ def backward(
     """
     loss, behavior = torch.zeros((), device=accelerator.device), BehaviorMean()
     for micro in micro_batches([len(p) for p in batch], tokens):
-        packed = pack([batch[i] for i in micro]).to(accelerator.device)
+        prompts = [batch[i] for i in micro]
+        packed = pack(prompts).to(accelerator.device)
         with accelerator.autocast():
-            result = attention_behavior_loss(
-                model,
-                packed,
-                penalty=penalty,
-                reward=config.reward,
-                head_filter=config.head_filter,
-                gradient=config.gradient,
-                attention=config.attention_backend,
-            )
+            result = method_loss(model, prompts, packed, config, penalty)
         share = result.loss * (len(micro) / (pseudo_batch or len(batch)))
         accelerator.backward(share)
         loss += share.detach().to(loss.device)
@@ -245,13 +254,13 @@ def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: 
             f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower --lr "
             f"(now {config.lr:g}) or use another --mixed-precision"
         )
-    if step == 1 and heads == 0 and config.head_filter:
+    if step == 1 and heads == 0 and config.head_filter and config.method == "ABFT":
         raise RunError(
             "no induction head in the first pseudo-batch, so the loss is 0: try "
             "--no-head-filter, more demonstrations (--k), or another model"
         )
     if step == 1 and norm == 0:
-        raise RunError("the gradient of W_Q and W_K is 0 at step 1: nothing would be learnt")
+        raise RunError("the gradient is 0 at step 1: nothing would be learnt")
 
 
 def pseudo_batches(prompts: int, config: TrainConfig) -> list[list[int]]:
@@ -268,7 +277,7 @@ def pseudo_batches(prompts: int, config: TrainConfig) -> list[list[int]]:
 def save_result(config: TrainConfig, run: Run, model: nn.Module) -> None:
     """Write `adapter/`, which plain PEFT loads, or `model/`, which plain transformers loads."""
     name = "adapter" if config.trainable == "lora" else "model"
-    if (run.folder / name).exists():
+    if config.no_save or (run.folder / name).exists():
         return
     with atomic_folder(run.folder / name) as temporary:
         model.save_pretrained(temporary)

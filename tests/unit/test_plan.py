@@ -144,7 +144,7 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
         monkeypatch.setattr(job, "memory_to_be_had", lambda device, all_gpus, it=limit: it)
         config.force = force
         found = job.Job(config, Progress())
-        prompts = found.encode(found.dataset.training_prompts(4, 8, 0), "training")
+        prompts = found.encoder.encode(found.dataset.training_prompts(4, 8, 0)).prompts
         if limit > 10**5 or force:
             found.check_memory(prompts)
     with pytest.raises(UserError, match=r"does not fit in 0.0 GB: .*, or --force"):
@@ -159,6 +159,24 @@ def test_a_gpu_is_counted_with_its_own_autocast():
         for device in ("cuda", "cpu")
     )
     assert on_gpu.a_token > 1.1 * on_cpu.a_token
+
+
+def test_a_loss_at_the_output_is_counted_with_its_logits():
+    shape = tiny_config("llama", vocab_size=5000)
+    logits = 4 * shape.vocab_size
+    abft, e2e, picl = (
+        step_memory(shape, options(method=method, trainable="lora"), FLOAT32, Flow("full"), 60)
+        for method in ("ABFT", "E2E", "PICL")
+    )
+    assert picl.a_token > e2e.a_token + logits  # of every token; of one in 60
+    assert abft.a_token < e2e.a_token
+    frozen = [
+        static_memory(shape, options(method=method), FLOAT32).frozen for method in ("ABFT", "E2E")
+    ]
+    assert frozen[1] - frozen[0] == logits * shape.hidden_size  # the LM head is needed
+    assert [f.options for f in plan.flows_of(options(method="E2E"))] == [
+        "--gradient full", "--gradient full --checkpointing",
+    ]  # fmt: skip
 
 
 def test_attention_prompt_by_prompt_is_counted_so():
@@ -183,7 +201,7 @@ def test_advice_is_advice_that_can_be_followed():
 def test_a_cpu_packs_no_more_than_the_plan_has_room_for(tmp_path):
     config = options(train_samples=8, device="cpu")
     found = job.Job(config, Progress())
-    prompts = found.encode(found.dataset.training_prompts(4, 8, 0), "training").prompts
+    prompts = found.encoder.encode(found.dataset.training_prompts(4, 8, 0)).prompts
     run, longest = Run(tmp_path), max(map(len, prompts))
     assert token_budget(config, run, found, prompts) == CPU_TOKENS  # nothing planned
     found.most_tokens = CPU_TOKENS + 1

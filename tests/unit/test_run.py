@@ -19,25 +19,25 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve(TrainConfig, {})
     first = Run.reserve(config)
-    first.create(config)
+    first.create(config, 0, {})
     second = Run.reserve(config)
-    second.create(config)
+    second.create(config, 0, {})
     assert first.folder != second.folder
 
 
 def test_a_folder_taken_meanwhile_is_left_alone(tmp_path):
     config = resolve(TrainConfig, {"output_dir": str(tmp_path / "run")})
     slow, quick = Run.reserve(config), Run.reserve(config)
-    quick.create(config)
+    quick.create(config, 0, {})
     quick.append_metrics({"step": 1})
     with pytest.raises(UserError, match="taken by another run"):
-        slow.create(config)
+        slow.create(config, 0, {})
     assert quick.metrics() == [{"step": 1}]
 
 
 def test_a_config_cut_short_is_not_resumed_as_something_else(tmp_path):
     config = resolve(TrainConfig, {"output_dir": str(tmp_path), "dataset": "trec", "lr": "0.5"})
-    Run(tmp_path).create(config)
+    Run(tmp_path).create(config, 0, {})
     assert Run.open(tmp_path)[1].model_dump() == config.model_dump()
     (tmp_path / "config.yaml").write_text("model: builtin\n")
     with pytest.raises(UserError, match="lacks"):

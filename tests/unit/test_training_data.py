@@ -1,0 +1,99 @@
+"""What the methods train on."""
+
+import pytest
+
+from abft_fast import data, loading
+from abft_fast.config import TrainConfig, resolve
+from abft_fast.errors import UserError
+from abft_fast.picl import intrinsic_tasks, paragraphs
+from abft_fast.prompts import PromptEncoder
+from abft_fast.training_data import training_prompts
+
+pytestmark = pytest.mark.unit
+
+TOKENIZER = loading.read_tokenizer("builtin")
+
+
+def prompts_of(**options):
+    config = resolve(TrainConfig, {"train_samples": 12, **options})
+    dataset = data.load(config.dataset)
+    encoder = PromptEncoder.by_options(config, TOKENIZER, dataset, 2048)
+    return training_prompts(config, dataset, encoder).prompts, encoder
+
+
+def test_e2e_is_abfts_prompts_with_the_querys_label():
+    plain, encoder = prompts_of(dataset="trec")
+    targeted, _ = prompts_of(dataset="trec", method="E2E")
+    for p, t in zip(plain, targeted, strict=True):
+        assert (t.input_ids, t.label_positions) == (p.input_ids, p.label_positions)
+        assert t.target_positions == [len(p) - 1] and t.targets[0] in encoder.label_ids
+        same = [t.input_ids[i] == t.targets[0] for i in t.label_positions]
+        assert same == t.label_is_correct
+
+
+def test_metaicl_leaves_the_tested_dataset_out():
+    found, _ = prompts_of(dataset="subj", method="MetaICL")
+    assert len(found) == 12
+    words = {TOKENIZER.decode(p.targets).strip() for p in found}
+    assert not words & {"objective", "subjective"}
+    only, _ = prompts_of(dataset="subj", method="MetaICL", meta_datasets="trec,mr")
+    prefixes = [TOKENIZER.decode(p.input_ids).strip().split(":")[0] for p in only]
+    assert prefixes.count("question") == prefixes.count("review") == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"meta_datasets": "trec,imdb"}, "'imdb' is unknown"),
+        ({"meta_datasets": "trec,subj"}, "holds subj, which is tested"),
+        ({"method": "E2E", "gradient": "local"}, "--gradient local is ABFT's"),
+        ({"method": "MetaICL", "quantized": True}, "--trainable model needs float weights"),
+        ({"method": "RLHF"}, "--method RLHF"),
+    ],
+)
+def test_what_cannot_be_is_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        prompts_of(**{"dataset": "subj", "method": "MetaICL", **options})
+
+
+def test_the_method_decides_what_is_trained_unless_told():
+    for method, trainable in (("ABFT", "lora"), ("e2e", "lora"), ("PICL", "model")):
+        assert resolve(TrainConfig, {"method": method}).trainable == trainable
+    assert resolve(TrainConfig, {"method": "metaicl", "trainable": "lora"}).trainable == "lora"
+
+
+def test_picl_trains_on_staicc_texts_less_the_test_part():
+    texts = set(paragraphs(None))
+    dataset = data.load("fp")
+    assert len({e.text.strip() for e in dataset.training} & texts) > 1000
+    for name in data.DATASETS:  # SST-2 and MR share sentences
+        assert not {e.text.strip() for e in data.load(name).test} & texts
+
+
+def test_picl_puts_the_most_similar_paragraphs_before_each():
+    pytest.importorskip("bm25s")
+    texts = ["the cat sat on a mat", "a dog barked", "the cat sat down", "stocks fell sharply"]
+    tasks = intrinsic_tasks(texts, 1, 8, seed=0)
+    assert {task[-1] for task in tasks} <= set(texts) and len(tasks) == 8
+    assert all(task[0] != task[1] for task in tasks)
+    assert ["the cat sat down", "the cat sat on a mat"] in tasks
+    assert tasks == intrinsic_tasks(texts, 1, 8, seed=0) != intrinsic_tasks(texts, 1, 8, seed=1)
+    with pytest.raises(UserError, match="there are 4 paragraphs, so k is at most 3"):
+        intrinsic_tasks(texts, 4, 8, seed=0)
+
+
+def test_picl_predicts_every_token(tmp_path):
+    pytest.importorskip("bm25s")
+    file = tmp_path / "plain.txt"
+    file.write_text("the cat sat on a mat\n\na dog barked\nthe cat sat down\n")
+    found, _ = prompts_of(method="PICL", plain_text=file, k=2)
+    assert len(found) == 12
+    for prompt in found:
+        assert prompt.targets == prompt.input_ids[1:]
+        assert prompt.target_positions == list(range(len(prompt) - 1))
+        assert TOKENIZER.decode(prompt.input_ids).count("\n") == 2
+    file.write_text(" \n")
+    with pytest.raises(UserError, match="it holds no text"):
+        prompts_of(method="PICL", plain_text=file)
+    with pytest.raises(UserError, match="No such file"):
+        prompts_of(method="PICL", plain_text=tmp_path / "nowhere.txt")
