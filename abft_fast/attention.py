@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from abft_kernels import (
     LastRowLoss,
+    attention_after_prefix,
     choose_attention,
     choose_backend,
     flash_attention_with_last_row_loss,
@@ -66,7 +67,10 @@ class PackedForward:
         attention: what is to compute attention; see `abft_kernels.choose_attention`.
         block: layers a gradient may cross; None is all of them.
         stop_after: layer whose attention ends the forward; None runs it to its end.
-        layers: filled by the attention function, one entry a layer.
+        keep: filled with each layer's keys and values, (T, Hkv, D), where it is given.
+        prefix: what an earlier forward kept of the beginning of all these prompts; positions of
+            `packed` go on after it, it has no labels, and no loss is found.
+        layers: filled by the attention function, one entry a layer, None where no loss is found.
         attentions: filled by it too: (attention, backend of the loss) it ran on, and why not on
             a faster attention.
     """
@@ -76,12 +80,18 @@ class PackedForward:
     attention: str = "auto"
     block: int | None = None
     stop_after: int | None = None
-    layers: dict[int, LastRowLoss] = field(default_factory=dict)
+    keep: dict[int, tuple[Tensor, Tensor]] | None = None
+    prefix: dict[int, tuple[Tensor, Tensor]] | None = None
+    layers: dict[int, LastRowLoss | None] = field(default_factory=dict)
     attentions: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bounds = self.packed.cu_seqlens.tolist()
         self.longest = max(b - a for a, b in itertools.pairwise(self.bounds))
+        self.context = self.longest  # keys of the longest prompt's last row
+        if self.prefix is not None:
+            key, _ = next(iter(self.prefix.values()))
+            self.context += len(key)
         self._by_device: dict[torch.device, tuple[PackedPrompts, dict]] = {}
         self._checkpointed = self._keep_graph = False
         self._grad_enabled = torch.is_grad_enabled()
@@ -119,8 +129,8 @@ class PackedForward:
             self._block_parameters += [p for p in layer.parameters() if p.requires_grad]
         return begins
 
-    def attended(self, index: int, result: LastRowLoss) -> None:
-        """Keep a layer's losses.
+    def attended(self, index: int, result: LastRowLoss | None) -> None:
+        """Keep a layer's losses, or that it came by.
 
         Raises:
             LossComplete: this was the last layer the loss needs.
@@ -220,17 +230,28 @@ def packed_attention(
         return _ordinary_attention(
             module, query, key, value, attention_mask, scale, dropout, softcap, s_aux, **kwargs
         )
-    _check_window(module, sliding_window, abft.longest)
+    _check_window(module, sliding_window, abft.context)
     packed = abft.on(query.device)
     # Under autocast RoPE leaves queries and keys in float32, values come in 16 bits.
     query, key, value = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
-    options = {
-        "scale": scale,
-        "softcap": softcap,
-        "window": sliding_window,
-        "sinks": s_aux,
-        **abft.loss_options_on(query.device),
-    }
+    scores = {"scale": scale, "softcap": softcap, "window": sliding_window, "sinks": s_aux}
+    if abft.prefix is not None:
+        before = abft.prefix[module.layer_idx]
+        out = attention_after_prefix(
+            query,
+            key,
+            value,
+            *before,
+            packed.cu_seqlens,
+            longest=abft.longest,
+            attention=abft.attention,
+            **scores,
+        )
+        abft.attended(module.layer_idx, None)
+        return out[None], None
+    if abft.keep is not None:
+        abft.keep[module.layer_idx] = key, value
+    options = {**scores, **abft.loss_options_on(query.device)}
     labels = packed.label_positions, packed.label_offsets, packed.label_is_correct
     if abft.ends_in(module.layer_idx):
         starts, ends = packed.cu_seqlens[:-1], packed.cu_seqlens[1:]

@@ -25,11 +25,13 @@ from abft_fast.config import (
     ModelOptions,
     Options,
     PlanConfig,
+    PredictConfig,
     TrainConfig,
     flag,
     resolve,
 )
 from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
+from abft_fast.original_options import translate
 
 _INTERRUPTED = 130  # exit code
 
@@ -143,11 +145,12 @@ def eval_(flags: dict[str, Any]) -> None:
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
     from abft_fast.files import write_json
-    from abft_fast.job import Job
+    from abft_fast.job import Job, check_same_data
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
 
     with processes.running(uses_cpu(config.device)):
+        check_same_data(config)
         with processes.together():
             job = Job(config, Progress())
             tests = job.evaluation_sets()
@@ -177,6 +180,23 @@ def plan_(flags: dict[str, Any]) -> None:
     from abft_fast.report import print_plan
 
     print_plan(config.model, *plan_run(config, Progress()))
+
+
+@_command(PredictConfig)
+def predict_(flags: dict[str, Any]) -> None:
+    """Label the texts of a file, by demonstrations from another."""
+    config = resolve(PredictConfig, flags)
+    if launch.launched() > 1:
+        raise UserError("predict runs in one process: start it without a launcher")
+    from abft_fast.prediction_files import check_files, open_output, read_demonstrations
+
+    check_files(config)
+    dataset = read_demonstrations(config)
+    with open_output(config, dataset.label_words) as writer:
+        from abft_fast.predict import predict
+        from abft_fast.progress import Progress
+
+        predict(config, dataset, writer, Progress())
 
 
 @_command(MergeConfig)
@@ -210,7 +230,7 @@ def main() -> None:
     if not debug:
         _quiet()
     try:
-        code = app(standalone_mode=False)
+        code = app(translate(sys.argv[1:]), standalone_mode=False)
         if code == _INTERRUPTED:  # typer returns it in place of the exception
             raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:

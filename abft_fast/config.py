@@ -79,14 +79,19 @@ class ModelOptions(BaseModel):
         return value
 
 
-class Options(ModelOptions):
-    """What `train` and `eval` share."""
+class DatasetOptions(ModelOptions):
+    """Which data."""
 
     dataset: Annotated[str, AfterValidator(_dataset)] = Field(
         "subj",
         description=f"One of {', '.join(data.DATASETS)}; the original's index 0-7; or data of "
         f"your own: a file ({tables.FORMATS}).",
     )
+
+
+class TableOptions(ModelOptions):
+    """What the user's own files hold."""
+
     text_column: str = Field("text", description="Column of the texts, in data of your own.")
     label_column: str = Field("label", description="Column of the labels, in data of your own.")
     template: Path | None = Field(
@@ -94,6 +99,17 @@ class Options(ModelOptions):
         description="YAML file on data of your own: `input_prefix`, `label_prefix`, and `labels`, "
         "from values in the label column to label words. Unset: `text: `, `label: `, the values.",
     )
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        if self.text_column == self.label_column:
+            raise ValueError(f"--text-column and --label-column are both {self.text_column}")
+        return self
+
+
+class SamplingOptions(ModelOptions):
+    """What prompts are made of the data, and what is tested with them."""
+
     test_file: Path | None = Field(
         None,
         description="Test examples of your own, as for dataset. Unset: a DatasetDict's part "
@@ -104,19 +120,6 @@ class Options(ModelOptions):
     )
     split_seed: int = Field(0, ge=0, description="Seed of the choice of these rows.")
     k: int = Field(4, ge=0, description="Demonstrations a prompt.")
-    prompt_form: Literal["ours", "staicc"] = Field(
-        "ours",
-        description="How prompts are written: one space belongs to the label token everywhere, "
-        "or StaICC's own string.",
-    )
-    label_token: Literal["single", "first"] = Field(
-        "single",
-        description="Refuse label words of several tokens, or use their first token "
-        "(in StaICC's form at the query the last, as StaICC does).",
-    )
-    on_long_prompt: Literal["refuse", "drop", "fewer-demonstrations"] = Field(
-        "refuse", description="What to do with prompts beyond the model's context length."
-    )
     test_type: TestType = Field(
         "Normal",
         description="StaICC's test: accuracy (Normal), consistency of predictions under other "
@@ -137,6 +140,24 @@ class Options(ModelOptions):
         description="Prompts of training examples that contextual and domain calibration learn "
         "from.",
     )
+
+
+class PromptOptions(ModelOptions):
+    """How prompts are written, and what runs the model on them."""
+
+    prompt_form: Literal["ours", "staicc"] = Field(
+        "ours",
+        description="How prompts are written: one space belongs to the label token everywhere, "
+        "or StaICC's own string.",
+    )
+    label_token: Literal["single", "first"] = Field(
+        "single",
+        description="Refuse label words of several tokens, or use their first token "
+        "(in StaICC's form at the query the last, as StaICC does).",
+    )
+    on_long_prompt: Literal["refuse", "drop", "fewer-demonstrations"] = Field(
+        "refuse", description="What to do with prompts beyond the model's context length."
+    )
     token_budget: str | int = Field(
         "auto",
         description="Tokens a packed batch, at most; auto tries in training what a GPU holds and "
@@ -156,6 +177,20 @@ class Options(ModelOptions):
         description="Arithmetic of the forward: bfloat16, or no for float32 throughout. "
         "auto is bf16 on a GPU, no on a CPU.",
     )
+
+    @field_validator("token_budget", mode="before")
+    @classmethod
+    def _check_token_budget(cls, value: Any) -> str | int:
+        return _named_or_count(value, ("auto",), "auto or a number of tokens from 1")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads `no` as false
+
+
+class Options(PromptOptions, SamplingOptions, TableOptions, DatasetOptions):
+    """What `train` and `eval` share; from the last class to the first, as help lists them."""
 
     @property
     def data_are_own(self) -> bool:
@@ -188,19 +223,7 @@ class Options(ModelOptions):
             )
         if self.test_file is not None and given[-1] in split:
             raise ValueError(f"{flag(given[-1])}: with --test-file nothing is split: leave it out")
-        if self.text_column == self.label_column:
-            raise ValueError(f"--text-column and --label-column are both {self.text_column}")
         return self
-
-    @field_validator("token_budget", mode="before")
-    @classmethod
-    def _check_token_budget(cls, value: Any) -> str | int:
-        return _named_or_count(value, ("auto",), "auto or a number of tokens from 1")
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _yaml_no(cls, value: Any) -> Any:
-        return "no" if value is False else value  # YAML reads `no` as false
 
 
 class EvalConfig(Options):
@@ -255,6 +278,9 @@ class TrainConfig(Options):
     reward: float = Field(1.0, ge=0, description="B, on attention missing from right labels.")
     adaptation: Literal["pid", "p", "none"] = Field(
         "pid", description="Control of the penalty by the number of induction heads (paper, A.3)."
+    )
+    p_factor: float | None = Field(
+        None, description="Factor of the control where it is p. Unset: pid-p."
     )
     pid_p: float = Field(0.03, description="Factor C_p of the control.")
     pid_i: float = Field(0.005, description="Factor C_i of the control.")
@@ -311,6 +337,11 @@ class TrainConfig(Options):
         names = {name.lower(): name for name in get_args(cls.model_fields["method"].annotation)}
         return names.get(str(value).lower(), value)
 
+    @field_validator("adaptation", mode="before")
+    @classmethod
+    def _check_adaptation(cls, value: Any) -> Any:
+        return "none" if value is None else str(value).lower()
+
     @field_validator("meta_datasets")
     @classmethod
     def _check_meta_datasets(cls, value: str | None) -> str | None:
@@ -346,6 +377,12 @@ class TrainConfig(Options):
         return names
 
     @property
+    def proportional_factor(self) -> float:
+        """Of the number of induction heads, in the control of the penalty."""
+        own = self.adaptation == "p" and self.p_factor is not None
+        return self.p_factor if own else self.pid_p
+
+    @property
     def needs_label_rows_only(self) -> bool:
         """Whether nothing needs an LM head's other rows: no loss, no text, no model to be saved."""
         return self.trainable == "lora" and self.method == "ABFT" and not self.mauve_test
@@ -374,6 +411,36 @@ class PlanConfig(TrainConfig):
         allow_inf_nan=False,
         description="GB (10^9 bytes) of the GPU to plan for. Unset: what is free here.",
     )
+
+
+class PredictConfig(PromptOptions, TableOptions):
+    """Options of `abft-fast predict`."""
+
+    on_long_prompt: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="What to do with a query whose prompt is beyond the model's context length; "
+        "drop leaves its predictions empty.",
+    )
+    adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
+    demonstrations: Path = Field(
+        description="File of texts and labels, all of which, in their order, every prompt begins "
+        "with."
+    )
+    input: Path = Field(description="File of the texts to label.")
+    output: Path | None = Field(
+        None,
+        description="File to write, .csv or .jsonl: the input's columns, `prediction`, and "
+        "`p_WORD` for each label word. Unset or `-`: CSV to standard output.",
+    )
+
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, value: Path | None) -> Path | None:
+        if value is None or str(value) == "-":
+            return None
+        if value.suffix.lower() not in (".csv", ".jsonl"):
+            raise ValueError("end it in .csv or .jsonl")
+        return value
 
 
 class MergeConfig(ModelOptions):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -50,32 +51,37 @@ def show_data(
 
 
 def oddities(dataset: OwnDataset) -> list[str]:
-    """Texts that stand twice, or with two labels; each kind with its number and first rows."""
-    rows: dict[str, list[tuple[str, int, int]]] = {}  # by text: part, row, label
-    parts = (
-        ("to train", dataset.training, dataset.training_rows),
-        ("to test", dataset.test, dataset.test_rows),
-    )
-    for part, examples, numbers in parts:
-        for example, row in zip(examples, numbers, strict=True):
-            rows.setdefault(example.text.strip(), []).append((part, row, example.label))
-    again = [places for places in rows.values() if len(places) > 1]
+    """Texts that stand twice, or with two labels; of each kind the number and the first rows."""
+    places: dict[str, list[_Place]] = {}
+    for path, examples, rows in (
+        (dataset.training_path, dataset.training, dataset.training_rows),
+        (dataset.test_path, dataset.test, dataset.test_rows),
+    ):
+        for example, row in zip(examples, rows, strict=True):
+            place = _Place(examples is dataset.test, example.label, f"{path}, row {row}")
+            places.setdefault(example.text.strip(), []).append(place)
+    again = [found for found in places.values() if len(found) > 1]
+    training = [[place for place in found if not place.tested] for found in again]
     kinds = {
-        "texts both to train and to test on": [
-            places for places in again if len({part for part, _, _ in places}) == 2
-        ],
-        "texts more than once to train on": [
-            twice for places in again if len(twice := [p for p in places if p[0] == "to train"]) > 1
-        ],
-        "texts with two labels": [
-            places for places in again if len({label for _, _, label in places}) > 1
-        ],
+        "texts both to train and to test on": [_differing(found, "tested") for found in again],
+        "texts more than once to train on": [found[:2] for found in training if len(found) > 1],
+        "texts with two labels": [_differing(found, "label") for found in again],
     }
-    return [f"{kind}: {_count(found)}" for kind, found in kinds.items()]
+    return [f"{kind}: {_count(list(filter(None, pairs)))}" for kind, pairs in kinds.items()]
 
 
-def _count(found: Sequence[Sequence[tuple[str, int, int]]]) -> str:
-    if not found:
-        return "0"
-    first = " and ".join(f"row {row} ({part})" for part, row, _ in found[0][:2])
-    return f"{len(found)}, first {first}"
+class _Place(NamedTuple):
+    tested: bool
+    label: int
+    row: str
+
+
+def _differing(places: list[_Place], what: str) -> list[_Place]:
+    """The first place and the first other one that differs from it; none if all agree."""
+    first = places[0]
+    other = next((p for p in places if getattr(p, what) != getattr(first, what)), None)
+    return [] if other is None else [first, other]
+
+
+def _count(pairs: list[list[_Place]]) -> str:
+    return str(len(pairs)) + "".join(f", first {a.row}, and {b.row}" for a, b in pairs[:1])

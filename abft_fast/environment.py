@@ -24,6 +24,8 @@ PACKAGES = (
     "accelerate",
     "bitsandbytes",
     "StaICC",
+    "datasets",
+    "pyarrow",
     "flash-attn",
     "flash-attn-3",
 )

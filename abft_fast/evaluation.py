@@ -16,7 +16,7 @@ from abft_fast.label_head import label_columns
 from abft_fast.objective import join, run_packed
 from abft_fast.packing import EncodedPrompt, PackedPrompts, micro_batches, pack
 from abft_fast.prompts import EncodedPrompts
-from abft_fast.token_budget import is_out_of_memory
+from abft_fast.token_budget import in_halves
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,7 @@ def predict(
 
 def _within_memory(model, prompts, label_ids, attention):
     """`label_logits` of all prompts at once, or, out of memory, of halves of them."""
-    try:
-        return [label_logits(model, prompts, label_ids, attention)]
-    except RuntimeError as error:
-        if not is_out_of_memory(error) or len(prompts) == 1:
-            raise
-    half = len(prompts) // 2
-    parts = prompts[:half], prompts[half:]
-    return [found for part in parts for found in _within_memory(model, part, label_ids, attention)]
+    return in_halves(lambda part: label_logits(model, part, label_ids, attention), prompts)
 
 
 def label_logits(

@@ -190,6 +190,20 @@ class Job:
             )
 
 
+def check_same_data(config: TrainConfig | EvalConfig) -> None:
+    """Make sure that all processes read the same data of the user's, as each makes all prompts.
+
+    Raises:
+        UserError: they do not.
+    """
+    if not config.data_are_own:
+        return
+    with processes.together():
+        files = own_data.by_options(config).files
+    if len(set(processes.collect(tuple(digest for _, digest in files)))) > 1:
+        raise UserError(f"not every process reads the same {config.dataset}: share the file")
+
+
 def make_accelerator(
     config: TrainConfig | EvalConfig, tracker_folder: Path | None = None
 ) -> Accelerator:

@@ -93,7 +93,8 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
             library, or the model cannot keep these prompts apart.
     """
     inner = prepare(model)
-    if len(forward.packed) > 1 and must_run_alone(inner, forward.longest):
+    alone = len(forward.packed) == 1 and forward.prefix is None
+    if not alone and must_run_alone(inner, forward.context):
         raise ValueError(f"{inner.config.model_type}: prompts must be run one at a time")
     embedding = inner.get_input_embeddings().weight
     packed = forward.on(embedding.device)

@@ -7,9 +7,22 @@ import sys
 from pathlib import Path
 
 from abft_fast.cli import default_text, values_text
-from abft_fast.config import EvalConfig, MergeConfig, PlanConfig, TrainConfig, flag
+from abft_fast.config import (
+    EvalConfig,
+    MergeConfig,
+    PlanConfig,
+    PredictConfig,
+    TrainConfig,
+    flag,
+)
 
-_VERBS = {"train": TrainConfig, "eval": EvalConfig, "plan": PlanConfig, "merge": MergeConfig}
+_VERBS = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "plan": PlanConfig,
+    "predict": PredictConfig,
+    "merge": MergeConfig,
+}
 _BEGIN, _END = "<!-- options: begin -->", "<!-- options: end -->"
 
 

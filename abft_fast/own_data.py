@@ -116,16 +116,16 @@ def _load(source: _Source) -> OwnDataset:
         test = _read(source, source.test, words, str(source.template or source.training))
         split = str(source.test)
     index = {value: label for label, value in enumerate(words)}
-    pools = [tuple(Example(e.text, index[e.value]) for e in part) for part in (training, test)]
+    examples = [tuple(Example(e.text, index[e.value]) for e in part) for part in (training, test)]
     return OwnDataset(
         name=source.name,
         input_prefix=template.input_prefix,
         label_prefix=template.label_prefix,
         label_words=tuple(words.values()),
         staicc_label_words=tuple(words.values()),
-        training=pools[0],
-        demonstrations=pools[0],
-        test=pools[1],
+        training=examples[0],
+        demonstrations=examples[0],
+        test=examples[1],
         files=source.files,
         label_values=tuple(words),
         training_path=source.training,

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from abft_fast import attention
 from abft_fast.attention import PackedForward
@@ -16,6 +16,7 @@ from abft_fast.errors import UserError
 from abft_fast.loading import checkpoint_folder
 from abft_fast.objective import run_packed
 from abft_fast.packing import EncodedPrompt, pack
+from abft_fast.shared_prefix import SharedPrefix
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _QUANTIZED_TOLERANCE = 3e-2  # their products depend on how many rows are multiplied at once
@@ -51,9 +52,7 @@ def check_attention(
             forward = PackedForward(pack(batch), {"penalty": 0.0, "reward": 0.0}, attention_backend)
             packed.append(run_packed(inner, forward).last_hidden_state[0])
             attentions |= forward.attentions
-        arithmetic = packed[0].dtype
-        if torch.is_autocast_enabled(device.type):
-            arithmetic = torch.get_autocast_dtype(device.type)
+        arithmetic = _arithmetic(packed[0])
         inner.set_attn_implementation("eager")
         try:
             eager = [
@@ -68,15 +67,43 @@ def check_attention(
             f"again; if it is whole, the model overflows in {str(arithmetic).split('.')[-1]}"
         )
     error = ((torch.cat(packed).float() - expected).norm() / expected.norm()).item()
-    tolerance = _TOLERANCE[arithmetic]
-    if getattr(inner.config, "quantization_config", None) is not None:
-        tolerance = max(tolerance, _QUANTIZED_TOLERANCE)
-    if not error <= tolerance:
+    if not error <= _tolerance(inner, arithmetic):
         raise UserError(
             f"{inner.config.model_type}: packed attention differs from the model's own by "
             f"{error:.1%}, so its loss would be wrong; this family is not supported"
         )
     return attentions
+
+
+def shared_prefix_is_exact(
+    shared: SharedPrefix, prompts: Sequence[list[int]], autocast: Callable = contextlib.nullcontext
+) -> bool:
+    """Whether a short and a long prompt's hidden states after the prefix are those of whole ones.
+
+    A family may do what depends on more than a token's position and the keys before it.
+    """
+    pair = [min(prompts, key=len), max(prompts, key=len)]
+    if not shared.can_share(len(pair[1])):  # it is given whole prompts anyway
+        return True
+    with torch.no_grad(), autocast():
+        found = shared.hidden_states(pair)
+        whole = SharedPrefix(shared.model, [], shared.attention).hidden_states(pair)
+        tolerance = _tolerance(prepare(shared.model), _arithmetic(found[0]))
+    expected = torch.cat([all_[-len(own) :] for all_, own in zip(whole, found, strict=True)])
+    difference = (torch.cat(found).float() - expected.float()).norm() / expected.float().norm()
+    return difference.item() <= tolerance
+
+
+def _arithmetic(hidden: Tensor) -> torch.dtype:
+    """What products are computed in, given hidden states."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _tolerance(inner: nn.Module, arithmetic: torch.dtype) -> float:
+    if getattr(inner.config, "quantization_config", None) is not None:
+        return max(_TOLERANCE[arithmetic], _QUANTIZED_TOLERANCE)
+    return _TOLERANCE[arithmetic]
 
 
 def check_gradients(model: nn.Module) -> None:

@@ -114,7 +114,7 @@ def parts(folder: Path) -> dict[str, Path]:
         UserError: its list of parts cannot be read.
     """
     listing = folder / "dataset_dict.json"
-    if not listing.is_file():
+    if not os.path.isfile(listing):  # False, too, where nothing may be read
         return {}
     try:
         return {name: folder / name for name in json.loads(listing.read_bytes())["splits"]}
@@ -128,12 +128,12 @@ def files_of(path: Path) -> list[Path]:
     Raises:
         UserError: a folder was not saved by `datasets`, or is a DatasetDict's with several parts.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
     if names := parts(path):
         raise UserError(f"{path} holds the parts {', '.join(names)}: name one, as {path}/PART")
     state = path / "state.json"
-    if not state.is_file():
+    if not os.path.isfile(state):
         raise UserError(f"folder {path} was not saved by `datasets` (it has no state.json)")
     try:
         data_files = json.loads(state.read_bytes())["_data_files"]

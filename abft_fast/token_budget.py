@@ -12,6 +12,7 @@ from abft_fast.errors import RunError
 from abft_fast.packing import micro_batches
 
 CPU_TOKENS = 8192  # a CPU's system ends a process rather than refuse it memory
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -66,6 +67,17 @@ class TokenBudget:
         if tokens < self.tokens:
             self.tokens = tokens
             self._say(f"out of memory on another process: going on with {tokens} tokens a batch")
+
+
+def in_halves(run: Callable[[Sequence[S]], T], items: Sequence[S]) -> list[T]:
+    """`run` of all items at once, or, out of memory, of halves of them, in order."""
+    try:
+        return [run(items)]
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(items) == 1:
+            raise
+    half = len(items) // 2
+    return [found for part in (items[:half], items[half:]) for found in in_halves(run, part)]
 
 
 def find_token_budget(lengths: Sequence[int], run: Callable[[list[int]], None], most: int) -> int:

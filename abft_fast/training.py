@@ -16,11 +16,11 @@ from abft_fast import checkpoint, loading, mauve, processes
 from abft_fast import model as models
 from abft_fast.config import TrainConfig
 from abft_fast.environment import peak_memory
-from abft_fast.errors import RunError, UserError
+from abft_fast.errors import RunError
 from abft_fast.evaluation import Behavior, BehaviorMean
 from abft_fast.evaluation_set import EvaluationSet
 from abft_fast.files import atomic_folder
-from abft_fast.job import Job
+from abft_fast.job import Job, check_same_data
 from abft_fast.launch import is_main
 from abft_fast.methods import method_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
@@ -38,10 +38,9 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
         UserError: an option, the data or the model does not allow the run; nothing is written.
         RunError: training cannot go on.
     """
+    check_same_data(config)
     with processes.together():
         job, prompts, tests = set_up(config, run, progress, new=new)
-    if len(set(processes.collect(job.dataset.files))) > 1:
-        raise UserError(f"not every process reads the same data: share {config.dataset}")
 
     def evaluate_once(when: str) -> None:
         if when in config.sides and processes.of_main(when not in run.evaluation):
@@ -99,7 +98,7 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
     controller = PenaltyController(
         config.adaptation if config.method == "ABFT" else "none",
         config.penalty,
-        config.pid_p,
+        config.proportional_factor,
         config.pid_i,
         config.pid_d,
     )

@@ -13,7 +13,13 @@ if not torch.cuda.is_available():  # read when kernels are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-_RUN_ON_THE_GPU = ("test_triton_kernels", "test_fused", "test_last_row_loss", "test_torch_library")
+_RUN_ON_THE_GPU = (
+    "test_triton_kernels",
+    "test_fused",
+    "test_last_row_loss",
+    "test_prefix_attention",
+    "test_torch_library",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -36,19 +36,36 @@ _FLASH_ATTN_3 = importlib.util.find_spec("flash_attn_interface") is not None
 
 
 class Prompts(NamedTuple):
-    """R prompts laid end to end: prompt r is `cu_seqlens[r]:cu_seqlens[r + 1]`."""
+    """R prompts laid end to end: prompt r is `cu_seqlens[r]:cu_seqlens[r + 1]`.
+
+    With `prefix` there are other keys in place of their own, that many, and all rows see all of
+    them.
+    """
 
     cu_seqlens: Tensor
     longest: int
+    prefix: int | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether the keys are the prompts' own."""
+        return self.prefix is None
 
     @property
     def both(self) -> tuple[Tensor, Tensor, int, int]:
         """Bounds of queries and keys, and the longest of each, as flash attention takes them."""
-        return self.cu_seqlens, self.cu_seqlens, self.longest, self.longest
+        return self.cu_seqlens, self.key_bounds, self.longest, self.prefix or self.longest
+
+    @property
+    def key_bounds(self) -> Tensor:
+        """Bounds of the keys; a prefix is that of one prompt that all tokens together make."""
+        if self.prefix is None:
+            return self.cu_seqlens
+        return self.cu_seqlens.new_tensor([0, self.prefix])
 
 
 class FlashAttention(NamedTuple):
-    """One implementation of causal attention over packed prompts.
+    """One implementation of attention over packed prompts.
 
     Attributes:
         forward: (q, k, v, prompts, scores) -> (out, log-sum-exp), no sinks.
@@ -87,13 +104,13 @@ def _needs_recent_gpu(q: Tensor) -> str | None:
     return None
 
 
-def _flash_attn_options(scores: Scores) -> dict:
+def _flash_attn_options(scores: Scores, causal: bool = True) -> dict:
     return {
         "dropout_p": 0.0,
         "softmax_scale": scores.scale,
-        "causal": True,
+        "causal": causal,
         "window_size_left": _left(scores, none=-1),
-        "window_size_right": 0,
+        "window_size_right": 0 if causal else -1,
         "softcap": scores.softcap or 0.0,
     }
 
@@ -102,7 +119,7 @@ def _flash_attn_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tens
     out, lse, *_ = _flash_attn_varlen_forward(
         *_padded(q, k, v),
         *prompts.both,
-        **_flash_attn_options(scores),
+        **_flash_attn_options(scores, prompts.causal),
     )
     return out[..., : q.shape[-1]], lse
 
@@ -164,7 +181,7 @@ def _torch_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, T
         *_padded(q, k, v),
         *prompts.both,
         0.0,
-        scores.window is None,  # causal; a window says so itself
+        prompts.causal and scores.window is None,  # a window says so itself
         False,
         scale=scores.scale,
         window_size_left=_left(scores, none=None),
@@ -235,9 +252,14 @@ def _cpu_unable(q: Tensor, softcap: float | None) -> str | None:
 
 def _cpu_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
-    for a, b in itertools.pairwise(prompts.cu_seqlens.tolist()):
+    bounds = (itertools.pairwise(t.tolist()) for t in (prompts.cu_seqlens, prompts.key_bounds))
+    for (a, b), (c, d) in zip(*bounds, strict=True):
+        query, (key, value) = (
+            one_prompt(a, b, *_unit_stride(q)),
+            one_prompt(c, d, *_unit_stride(k, v)),
+        )
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *one_prompt(a, b, *_unit_stride(q, k, v)), **_cpu_mask(b - a, q, scores)
+            *query, key, value, **_cpu_mask(b - a, q, scores, prompts.causal)
         )
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
@@ -258,9 +280,9 @@ def _cpu_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scores)
     return [torch.cat([t[0].transpose(0, 1) for t in each]) for each in zip(*grads, strict=True)]
 
 
-def _cpu_mask(length: int, q: Tensor, scores: Scores) -> dict:
-    if scores.window is None or length <= scores.window:
-        return {"is_causal": True, "attn_mask": None, "scale": scores.scale}
+def _cpu_mask(length: int, q: Tensor, scores: Scores, causal: bool = True) -> dict:
+    if not causal or scores.window is None or length <= scores.window:
+        return {"is_causal": causal, "attn_mask": None, "scale": scores.scale}
     mask = torch.zeros(length, length, dtype=q.dtype)
     mask.masked_fill_(~visible_keys(length, scores.window, q.device), -torch.inf)
     return {"is_causal": False, "attn_mask": mask, "scale": scores.scale}

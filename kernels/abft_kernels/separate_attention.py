@@ -19,13 +19,26 @@ def attend_separately(
     scores: Scores,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
+    prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Causal attention, (T, Hq, D), of q (T, Hq, D) and k, v (T, Hkv, D)."""
+    """Causal attention, (T, Hq, D), of q (T, Hq, D) and k, v (T, Hkv, D).
+
+    `prefix`, keys and values of (P, Hkv, D), stands before each prompt's own.
+    """
+    before = None if prefix is None else _last_seen(*prefix, scores.window)
     out = []
     for a, b in itertools.pairwise(cu_seqlens.tolist()):
-        prompt = one_prompt(a, b, q, k, v)
-        out.append(_attend(*prompt, scores, sinks, dropout)[0].transpose(0, 1))
+        query, key, value = one_prompt(a, b, q, k, v)
+        if before is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
+        out.append(_attend(query, key, value, scores, sinks, dropout)[0].transpose(0, 1))
     return torch.cat(out)
+
+
+def _last_seen(key: Tensor, value: Tensor, window: int | None) -> list[Tensor]:
+    """The part of a prefix that is in some row's window, as (1, H, n, D)."""
+    first = 0 if window is None else max(len(key) - window + 1, 0)
+    return one_prompt(first, len(key), key, value)
 
 
 def one_prompt(a: int, b: int, *tensors: Tensor) -> list[Tensor]:
@@ -34,27 +47,30 @@ def one_prompt(a: int, b: int, *tensors: Tensor) -> list[Tensor]:
 
 
 def _attend(query, key, value, scores: Scores, sinks: Tensor | None, dropout: float) -> Tensor:
-    n = query.shape[2]
-    windowed = scores.window is not None and n > scores.window
+    rows, keys = query.shape[2], key.shape[2]
+    windowed = scores.window is not None and keys > scores.window
     if scores.softcap is None and sinks is None:
+        plain = rows == keys and not windowed  # torch's causal mask is that of a square
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=visible_keys(n, scores.window, query.device) if windowed else None,
-            is_causal=not windowed,
+            attn_mask=None if plain else visible_keys(keys, scores.window, query.device, rows),
+            is_causal=plain,
             dropout_p=dropout,
             scale=scores.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-    mask = visible_keys(n, scores.window, query.device)
+    mask = visible_keys(keys, scores.window, query.device, rows)
     return explicit_attention(query, key, value, mask, scores, sinks, dropout)[0]
 
 
-def visible_keys(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(n, n) bool, which keys each row of one prompt sees."""
+def visible_keys(
+    length: int, window: int | None, device: torch.device, rows: int | None = None
+) -> Tensor:
+    """(rows, n) bool, which of one prompt's n keys its last rows, by default all, see."""
     position = torch.arange(length, device=device)
-    distance = position[:, None] - position
+    distance = position[length - (length if rows is None else rows) :, None] - position
     visible = distance >= 0
     return visible if window is None else visible & (distance < window)
 

@@ -96,6 +96,22 @@ def test_a_mistake_is_answered_once(arguments, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_all_processes_must_read_the_same_data(tmp_path):
+    for rank in range(2):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        rows = [f"text {rank} {i},{'ab'[i % 2]}\n" for i in range(20)]
+        (folder / "own.csv").write_text("text,label\n" + "".join(rows))
+    code = "import os; os.chdir(os.environ['RANK']); from abft_fast.cli import main; main()"
+    (tmp_path / "apart.py").write_text(code)
+    options = ["train", "--dataset", "own.csv", "--device", "cpu"]
+    result = launch(TORCHRUN, "apart.py", *options, cwd=tmp_path)
+    assert said(result.stderr) == [
+        "abft-fast: not every process reads the same own.csv: share the file"
+    ]
+    assert not list(tmp_path.glob("*/runs"))
+
+
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worker")

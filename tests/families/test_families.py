@@ -298,7 +298,7 @@ def test_a_family_out_of_reach_is_refused_by_name(family, changes):
         attention_behavior_loss(model, pack(make_prompts()))
 
 
-def tiny_hybrid(layer_types):
+def tiny_hybrid(layer_types, **changes):
     """Layers without attention among the others."""
     return tiny_model(
         "qwen3_next",
@@ -313,6 +313,7 @@ def tiny_hybrid(layer_types):
         num_experts_per_tok=1,
         moe_intermediate_size=16,
         shared_expert_intermediate_size=16,
+        **changes,
     )
 
 

@@ -1,0 +1,65 @@
+"""Attention of packed prompts that all continue one prefix, whose keys and values are kept.
+
+Flash attention of all rows over the prefix and of each prompt over itself are two parts of one
+softmax; their log-sum-exps say how much each part weighs. No prompt gets a copy of the prefix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from abft_kernels.flash_attention import Prompts, attention_forward
+from abft_kernels.fused import choose_attention
+from abft_kernels.problem import Scores
+from abft_kernels.separate_attention import attend_separately
+
+
+@torch.no_grad()  # a log-sum-exp has no gradient
+def attention_after_prefix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    longest: int,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    attention: str = "auto",
+) -> Tensor:
+    """Causal attention of packed prompts with a prefix before each; without gradients.
+
+    Args:
+        q: (T, Hq, D), R prompts laid end to end, less the prefix.
+        k, v: (T, Hkv, D), their own keys and values; Hq is a multiple of Hkv.
+        prefix_k, prefix_v: (P, Hkv, D), P at least 1.
+        cu_seqlens: (R + 1,) int32, from 0 to T.
+        longest: tokens of the longest of them.
+        scale, softcap, sinks: as in `last_row_loss`.
+        window: a row sees its last `window` keys only, the prefix counted.
+        attention: see `choose_attention`; where a window ends inside the prefix, or it has no flash
+            attention, one prompt at a time.
+
+    Returns:
+        (T, Hq, D).
+
+    Raises:
+        ValueError: the attention asked for cannot run here.
+    """
+    name, _ = choose_attention(q, softcap=softcap, requested=attention)
+    length = len(prefix_k)
+    if window is not None and length + longest <= window:
+        window = None
+    scores = Scores(scale, softcap, window)
+    if name == "separate" or window is not None:
+        prefix = prefix_k, prefix_v
+        return attend_separately(q, k, v, cu_seqlens, scores, sinks, prefix=prefix)
+    own, own_lse = attention_forward(name, q, k, v, sinks, Prompts(cu_seqlens, longest), scores)
+    all_rows = Prompts(cu_seqlens[[0, -1]], len(q), prefix=length)
+    seen, seen_lse = attention_forward(name, q, prefix_k, prefix_v, None, all_rows, scores)
+    weight = torch.sigmoid(seen_lse - own_lse).T[..., None]
+    return torch.lerp(own.to(weight.dtype), seen.to(weight.dtype), weight).to(q.dtype)

@@ -1,0 +1,144 @@
+"""`abft-fast predict` as a user runs it."""
+
+import csv
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from abft_fast import data
+from tests.command_line import COMMAND, abft_fast, environment
+
+pytestmark = pytest.mark.cli
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Reviews; demonstrations and queries."""
+    reviews = data.load("mr")
+    write(
+        tmp_path / "demos.csv",
+        [(e.text, reviews.label_words[e.label]) for e in reviews.training[:4]],
+        "text", "label",
+    )  # fmt: skip
+    write(tmp_path / "queries.csv", [(e.text,) for e in reviews.test[:12]], "text")
+    return tmp_path
+
+
+def write(path, rows, *columns):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def predict(folder, *arguments, **options):
+    files = ("--demonstrations", "demos.csv", "--input", "queries.csv")
+    return abft_fast("predict", *files, "--device", "cpu", *arguments, cwd=folder, **options)
+
+
+def test_what_readme_says_runs(tmp_path):
+    section = README[README.index("## Labelling a file") :]
+    demos, queries, template = re.findall(r"```(?:csv|yaml)\n(.*?)```", section, re.DOTALL)[:3]
+    (tmp_path / "demos.csv").write_text(demos)
+    (tmp_path / "queries.csv").write_text(queries)
+    (tmp_path / "reviews.yaml").write_text(template)
+    command = re.search(r"abft-fast (predict .*?)\n```", section, re.DOTALL)[1]
+    result = abft_fast(*command.replace("\\\n", "").split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    texts = [line.split(",", 1)[1] for line in queries.splitlines()[1:]]
+    assert [row["text"] for row in rows] == texts
+    for row in rows:
+        likely = {word: float(row[f"p_{word}"]) for word in ("negative", "positive")}
+        assert sum(likely.values()) == pytest.approx(1, abs=1e-6)
+        assert row["prediction"] == max(likely, key=likely.get)
+
+
+def test_standard_output_holds_the_rows_alone(folder):
+    result = predict(folder)
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+    assert "12 rows labelled" in result.stderr
+    with (folder / "queries.csv").open(newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    rows = list(csv.DictReader(result.stdout.splitlines()))
+    assert [row["text"] for row in rows] == texts
+    assert list(rows[0]) == ["text", "prediction", "p_negative", "p_positive"]
+    assert {path.name for path in folder.iterdir()} == {"demos.csv", "queries.csv"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "queries.csv"], "--output queries.csv is what is read"),
+        (["--text-column", "review"], "queries.csv, row 1: no column 'review'; there are 'text'"),
+        (["--label-column", "lable"], "did you mean 'label'?"),
+        (["--template", "none.yaml"], "none.yaml"),
+        (["--adapter", "."], "adapter . holds no adapter_config.json"),
+        (["--k", "3"], "No such option: --k"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_one_line_and_nothing_written(folder, arguments, message):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = predict(folder, "--output", "out.csv", *arguments)
+    assert result.returncode == 2 and result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr.strip().splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_full_disk_leaves_nothing(folder):
+    (folder / "queries.csv").write_text("text\n" + "a fine film\n" * 2000)
+    result = predict(folder, "--output", "out.csv", largest_file=20_000)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert {path.name for path in folder.iterdir()} == {"demos.csv", "queries.csv"}
+
+
+def test_a_reader_that_leaves_is_said(folder):
+    process = subprocess.Popen(
+        [COMMAND, "predict", "--demonstrations", "demos.csv", "--input", "queries.csv"],
+        cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 1
+    assert said.splitlines()[-1] == "abft-fast: standard output was closed before all was written"
+
+
+def test_several_processes_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    result = predict(folder, "--output", "out.csv")
+    assert result.returncode == 2
+    assert "predict runs in one process" in result.stderr
+
+
+def peak_memory(folder, rows):
+    """Most bytes resident while that many rows of 8 kB are labelled."""
+    with (folder / "queries.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "notes"])
+        for i in range(rows):
+            writer.writerow([f"film {i % 977}", "x" * 8000])
+    arguments = ("--demonstrations", "demos.csv", "--input", "queries.csv", "--output", "out.csv")
+    pid = os.posix_spawn(
+        COMMAND, [COMMAND, "predict", *arguments], environment(),
+        file_actions=[(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)],
+    )  # fmt: skip
+    _, status, usage = os.wait4(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    with open("out.csv", "rb") as file:
+        assert sum(1 for _ in file) == rows + 1
+    return usage.ru_maxrss * 1024
+
+
+def test_memory_does_not_grow_with_the_input(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    write(folder / "demos.csv", [("nice", "good"), ("dull", "bad")], "text", "label")
+    less, more = (peak_memory(folder, rows) for rows in (1_100, 6_600))  # 9 MB, 53 MB
+    assert more - less < 20e6

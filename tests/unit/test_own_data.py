@@ -1,0 +1,186 @@
+"""The user's files as a dataset: labels, template, split, and what is said of them."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+
+from abft_fast import own_data
+from abft_fast.config import TrainConfig, resolve, write_yaml
+from abft_fast.data_report import oddities
+from abft_fast.errors import UserError
+from abft_fast.run import Run
+
+pytestmark = pytest.mark.unit
+
+WORDS = {"1": 20, "0": 10, "other": 5}
+
+
+@pytest.fixture
+def reviews(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = [value for value, count in WORDS.items() for _ in range(count)]
+    write("reviews.csv", [(f"text {i}", value) for i, value in enumerate(values)])
+    return tmp_path / "reviews.csv"
+
+
+def write(path, rows):
+    with open(path, "w") as file:
+        file.writelines(f"{a},{b}\n" for a, b in [("text", "label"), *rows])
+
+
+def load(**options):
+    return own_data.by_options(resolve(TrainConfig, {"dataset": "reviews.csv", **options}))
+
+
+def test_without_a_template_values_are_the_words(reviews):
+    dataset = load()
+    assert dataset.name == "reviews"
+    assert dataset.label_words == dataset.label_values == ("0", "1", "other")
+    assert (dataset.input_prefix, dataset.label_prefix) == ("text: ", "label: ")
+
+
+def test_a_template_names_words_in_its_order(reviews):
+    template = 'input_prefix: "review: "\nlabels:\n  other: no\n  1: positive\n  0: negative\n'
+    (reviews.parent / "t.yaml").write_text(template)
+    dataset = load(template="t.yaml")
+    assert dataset.label_words == ("no", "positive", "negative")
+    assert (dataset.input_prefix, dataset.label_prefix) == ("review: ", "label: ")
+    by_text = {e.text: e.label for e in dataset.training + dataset.test}
+    assert (by_text["text 0"], by_text["text 20"], by_text["text 30"]) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
+def test_a_split_takes_its_share_of_each_label(reviews, share):
+    dataset = load(test_share=share)
+    assert dataset.demonstrations == dataset.training
+    everything = dataset.training + dataset.test
+    assert sorted(e.text for e in everything) == sorted(f"text {i}" for i in range(35))
+    test, training = (Counter(e.label for e in part) for part in (dataset.test, dataset.training))
+    for label, value in enumerate(dataset.label_values):
+        wanted = min(max(round(share * WORDS[value]), 1), WORDS[value] - 1)
+        assert (test[label], training[label]) == (wanted, WORDS[value] - wanted)
+    for part, rows in (
+        (dataset.training, dataset.training_rows),
+        (dataset.test, dataset.test_rows),
+    ):
+        assert [e.text for e in part] == [f"text {row - 2}" for row in rows]  # of the file
+
+
+def test_a_split_is_that_of_its_seed_in_every_process(reviews):
+    code = (
+        "from abft_fast import own_data; from abft_fast.config import TrainConfig, resolve\n"
+        "found = own_data.by_options(resolve(TrainConfig, {'dataset': 'reviews.csv'}))\n"
+        "print(found.test_rows); import sys; assert 'torch' not in sys.modules"
+    )
+    for seed in ("1", "2"):
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert result.stdout.strip() == str(load().test_rows)
+    assert load(split_seed=1).test_rows != load().test_rows
+
+
+def test_a_test_file_leaves_all_rows_to_train_on(reviews):
+    write("held out.csv", [("unseen", "1"), ("text 3", "0")])
+    dataset = load(test_file="held out.csv")
+    assert len(dataset.training) == 35
+    assert [(e.text, dataset.label_words[e.label]) for e in dataset.test] == [
+        ("unseen", "1"),
+        ("text 3", "0"),
+    ]
+
+
+def test_parts_of_a_dataset_dict(reviews):
+    rows = {"text": ["a", "b", "c", "d"], "label": [True, False] * 2}
+    made = Dataset.from_dict(rows)
+    DatasetDict({"train": made, "test": made.select([0])}).save_to_disk("both")
+    dataset = load(dataset="both")
+    assert (dataset.name, dataset.label_words) == ("both", ("false", "true"))
+    assert (len(dataset.training), len(dataset.test)) == (4, 1)
+    DatasetDict({"train": made}).save_to_disk("one")
+    dataset = load(dataset="one", test_share=0.5)
+    assert (len(dataset.training), len(dataset.test)) == (2, 2)
+
+
+def test_a_changed_file_is_read_again_and_known_as_changed(reviews):
+    before = load()
+    assert load() is before
+    write("reviews.csv", [(f"new {i}", i % 2) for i in range(10)])
+    after = load()
+    assert len(after.training) == 8
+    assert [path for path, _ in after.files] == [str(reviews)]
+    assert after.files != before.files
+
+
+def test_a_folder_changes_with_any_of_its_files(reviews):
+    digests = set()
+    for last in ("d", "e"):
+        rows = {"text": ["a", "b", "c", last], "label": [0, 1] * 2}
+        Dataset.from_dict(rows).save_to_disk("folder")
+        digests.add(load(dataset="folder").files)
+        digests.add(load(dataset="folder").files)
+    assert len(digests) == 2
+
+
+def test_a_run_remembers_its_data(reviews, monkeypatch):
+    (reviews.parent / "t.yaml").write_text("input_prefix: 'a '\n")
+    given = {"dataset": "reviews.csv", "template": "t.yaml", "split_seed": "3"}
+    config = resolve(TrainConfig, {**given, "output_dir": "run"})
+    run = Run.reserve(config)
+    run.create(config, 0, dict(own_data.by_options(config).files))
+    (reviews.parent / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    run, options = Run.open(reviews.parent / "run")
+    dataset = own_data.by_options(options)
+    assert (dataset.input_prefix, len(dataset.files)) == ("a ", 2)
+    run.check_data(dict(dataset.files))
+    (reviews.parent / "t.yaml").write_text("input_prefix: 'b '\n")
+    with pytest.raises(UserError, match=r"t\.yaml is not what run .* began with"):
+        run.check_data(dict(own_data.by_options(options).files))
+    write_yaml(options, reviews.parent / "replay.yaml")
+    replayed = resolve(TrainConfig, {"config": "../replay.yaml"})
+    assert replayed.model_dump(exclude={"config"}) == options.model_dump(exclude={"config"})
+    content = yaml.safe_load((reviews.parent / "replay.yaml").read_text())
+    assert content["dataset"] == str(reviews)
+
+
+def test_a_run_is_named_after_the_file(reviews, monkeypatch):
+    write("my reviews.csv", [("a", 0), ("b", 1)])
+    config = resolve(TrainConfig, {"dataset": "my reviews.csv"})
+    assert Run.reserve(config).folder.name.endswith("-builtin-my-reviews")
+
+
+def test_a_name_is_never_a_folder_of_that_name(reviews):
+    (reviews.parent / "trec").mkdir()
+    assert not resolve(TrainConfig, {"dataset": "trec"}).data_are_own
+    assert resolve(TrainConfig, {"dataset": "./trec"}).data_are_own
+
+
+def test_what_stands_twice_is_named(reviews):
+    write("train.csv", [("a", 0), ("b", 1), ("a", 0), (" b ", 0), ("c", 1)])
+    write("test.csv", [("x", 0), ("c", 1), ("a", 1)])
+    assert oddities(load(dataset="train.csv", test_file="test.csv")) == [
+        "texts both to train and to test on: 2, first train.csv, row 2, and test.csv, row 4",
+        "texts more than once to train on: 2, first train.csv, row 2, and train.csv, row 4",
+        "texts with two labels: 2, first train.csv, row 2, and test.csv, row 4",
+    ]
+
+
+def test_small_data_refuse_more_demonstrations_than_there_are(reviews):
+    write("small.csv", [("a", 0), ("b", 1), ("c", 0), ("d", 1)])
+    dataset = load(dataset="small.csv")
+    assert len(dataset.training_prompts(1, 8, seed=0)) == 8
+    assert {len(p.demonstrations) for p in dataset.test_prompts(2)} == {2}
+    with pytest.raises(UserError, match="k=2: small has 2 training examples, so k is at most 1"):
+        dataset.training_prompts(2, 1, seed=0)
+    with pytest.raises(UserError, match="k=3: small has 2 demonstrations to draw from"):
+        dataset.test_prompts(3)

@@ -1,0 +1,135 @@
+"""Rows of every format, and the place each is said to be at."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from pyarrow import parquet
+
+from abft_fast.errors import UserError
+from abft_fast.tables import is_table, name_of, read_rows
+
+pytestmark = pytest.mark.unit
+
+CELLS = [{"text": f'a "b", c{i}', "label": i % 2, "more": "x"} for i in range(5)]
+
+
+def quoted(value, mark):
+    return '"' + str(value).replace('"', '""') + '"' if {'"', mark} & set(str(value)) else value
+
+
+def write(path):
+    """The five rows in the path's format."""
+    match path.suffix:
+        case ".csv" | ".tsv":
+            mark = "," if path.suffix == ".csv" else "\t"
+            lines = [list(CELLS[0]), *(list(row.values()) for row in CELLS)]
+            text = "".join(mark.join(str(quoted(v, mark)) for v in line) + "\n" for line in lines)
+            path.write_text(text)
+        case ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in CELLS))
+        case ".parquet":
+            parquet.write_table(pa.Table.from_pylist(CELLS), path, row_group_size=2)
+        case "":
+            Dataset.from_list(CELLS).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "folder"])
+def test_every_format_has_the_same_rows(name, tmp_path):
+    path = write(tmp_path / name)
+    rows = list(read_rows(path))
+    first = {"csv": 2, "tsv": 2}.get(name[2:], 1)  # below the header
+    assert [row.number for row in rows] == list(range(first, first + 5))
+    assert [row.text("text") for row in rows] == [cells["text"] for cells in CELLS]
+    assert [row.category("label") for row in rows] == ["0", "1", "0", "1", "0"]
+    assert rows[0].place("label") == f"{path}, row {first}, column 'label'"
+    (cells,) = {tuple(row.cells) for row in read_rows(path, ["label", "text"])}
+    assert set(cells) == {"label", "text"}
+    with pytest.raises(UserError, match=r"no column 'txt'; there are .*; did you mean 'text'\?"):
+        list(read_rows(path, ["txt"]))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["unix", "windows", "mac"])
+def test_a_row_is_the_line_an_editor_shows(end, tmp_path):
+    path = tmp_path / "a.csv"
+    lines = ["\ufefftext,label", '"one', "two", 'three",a', "", "four,b"]
+    path.write_bytes(end.join(lines).encode())
+    rows = list(read_rows(path))
+    assert [row.number for row in rows] == [2, 6]
+    assert rows[0].text("text").split(end) == ["one", "two", "three"]
+    assert rows[1].cells == {"text": "four", "label": "b"}
+
+
+def test_blank_lines_of_jsonl_count_as_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"text": "a\u2028b"}\n\n{"text": "c"}\n')
+    assert [(row.number, row.text("text")) for row in read_rows(path)] == [
+        (1, "a\u2028b"),
+        (3, "c"),
+    ]
+
+
+def test_class_labels_are_their_names(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    made = Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    made.save_to_disk(tmp_path / "folder")
+    first, second, unlabelled = read_rows(tmp_path / "folder")
+    assert (first.category("label"), second.category("label")) == ("good", "bad")
+    with pytest.raises(UserError, match="row 3, column 'label': the label is empty"):
+        unlabelled.category("label")
+
+
+def test_what_counts_as_missing_a_template_decides(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("label\nNone\n")
+    (row,) = read_rows(path)
+    assert row.category("label", known={"None", "Some"}) == "None"
+    with pytest.raises(UserError, match="row 2, column 'label': the label is None"):
+        row.category("label")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_memory_does_not_grow_with_the_file(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    line = "some text,a label\n" if suffix == "csv" else '{"text": "some text", "label": "a"}\n'
+    path.write_text("text,label\n" * (suffix == "csv") + line * 20_000)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_rows(path)) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 150_000 < path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("name", "library"), [("a.parquet", "pyarrow"), ("folder", "datasets")])
+def test_a_missing_extra_is_named(name, library, tmp_path):
+    path = write(tmp_path / name)
+    code = (
+        f"import sys; sys.modules[{library!r}] = None\n"  # as if it were not installed
+        "from pathlib import Path\n"
+        "from abft_fast.errors import UserError\n"
+        "from abft_fast.tables import read_rows\n"
+        "try: list(read_rows(Path(sys.argv[1])))\n"
+        "except UserError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    )
+    expected = (
+        f"{path}: {library}, which reads it, is not installed: `pip install 'abft-fast[data]'`"
+    )
+    assert result.stdout.strip() == expected
+
+
+def test_what_means_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some").mkdir()
+    assert all(map(is_table, ["a.csv", "no/where.JSONL", "some", "./some", str(tmp_path)]))
+    assert not any(map(is_table, ["a", "a.txt", "", "imdb"]))
+    assert name_of(tmp_path / "my.reviews.CSV") == "my.reviews"
+    assert name_of(tmp_path / "v1.0") == "v1.0"
