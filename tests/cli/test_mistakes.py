@@ -40,7 +40,7 @@ def last_line(result):
         (["eval", "--output", "no/where.json"], "folder no does not exist"),
         (["eval", "--test-type", "GLER", "--k", "0"], "--k 0: GLER changes demonstrations"),
         (["eval", "--test-type", "Gler"], "--test-type Gler: input should be 'Normal'"),
-        (["train", "--generalization-test", "--k", "600"], "fp has 512 demonstrations"),
+        (["eval", "--dataset", "fp", "--k", "513"], "k=513: fp has 512 demonstrations"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
