@@ -78,6 +78,8 @@ def read_cells(path: Path, overrides: dict[str, Any]) -> list[Cell]:
         UserError: the file or an option of any cell is invalid.
     """
     content = read_yaml(path)
+    if not content:
+        raise UserError(f"sweep {path} is empty: it needs {', '.join(_PARTS)}, or one of them")
     try:
         for part in content:
             _known(part, _PARTS, "part", "the file")
