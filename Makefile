@@ -1,4 +1,4 @@
-.PHONY: install train test lint builtin-model readme kernels-report clean
+.PHONY: install train test lint builtin-model options kernels-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -31,9 +31,9 @@ builtin-model: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 builtin-model: install
 	$(BIN)/python -m abft_fast.builtin.recipe
 
-# README's table of options, from the definitions in abft_fast/config.py.
-readme: install
-	$(BIN)/python -m abft_fast.options_table README.md
+# The table of docs/options.md, from the definitions in abft_fast/config.py.
+options: install
+	$(BIN)/python -m abft_fast.options_table docs/options.md
 
 # Every variant of the kernels for every GPU target; no GPU needed, an hour on two cores.
 kernels-report: install
