@@ -17,8 +17,10 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 train: install
 	$(BIN)/abft-fast train
 
+# A process a core; each computes on one.
+test: export OMP_NUM_THREADS = 1
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
