@@ -1,4 +1,4 @@
-.PHONY: install train test lint builtin-model readme kernels-report clean
+.PHONY: install train test lint builtin-model options kernels-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -17,8 +17,10 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 train: install
 	$(BIN)/abft-fast train
 
+# A process a core; each computes on one.
+test: export OMP_NUM_THREADS = 1
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
@@ -31,9 +33,9 @@ builtin-model: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 builtin-model: install
 	$(BIN)/python -m abft_fast.builtin.recipe
 
-# README's table of options, from the definitions in abft_fast/config.py.
-readme: install
-	$(BIN)/python -m abft_fast.options_table README.md
+# The table of docs/options.md, from the definitions in abft_fast/config.py.
+options: install
+	$(BIN)/python -m abft_fast.options_table docs/options.md
 
 # Every variant of the kernels for every GPU target; no GPU needed, an hour on two cores.
 kernels-report: install

@@ -46,6 +46,7 @@ setup(
             "hypothesis>=6.100",
             "pytest>=8.3",
             "pytest-benchmark>=5.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
         ],
     },

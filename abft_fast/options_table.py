@@ -1,4 +1,4 @@
-"""README's table of options, made from config.py: `python -m abft_fast.options_table README.md`."""
+"""The table of docs/options.md, from config.py: `python -m abft_fast.options_table FILE`."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def insert(readme: str) -> str:
-    """README's text with the table between its two marks."""
+def insert(text: str) -> str:
+    """A text with the table between its two marks."""
     return re.sub(
-        f"{_BEGIN}.*{_END}", lambda _: f"{_BEGIN}\n{table()}\n{_END}", readme, flags=re.DOTALL
+        f"{_BEGIN}.*{_END}", lambda _: f"{_BEGIN}\n{table()}\n{_END}", text, flags=re.DOTALL
     )
 
 

@@ -348,5 +348,5 @@ def test_a_layer_that_peft_cannot_adapt_is_named():
 
 def test_quantized_weights_are_not_trained_themselves():
     model = load("builtin", CPU, torch.float32, 4)
-    with pytest.raises(UserError, match=r"q_proj is quantized: --trainable full needs float"):
+    with pytest.raises(UserError, match=r"weights are quantized: --trainable full needs float"):
         train_weights(model)
