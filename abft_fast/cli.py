@@ -6,7 +6,6 @@ import errno
 import inspect
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -139,6 +138,8 @@ def train_(flags: dict[str, Any]) -> None:
     else:
         run, options = Run.open(config.resume)
         config = options.model_copy(update={"force": config.force})
+        if config.data_are_own:
+            run.check_data(dict(own_data.by_options(config).files))
     check_model(config.model)
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
@@ -315,9 +316,6 @@ def _same_everywhere(error: BaseException) -> bool:
 
 def _explain(error: BaseException) -> tuple[str, int]:
     """The line a user reads and the exit code."""
-    found = re.search(r"I/O error.*\(os error (\d+)\)", str(error))  # as safetensors says it
-    if found:
-        error = OSError(int(found[1]), os.strerror(int(found[1])))
     match error:
         case UserError() | Interrupted():
             return str(error), 2 if isinstance(error, UserError) else _INTERRUPTED

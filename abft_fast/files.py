@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,13 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 _sync(path)
         _sync(temporary)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        found = re.search(r"I/O error.*\(os error (\d+)\)", str(error))  # as safetensors says it
+        if found:
+            code = int(found[1])
+            raise OSError(code, os.strerror(code), str(folder)) from error
+        _name(error, folder)
         raise
     if folder.exists():
         shutil.rmtree(folder)
@@ -43,8 +49,9 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
             yield file
         _sync(temporary)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name(error, path)
         raise
     _sync(path.parent)
 
@@ -92,6 +99,12 @@ def check_output_folder(folder: Path, *, new: bool = False) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file as a whole."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _name(error: BaseException, path: Path) -> None:
+    """Let the system's error say what could not be written, as a write itself does not."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
 
 
 def _sync(path: Path) -> None:

@@ -58,7 +58,7 @@ class Run:
         """A run to continue, and its options.
 
         Raises:
-            UserError: the folder is no run.
+            UserError: the folder is no run, or a file of it is damaged.
         """
         if not (folder / "config.yaml").is_file():
             raise UserError(f"--resume {folder}: no run there (no config.yaml)")
@@ -66,7 +66,10 @@ class Run:
         missing = {n for n, f in TrainConfig.model_fields.items() if not f.exclude} - set(options)
         if missing:
             raise UserError(f"--resume {folder}: its config.yaml lacks {sorted(missing)[0]}")
-        return cls(folder), resolve(TrainConfig, options)
+        run = cls(folder)
+        for path in (run._environment, run._evaluation, run._attention, run._token_budget):
+            _read_json(path)
+        return run, resolve(TrainConfig, options)
 
     def create(
         self, config: TrainConfig, trained_parameters: int, files: Mapping[str, str]

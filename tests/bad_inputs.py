@@ -20,6 +20,7 @@ class BadInput:
         exit_code: 2 for the user's mistakes, 1 for failures.
         largest_file: bytes after which the disk is full.
         after_progress: whether lines of progress come first, as it is found late.
+        grows: a log that tells of the attempt.
     """
 
     name: str
@@ -33,6 +34,7 @@ class BadInput:
     exit_code: int = 2
     largest_file: int | None = None
     after_progress: bool = False
+    grows: str | None = None
 
 
 HEADER = "text,label\n"
@@ -151,8 +153,8 @@ OPTIONS = [
     option("plan --resume run", "--resume is for train: plan a run by --config run/config.yaml"),
     option("plan --model synthetic:llama9-1b", "model synthetic:llama9-1b: known shapes are"),
     option("train --k 2000", "k=2000: subj has 1024 training examples, so k is at most 1023"),
+    option("eval --dataset fp --k 513", "k=513: fp has 512 demonstrations to draw from"),
     option("train --k 500", "longer than the model's context of 2048 tokens"),
-    option("train --generalization-test --k 600", "fp has 512 demonstrations"),
     option("train --model no/such", "offline: no/such is not in the local cache"),
     option("train --tracker wandb", "--tracker wandb: not installed"),
     option("train --resume nowhere", "--resume nowhere: no run there (no config.yaml)"),
@@ -167,8 +169,8 @@ OPTIONS = [
     option("train --config nowhere.yaml", "config nowhere.yaml does not exist"),
     sweep("sweep-key", "grids: {}\n", "sweep s.yaml: the file: no part grids; did you mean grid?"),
     sweep("sweep-option", "options: {sede: 1}\n", "no option sede; did you mean seed?"),
-    sweep("sweep-method", "grid: {method: [ABFT, vanila]}\n", "sweep s.yaml: vanila: --method",
-          "did you mean 'vanilla'?"),
+    sweep("sweep-method", "grid: {method: [ABFT, vanila]}\n",
+          "sweep s.yaml: vanila: --method: no method vanila; did you mean vanilla?"),
     sweep("sweep-list", "- ABFT\n", "config s.yaml must be a mapping"),
     sweep("sweep-empty", "", "sweep s.yaml is empty: it needs options, grid, settings"),
     sweep("sweep-no-cell", "grid: {seed: []}\n", "grid: seed must be a list, such as [0]"),
@@ -244,10 +246,10 @@ FILES = [
     BadInput("resume-of-a-cut-checkpoint", "train --resume run",
              (f"checkpoint {CHECKPOINT} cannot be read", "delete it to go on from before it"),
              made=("run",), cut=(f"{CHECKPOINT}/state.safetensors",), exit_code=1,
-             after_progress=True),
+             after_progress=True, grows="run/run.log"),
     BadInput("resume-of-a-damaged-run", "train --resume run",
              ("run/evaluation.json is damaged", "put it back, or start a new run by --config"),
-             {"run/evaluation.json": "{"}, made=("run",), after_progress=True),
+             {"run/evaluation.json": "{"}, made=("run",)),
 ]  # fmt: skip
 
 PREDICTION = [
@@ -275,14 +277,16 @@ PREDICTION = [
 ]  # fmt: skip
 
 FULL_DISK = [
-    BadInput("train-full-disk", f"{QUICK} --output-dir run", ("run/", "File too large"),
+    BadInput("train-full-disk", f"{QUICK} --output-dir run", ("run/config.yaml: File too large",),
              largest_file=100, exit_code=1, after_progress=True),
-    BadInput("merge-full-disk", "merge --adapter adapter --output-dir merged", ("File too large",),
-             made=("adapter",), largest_file=300_000, exit_code=1, after_progress=True),
+    BadInput("merge-full-disk", "merge --adapter adapter --output-dir merged",
+             ("merged: File too large",), made=("adapter",), largest_file=300_000, exit_code=1,
+             after_progress=True),
     BadInput("eval-full-disk", "eval --dataset reviews.csv --k 2 --output e.json",
-             ("File too large",), REVIEWS, largest_file=50, exit_code=1, after_progress=True),
+             ("e.json: File too large",), REVIEWS, largest_file=50, exit_code=1,
+             after_progress=True),
     predict("predict-full-disk", {"queries.csv": "text\n" + "a fine film\n" * 200},
-            "File too large", largest_file=4000, exit_code=1, after_progress=True),
+            "out.csv: File too large", largest_file=4000, exit_code=1, after_progress=True),
 ]  # fmt: skip
 
 BAD_INPUTS = [*DATA, *OPTIONS, *FILES, *PREDICTION, *FULL_DISK]
