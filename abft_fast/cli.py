@@ -117,9 +117,9 @@ def _check_data(config: Options) -> None:
     if config.method == "PICL" and config.plain_text is not None:
         picl.check(picl.paragraphs(config.plain_text), config.k)
     if config.mauve_test:
-        mauve_prefixes.check_installed()
         if config.mauve_prefix is not None:
             mauve_prefixes.read_prefixes(config.mauve_prefix)
+        mauve_prefixes.check_installed()
 
 
 @_command(TrainConfig)

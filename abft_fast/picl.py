@@ -41,14 +41,14 @@ def check(texts: Sequence[str], k: int) -> None:
     """Refuse what cannot be retrieved.
 
     Raises:
-        UserError: bm25s is not installed, or there are fewer than k + 1 paragraphs.
+        UserError: there are fewer than k + 1 paragraphs, or bm25s is not installed.
     """
-    if importlib.util.find_spec("bm25s") is None:
-        raise UserError("--method PICL needs bm25s: `pip install 'abft-fast[picl]'`")
     if len(texts) < k + 1:
         raise UserError(
             f"k={k}: there are {len(texts)} paragraphs, so k is at most {len(texts) - 1}"
         )
+    if importlib.util.find_spec("bm25s") is None:
+        raise UserError("--method PICL needs bm25s: `pip install 'abft-fast[picl]'`")
 
 
 def intrinsic_tasks(texts: Sequence[str], k: int, count: int, seed: int) -> list[list[str]]:
