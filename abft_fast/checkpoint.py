@@ -61,8 +61,12 @@ def restore(
     try:
         tensors = load_file(newest / "state.safetensors")
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise RunError(f"checkpoint {newest} cannot be read ({error}); delete it") from error
+        version, internal, gauss = state["random"]
+        taken, penalty_state = state["step"], state["controller"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(
+            f"checkpoint {newest} cannot be read ({error}); delete it to go on from before it"
+        ) from error
     saved = {n.removeprefix("trained."): t for n, t in tensors.items() if n.startswith("trained.")}
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in trained.items()}:
         raise RunError(f"checkpoint {newest} holds other weights than this model trains")
@@ -78,10 +82,9 @@ def restore(
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    version, internal, gauss = state["random"]
     random.setstate((version, tuple(internal), gauss))
-    vars(controller).update(state["controller"])
-    return state["step"]
+    vars(controller).update(penalty_state)
+    return taken
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -17,7 +17,8 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from abft_fast import launch, own_data
+from abft_fast import launch, mauve_prefixes, own_data, picl
+from abft_fast.adapter_folder import check_adapter
 from abft_fast.config import (
     CommandOptions,
     EvalConfig,
@@ -33,6 +34,8 @@ from abft_fast.config import (
     resolve,
 )
 from abft_fast.errors import Interrupted, ProcessEnded, RunError, SaidByMain, UserError
+from abft_fast.files import check_output, check_output_folder, write_json, write_text
+from abft_fast.model_folder import check_model, check_model_folder
 from abft_fast.original_options import translate
 
 _INTERRUPTED = 130  # exit code
@@ -101,10 +104,22 @@ def _kind_text(kind: Any) -> str:
     return "TEXT" if kind is str else kind.__name__.upper()
 
 
-def _look_at_data(config: Options) -> None:
+def _check_data(config: Options) -> None:
     """Say what is wrong with the user's own data before what is slow to import is."""
+    training = isinstance(config, TrainConfig)
     if config.data_are_own:
-        own_data.by_options(config)
+        dataset = own_data.by_options(config)
+        if training and config.method in ("ABFT", "E2E"):
+            dataset.check_training(config.k)
+        dataset.check_test(config.k)
+    if not training:
+        return
+    if config.method == "PICL" and config.plain_text is not None:
+        picl.check(picl.paragraphs(config.plain_text), config.k)
+    if config.mauve_test:
+        if config.mauve_prefix is not None:
+            mauve_prefixes.read_prefixes(config.mauve_prefix)
+        mauve_prefixes.check_installed()
 
 
 @_command(TrainConfig)
@@ -115,20 +130,23 @@ def train_(flags: dict[str, Any]) -> None:
     if config.resume is not None and extra:
         extra = ", ".join(map(flag, extra))
         raise UserError(f"--resume goes on with the run's own options: leave out {extra}")
+    from abft_fast.run import Run
+
     if config.resume is None:
-        _look_at_data(config)
+        run = Run.reserve(config)
+        _check_data(config)
+    else:
+        run, options = Run.open(config.resume)
+        config = options.model_copy(update={"force": config.force})
+        if config.data_are_own:
+            run.check_data(dict(own_data.by_options(config).files))
+    check_model(config.model)
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
     from abft_fast.progress import Progress
     from abft_fast.report import print_run
-    from abft_fast.run import Run
     from abft_fast.training import train
 
-    if config.resume is None:
-        run = Run.reserve(config)
-    else:
-        run, options = Run.open(config.resume)
-        config = options.model_copy(update={"force": config.force})
     with processes.running(uses_cpu(config.device)):
         run = Run(processes.of_main(run.folder))  # its name has the time
         train(config, run, Progress(), new="resume" not in flags)
@@ -140,13 +158,15 @@ def train_(flags: dict[str, Any]) -> None:
 def eval_(flags: dict[str, Any]) -> None:
     """Evaluate a model, with or without an adapter, on a dataset's test prompts."""
     config = resolve(EvalConfig, flags)
-    if config.output is not None and not config.output.parent.is_dir():
-        raise UserError(f"--output {config.output}: folder {config.output.parent} does not exist")
-    _look_at_data(config)
+    if config.output is not None:
+        check_output(config.output)
+    if config.adapter is not None:
+        check_adapter(config.adapter)
+    check_model(config.model)
+    _check_data(config)
     from abft_fast import model as models
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
-    from abft_fast.files import write_json
     from abft_fast.job import Job, check_same_data
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
@@ -176,7 +196,8 @@ def plan_(flags: dict[str, Any]) -> None:
     if config.resume is not None:
         options = config.resume / "config.yaml"
         raise UserError(f"--resume is for train: plan a run by --config {options}")
-    _look_at_data(config)
+    check_model_folder(config.model)
+    _check_data(config)
     from abft_fast.plan import plan_run
     from abft_fast.progress import Progress
     from abft_fast.report import print_plan
@@ -192,6 +213,7 @@ def predict_(flags: dict[str, Any]) -> None:
         raise UserError("predict runs in one process: start it without a launcher")
     from abft_fast.prediction_files import check_files, open_output, read_demonstrations
 
+    check_model(config.model)
     check_files(config)
     dataset = read_demonstrations(config)
     with open_output(config, dataset.label_words) as writer:
@@ -205,6 +227,10 @@ def predict_(flags: dict[str, Any]) -> None:
 def merge_(flags: dict[str, Any]) -> None:
     """Merge adapters into their model's weights, each with a coefficient."""
     config = resolve(MergeConfig, flags)
+    check_output_folder(config.output_dir, new=True)
+    for folder, _ in config.adapters:
+        check_adapter(folder)
+    check_model(config.model)
     from abft_fast.merge import merge
     from abft_fast.progress import Progress
 
@@ -232,9 +258,8 @@ def sweep_(flags: dict[str, Any]) -> None:
 def table_(flags: dict[str, Any]) -> None:
     """Make a table in the paper's form of the runs below a folder."""
     config = resolve(TableConfig, flags)
-    if config.output is not None and not config.output.parent.is_dir():
-        raise UserError(f"--output {config.output}: folder {config.output.parent} does not exist")
-    from abft_fast.files import write_text
+    if config.output is not None:
+        check_output(config.output)
     from abft_fast.records import read_records
     from abft_fast.table import make_table
     from abft_fast.table_format import FORMATS
@@ -299,9 +324,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case KeyboardInterrupt() | typer.Abort():
             return "interrupted; continue a run with `abft-fast train --resume RUN`", _INTERRUPTED
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return f"the disk is full: {error.filename or 'writing the run'}", 1
+            return f"the disk is full: {error.filename or 'nothing more can be written'}", 1
         case SaidByMain():
             return "", error.exit_code
+        case OSError() if error.filename and error.strerror:
+            line = f"{error.filename}: {error.strerror}"
         case RunError() | OSError():
             line = str(error)
         case _:

@@ -239,6 +239,19 @@ class Options(PromptOptions, SamplingOptions, TableOptions, DatasetOptions):
             raise ValueError(f"{flag(given[-1])}: with --test-file nothing is split: leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _check_test_type(self) -> Self:
+        if self.test_type == "TempSensitivity" and self.data_are_own:
+            raise ValueError(
+                f"--test-type TempSensitivity: {self.dataset} has no alternate templates; use "
+                "another --test-type"
+            )
+        if self.test_type in ("GLER", "DemoSensitivity") and self.k == 0:
+            raise ValueError(
+                f"--k 0: {self.test_type} changes demonstrations, so it needs at least one"
+            )
+        return self
+
 
 class EvalConfig(Options):
     """Options of `abft-fast eval`."""
@@ -376,19 +389,18 @@ class TrainConfig(Options):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_tested_apart(self) -> Self:
+        if self.method == "MetaICL" and self.dataset in self.meta_dataset_names:
+            raise ValueError(f"--meta-datasets holds {self.dataset}, which is tested: leave it out")
+        return self
+
     @property
     def meta_dataset_names(self) -> list[str]:
-        """What MetaICL trains on.
-
-        Raises:
-            UserError: the dataset that is tested is among them.
-        """
+        """What MetaICL trains on."""
         if self.meta_datasets is None:
             return [name for name in data.DATASETS if name != self.dataset]
-        names = self.meta_datasets.split(",")
-        if self.dataset in names:
-            raise UserError(f"--meta-datasets holds {self.dataset}, which is tested: leave it out")
-        return names
+        return self.meta_datasets.split(",")
 
     @property
     def proportional_factor(self) -> float:
@@ -552,13 +564,14 @@ def resolve(kind: type[C], flags: dict[str, Any]) -> C:
     Raises:
         UserError: a value is invalid, or the file is unreadable or holds an unknown option.
     """
-    merged = dict(flags)
-    if flags.get("config") is not None:
-        merged = {**read_yaml(Path(flags["config"])), **flags}
+    merged, path = dict(flags), flags.get("config")
+    if path is not None:
+        merged = {**read_yaml(Path(path)), **flags}
     try:
         return kind(**merged)
     except ValidationError as error:
-        raise UserError("; ".join(map(_one_line, error.errors()))) from None
+        lines = [_one_line(kind, e, path, flags) for e in error.errors()]
+        raise UserError("; ".join(lines)) from None
 
 
 class _EachOnce(yaml.SafeLoader):
@@ -583,7 +596,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), _EachOnce)  # a safe loader
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", row {mark.line + 1}" if mark else ""
+        raise UserError(f"config {path}{where}: {error.problem or error.context}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config {path} cannot be read: {str(error).splitlines()[0]}") from None
     if content is None:
         return {}
@@ -602,13 +621,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _one_line(error: dict) -> str:
+def _one_line(kind: type[CommandOptions], error: dict, path: Any, flags: dict[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:  # of several options together, and they are in it
         return message
-    name = flag(str(error["loc"][0]))
+    option = str(error["loc"][0])
     if error["type"] == "missing":
-        return f"{name} is missing"
+        return f"{flag(option)} is missing"
+    where = f"config {path}: " if path is not None and option not in flags else ""
     if error["type"] == "extra_forbidden":
-        return f"{name}: no such option"
-    return f"{name} {error['input']}: {message[0].lower()}{message[1:]}"
+        return f"{where}no option {option!r}{tables.closest(option, kind.model_fields)}"
+    hint = ""
+    if error["type"] == "literal_error":
+        annotation = kind.model_fields[option].annotation
+        allowed = [x for part in (annotation, *get_args(annotation)) for x in get_args(part)]
+        hint = tables.closest(str(error["input"]), [x for x in allowed if isinstance(x, str)])
+    return f"{where}{flag(option)} {error['input']}: {message[0].lower()}{message[1:]}{hint}"

@@ -146,8 +146,8 @@ class Dataset:
     files: tuple[tuple[str, str], ...] = ()
     alternate_template: Mapping[str, Sequence] | None = None
 
-    def training_prompts(self, k: int, count: int, seed: int) -> list[Prompt]:
-        """`count` prompts of k + 1 distinct training examples each (paper, A.1).
+    def check_training(self, k: int) -> None:
+        """Make sure that prompts of k demonstrations can be drawn to train on.
 
         Raises:
             UserError: k + 1 is more than the training examples there are.
@@ -157,6 +157,25 @@ class Dataset:
                 f"k={k}: {self.name} has {len(self.training)} training examples, "
                 f"so k is at most {len(self.training) - 1}"
             )
+
+    def check_test(self, k: int) -> None:
+        """The same to test on.
+
+        Raises:
+            UserError: k is more than the pool of demonstrations.
+        """
+        if k > len(self.demonstrations):
+            raise UserError(
+                f"k={k}: {self.name} has {len(self.demonstrations)} demonstrations to draw from"
+            )
+
+    def training_prompts(self, k: int, count: int, seed: int) -> list[Prompt]:
+        """`count` prompts of k + 1 distinct training examples each (paper, A.1).
+
+        Raises:
+            UserError: as `check_training`.
+        """
+        self.check_training(k)
         generator = random.Random(f"{self.name}-{seed}")
         prompts = []
         for _ in range(count):
@@ -188,7 +207,7 @@ def resolve_name(name: str) -> str:
     if lowered not in _SOURCES:
         raise UserError(
             f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}, an index 0-7, or "
-            f"data of your own ({tables.FORMATS})"
+            f"data of your own ({tables.FORMATS}){tables.closest(lowered, DATASETS)}"
         )
     return lowered
 

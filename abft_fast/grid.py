@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -20,6 +20,8 @@ from abft_fast.errors import UserError
 
 EVALUATED = {"vanilla": "none", "contextual": "contextual", "domain": "domain", "batch": "batch"}
 """Methods that train nothing, and the calibration each is."""
+
+_METHODS = (*get_args(TrainConfig.model_fields["method"].annotation), *EVALUATED)
 
 WHERE = frozenset({"device", "device_map"})
 """Options that say where a cell runs, which is no part of what it is."""
@@ -78,6 +80,8 @@ def read_cells(path: Path, overrides: dict[str, Any]) -> list[Cell]:
         UserError: the file or an option of any cell is invalid.
     """
     content = read_yaml(path)
+    if not content:
+        raise UserError(f"sweep {path} is empty: it needs {', '.join(_PARTS)}, or one of them")
     try:
         for part in content:
             _known(part, _PARTS, "part", "the file")
@@ -153,7 +157,9 @@ def _expand(
 
 
 def _cell(options: dict[str, Any], groups: dict[str, _Group], axes: list[str]) -> Cell:
-    method = str(options.get("method", ""))
+    method = str(options.get("method", "ABFT"))
+    if method.lower() not in map(str.lower, _METHODS):
+        _known(method, _METHODS, "method", "--method")
     if method.lower() in EVALUATED:
         # Seeds, and whatever else is of training alone, would only repeat the cell.
         options = {

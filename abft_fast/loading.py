@@ -23,6 +23,7 @@ from abft_fast.builtin import builtin_model_path
 from abft_fast.checkpoint_files import find_damage
 from abft_fast.device_map import does_not_fit
 from abft_fast.errors import UserError
+from abft_fast.model_folder import check_model_folder
 from abft_fast.shapes import SYNTHETIC, known_names, known_shape
 from abft_fast.stored_format import check_format, stored_format
 from abft_fast.synthetic import quantization, random_model
@@ -112,6 +113,7 @@ def _stored_model(
         **(placement or {"device_map": {"": device}}),
         quantization_config=None if bits is None else quantization(bits, dtype),
         output_loading_info=True,
+        use_safetensors=True,  # a pickle can run any code
         ignore_mismatched_sizes=True,  # to name them below
     )
     # transformers makes up what is missing or of another shape, at random.
@@ -132,11 +134,7 @@ def _path(name: str) -> str:
 def _read(kind: type, name: str, **options: Any) -> Any:
     """What transformers' `from_pretrained` gives, or one line of why not."""
     path = _path(name)
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"model folder {path} holds no config.json")
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        raise UserError(f"model folder {path} does not exist")
+    check_model_folder(path)
     transformers_logging.disable_progress_bar()
     try:
         return kind.from_pretrained(path, **options)

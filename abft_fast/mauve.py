@@ -6,9 +6,7 @@ what two samples of one model reach is what a model that lost nothing would.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,9 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from abft_fast import loading
 from abft_fast.backbone import backbone
 from abft_fast.config import TrainConfig
-from abft_fast.data import Dataset
-from abft_fast.errors import UserError
 from abft_fast.job import Job
+from abft_fast.mauve_prefixes import prefixes
 from abft_fast.run import Run
 
 SAMPLES = {"before": 0, "before-again": 1, "after": 2}
@@ -27,50 +24,15 @@ SAMPLES = {"before": 0, "before-again": 1, "after": 2}
 
 _NEW_TOKENS = 64
 _BATCH = 32  # prefixes generated from, or texts looked at, together
-_FEWEST = 50  # prefixes; k-means makes a bucket of every ten texts
-_PREFIX_WORDS = 8
-
-
-def check_installed() -> None:
-    """Refuse a run that could not end with a score.
-
-    Raises:
-        UserError: mauve-text is not installed.
-    """
-    if importlib.util.find_spec("mauve") is None:
-        raise UserError("--mauve-test needs mauve-text: `pip install 'abft-fast[mauve]'`")
-
-
-def read_prefixes(file: Path | None, dataset: Dataset) -> list[str]:
-    """The lines of a file, or the first words of a dataset's test texts.
-
-    Raises:
-        UserError: the file cannot be read or has too few lines.
-    """
-    if file is None:
-        found = [" ".join(example.text.split()[:_PREFIX_WORDS]) for example in dataset.test]
-    else:
-        try:
-            found = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise UserError(f"--mauve-prefix {file}: {reason}") from None
-    found = [line.strip() for line in found if line.strip()]
-    if len(found) < _FEWEST:
-        raise UserError(
-            f"--mauve-prefix {file or dataset.name}: {len(found)} prefixes are too few for a "
-            f"score, use {_FEWEST} or more, one a line"
-        )
-    return found
 
 
 def record_texts(config: TrainConfig, run: Run, job: Job, sample: str) -> None:
     """Let the model as it is continue every prefix, unless the run has this sample already."""
     if run.texts(sample) is None:
-        prefixes = read_prefixes(config.mauve_prefix, job.dataset)
+        beginnings = prefixes(config.mauve_prefix, job.dataset)
         tokenizer = job.encoder.tokenizer
         with job.accelerator.autocast():
-            texts = generate(job.model, tokenizer, prefixes, SAMPLES[sample])
+            texts = generate(job.model, tokenizer, beginnings, SAMPLES[sample])
         run.record_texts(sample, texts)
 
 

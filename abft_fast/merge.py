@@ -7,8 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from abft_fast import loading
 from abft_fast.config import MergeConfig
-from abft_fast.errors import UserError
-from abft_fast.files import atomic_folder
+from abft_fast.files import atomic_folder, check_output_folder
 from abft_fast.model import load_adapter
 from abft_fast.progress import Progress
 
@@ -23,11 +22,7 @@ def merge(config: MergeConfig, progress: Progress) -> None:
     Raises:
         UserError: the output folder exists, or a model or adapter cannot be read or do not fit.
     """
-    if config.output_dir.exists():
-        raise UserError(f"output folder {config.output_dir} exists: choose another --output-dir")
-    for folder, _ in config.adapters:
-        if not (folder / "adapter_config.json").is_file():
-            raise UserError(f"adapter {folder} holds no adapter_config.json")
+    check_output_folder(config.output_dir, new=True)
     progress.say(f"loading {config.model}")
     stored = loading.read_config(config.model).dtype or torch.float32
     if isinstance(stored, str):

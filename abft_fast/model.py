@@ -14,6 +14,7 @@ from peft import (
 from torch import nn
 from transformers import PreTrainedModel
 
+from abft_fast.adapter_folder import check_adapter
 from abft_fast.backbone import (
     Projection,
     attention_layers,
@@ -133,13 +134,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         UserError: the folder holds no adapter, or one of another model.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"adapter {folder} holds no adapter_config.json")
+    check_adapter(folder)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
         saved = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        lines = str(error).strip().splitlines()
+        line = next((each.strip() for each in lines if "size mismatch" in each), lines[0])
         raise UserError(f"adapter {folder} does not fit the model: {line}") from error
     # PEFT only warns of layers that one of the two lacks.
     if set(saved) != set(get_peft_model_state_dict(adapted)):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from abft_fast import data
 from abft_fast.errors import UserError
+from abft_fast.text_lines import read_lines
 
 _SPARE = 8  # neighbours retrieved beyond k, as copies of a paragraph are left out
 
@@ -29,29 +30,34 @@ def paragraphs(file: Path | None) -> list[str]:
         texts = [e.text.strip() for d in datasets for e in (*d.training, *d.demonstrations)]
         texts = [text for text in texts if text not in tested]
     else:
-        try:
-            texts = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise UserError(f"--plain-text {file}: {reason}") from None
-    found = list(dict.fromkeys(stripped for text in texts if (stripped := text.strip())))
+        texts = read_lines("--plain-text", file)
+    found = list(dict.fromkeys(filter(None, texts)))
     if not found:
         raise UserError(f"--plain-text {file}: it holds no text; use one paragraph a line")
     return found
+
+
+def check(texts: Sequence[str], k: int) -> None:
+    """Refuse what cannot be retrieved.
+
+    Raises:
+        UserError: there are fewer than k + 1 paragraphs, or bm25s is not installed.
+    """
+    if len(texts) < k + 1:
+        raise UserError(
+            f"k={k}: there are {len(texts)} paragraphs, so k is at most {len(texts) - 1}"
+        )
+    if importlib.util.find_spec("bm25s") is None:
+        raise UserError("--method PICL needs bm25s: `pip install 'abft-fast[picl]'`")
 
 
 def intrinsic_tasks(texts: Sequence[str], k: int, count: int, seed: int) -> list[list[str]]:
     """`count` paragraphs drawn by seed, each after the k most similar others, the best last.
 
     Raises:
-        UserError: bm25s is not installed, or there are fewer than k + 1 paragraphs.
+        UserError: as `check`.
     """
-    if importlib.util.find_spec("bm25s") is None:
-        raise UserError("--method PICL needs bm25s: `pip install 'abft-fast[picl]'`")
-    if len(texts) < k + 1:
-        raise UserError(
-            f"k={k}: there are {len(texts)} paragraphs, so k is at most {len(texts) - 1}"
-        )
+    check(texts, k)
     import bm25s
 
     generator = random.Random(f"picl-{seed}")

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from abft_fast import tables
+from abft_fast.adapter_folder import check_adapter
 from abft_fast.config import PredictConfig
 from abft_fast.data import Dataset, Example
 from abft_fast.errors import RunError, UserError
-from abft_fast.files import atomic_file
+from abft_fast.files import atomic_file, check_output
 from abft_fast.tables import Row
 from abft_fast.template_file import TemplateFile, read_template
 
@@ -30,14 +31,11 @@ def check_files(config: PredictConfig) -> None:
         UserError: what is to be written is in no folder or would replace what is read; the adapter
             is none; or as `read_queries`.
     """
-    output, adapter = config.output, config.adapter
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"adapter {adapter} holds no adapter_config.json")
+    output = config.output
+    if config.adapter is not None:
+        check_adapter(config.adapter)
     if output is not None:
-        if not output.parent.is_dir():
-            raise UserError(f"--output {output}: folder {output.parent} does not exist")
-        if output.is_dir():
-            raise UserError(f"--output {output} is a folder: name a file in it")
+        check_output(output)
         for path in (config.input, config.demonstrations):
             if output.resolve() == path.resolve():
                 raise UserError(f"--output {output} is what is read: name another file")

@@ -93,11 +93,7 @@ class Protocol:
         Raises:
             UserError: the dataset does not allow the test with so many demonstrations.
         """
-        if k > len(dataset.demonstrations):
-            raise UserError(
-                f"k={k}: {dataset.name} has {len(dataset.demonstrations)} demonstrations to "
-                "draw from"
-            )
+        dataset.check_test(k)
         with quiet():
             return _MAKERS[test_type](cls, dataset, k, form)
 

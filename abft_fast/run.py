@@ -13,7 +13,7 @@ from typing import Any
 
 from abft_fast.config import TrainConfig, read_yaml, resolve, write_yaml
 from abft_fast.errors import UserError
-from abft_fast.files import write_json, write_text
+from abft_fast.files import check_output_folder, write_json, write_text
 
 
 class Run:
@@ -34,11 +34,11 @@ class Run:
         """The folder a new run will have; nothing is written yet.
 
         Raises:
-            UserError: it holds something and `overwrite` is off, or something not of a run.
+            UserError: it cannot be made or written, or holds something and `overwrite` is off, or
+                holds something not of a run.
         """
         folder = config.output_dir or _unused(Path("runs") / _name(config))
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"output folder {folder} is a file: choose another --output-dir")
+        check_output_folder(folder)
         if folder.is_dir() and any(folder.iterdir()):
             if not config.overwrite:
                 raise UserError(
@@ -58,7 +58,7 @@ class Run:
         """A run to continue, and its options.
 
         Raises:
-            UserError: the folder is no run.
+            UserError: the folder is no run, or a file of it is damaged.
         """
         if not (folder / "config.yaml").is_file():
             raise UserError(f"--resume {folder}: no run there (no config.yaml)")
@@ -66,7 +66,10 @@ class Run:
         missing = {n for n, f in TrainConfig.model_fields.items() if not f.exclude} - set(options)
         if missing:
             raise UserError(f"--resume {folder}: its config.yaml lacks {sorted(missing)[0]}")
-        return cls(folder), resolve(TrainConfig, options)
+        run = cls(folder)
+        for path in (run._environment, run._evaluation, run._attention, run._token_budget):
+            _read_json(path)
+        return run, resolve(TrainConfig, options)
 
     def create(
         self, config: TrainConfig, trained_parameters: int, files: Mapping[str, str]
@@ -81,6 +84,7 @@ class Run:
         Raises:
             UserError: another run has taken the folder in the meantime.
         """
+        new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         for entry in list(self.folder.iterdir()):
             if not config.overwrite:
@@ -91,9 +95,15 @@ class Run:
                 entry.unlink()
         from abft_fast.environment import describe  # torch, which reading a run does without
 
-        write_yaml(config, self.folder / "config.yaml")
         found = {"trained_parameters": trained_parameters, "data": dict(files)}
-        write_json(self._environment, {**describe(), **found})
+        try:
+            write_yaml(config, self.folder / "config.yaml")
+            write_json(self._environment, {**describe(), **found})
+        except OSError:  # a run without them could not be continued
+            (self.folder / "config.yaml").unlink(missing_ok=True)
+            if new:
+                self.folder.rmdir()
+            raise
 
     def check_data(self, files: Mapping[str, str]) -> None:
         """Make sure that the user's own data are what the run began with.
@@ -188,7 +198,15 @@ _ENTRIES = {
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): put it back, or start a new run by --config "
+            f"{path.with_name('config.yaml')}"
+        ) from None
 
 
 def _unused(folder: Path) -> Path:

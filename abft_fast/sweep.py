@@ -15,6 +15,7 @@ from abft_fast import cells, launch, ray_engine
 from abft_fast.cells import FAILED, FINISHED, CellFolder
 from abft_fast.config import SweepConfig
 from abft_fast.errors import Interrupted, RunError, UserError
+from abft_fast.files import check_output_folder
 from abft_fast.grid import Cell, parse_overrides, read_cells
 from abft_fast.progress import Progress
 from abft_fast.records import read_cell
@@ -146,8 +147,7 @@ def _held(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another sweep runs in it, or it is no folder.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output folder {folder} is a file: choose another --output-dir")
+    check_output_folder(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:

@@ -144,8 +144,9 @@ def files_of(path: Path) -> list[Path]:
 
 def closest(name: str, names: Iterable[str]) -> str:
     """`; did you mean 'text'?`, or nothing."""
-    found = difflib.get_close_matches(name, list(names), 1)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    by_lower = {other.lower(): other for other in names}
+    found = difflib.get_close_matches(name.lower(), by_lower, 1)
+    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:

@@ -22,6 +22,7 @@ from abft_fast.evaluation_set import EvaluationSet
 from abft_fast.files import atomic_folder
 from abft_fast.job import Job, check_same_data
 from abft_fast.launch import is_main
+from abft_fast.mauve_prefixes import prefixes
 from abft_fast.methods import method_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
@@ -72,8 +73,7 @@ def set_up(
     tests = job.evaluation_sets() if config.sides else []
     job.show_data(prompts, *(test.prompts for test in tests[:1]))
     if config.mauve_test:
-        mauve.check_installed()
-        mauve.read_prefixes(config.mauve_prefix, job.dataset)
+        prefixes(config.mauve_prefix, job.dataset)
     job.check_memory(prompts)
     job.load()
     job.check_attention(prompts)

@@ -71,34 +71,6 @@ def test_standard_output_holds_the_rows_alone(folder):
     assert {path.name for path in folder.iterdir()} == {"demos.csv", "queries.csv"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--output", "queries.csv"], "--output queries.csv is what is read"),
-        (["--text-column", "review"], "queries.csv, row 1: no column 'review'; there are 'text'"),
-        (["--label-column", "lable"], "did you mean 'label'?"),
-        (["--template", "none.yaml"], "none.yaml"),
-        (["--adapter", "."], "adapter . holds no adapter_config.json"),
-        (["--k", "3"], "No such option: --k"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_one_line_and_nothing_written(folder, arguments, message):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    result = predict(folder, "--output", "out.csv", *arguments)
-    assert result.returncode == 2 and result.stdout == ""
-    assert "Traceback" not in result.stderr
-    assert message in result.stderr.strip().splitlines()[-1]
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_a_full_disk_leaves_nothing(folder):
-    (folder / "queries.csv").write_text("text\n" + "a fine film\n" * 2000)
-    result = predict(folder, "--output", "out.csv", largest_file=20_000)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert {path.name for path in folder.iterdir()} == {"demos.csv", "queries.csv"}
-
-
 def test_a_reader_that_leaves_is_said(folder):
     process = subprocess.Popen(
         [COMMAND, "predict", "--demonstrations", "demos.csv", "--input", "queries.csv"],

@@ -134,30 +134,6 @@ assert "torch" not in sys.modules
     assert "holds no run" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["sweep"], "Missing argument 'FILE'"),
-        (["sweep", "nowhere.yaml"], "nowhere.yaml does not exist"),
-        (["sweep", "small.yaml", "--set", "sede=1"], "--set: no option sede; did you mean seed?"),
-        (["sweep", "small.yaml", "--set", "k=-1"], "trec vanilla w/o PID: --k -1"),
-        (["sweep", "small.yaml", "--jobs", "0"], "--jobs 0: input should be greater"),
-        (["sweep", "small.yaml", "--output-dir", "small.yaml"], "small.yaml is a file"),
-        (["table", "nowhere"], "folder nowhere does not exist"),
-        (["table", "."], "folder . holds no run"),
-        (["table", ".", "--layout", "5"], "--layout 5"),
-        (["table", ".", "--output", "no/where.md"], "folder no does not exist"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_one_line_and_nothing_written(arguments, message, file, tmp_path):
-    result = abft_fast(*arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("abft-fast: ") and message in line
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
-
-
 def test_two_sweeps_in_one_folder(file, tmp_path):
     import fcntl
 

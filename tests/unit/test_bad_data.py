@@ -129,7 +129,8 @@ def test_options(options, expected):
 def test_a_test_file_has_no_label_that_is_not_trained_on(here):
     (here / "test.csv").write_text("text,label\nx,A\n")
     assert refusal(dataset="good.csv", test_file="test.csv") == (
-        "test.csv, row 2, column 'label': 'A' is not among the labels of good.csv: 'a', 'b'"
+        "test.csv, row 2, column 'label': 'A' is not among the labels of good.csv: 'a', 'b'; "
+        "did you mean 'a'?"
     )
 
 

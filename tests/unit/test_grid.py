@@ -123,7 +123,7 @@ def test_overrides_replace_axes_groups_and_settings(tmp_path):
         ("grid: {model: [{a: {k: 1}}]}", "grid: model: a does not say which model it is"),
         ("grid: {model: [{model: gpt2, k: 1}]}", "an entry is a value, or one name and its"),
         ("grid: {k: [0, 1]}", "k=0: --k 0: input should be greater"),
-        ("grid: {method: [AFBT]}", "--method AFBT: input should be"),
+        ("grid: {method: [AFBT]}", "--method: no method AFBT; did you mean ABFT"),
         ("grid: {method: [vanilla], k: [-1]}", "vanilla k=-1: --k -1"),
         ("settings: {a: {quantized: true, trainable: full}}", "a: --trainable full needs float"),
     ],

@@ -163,7 +163,7 @@ def test_what_is_wrong_is_named(tmp_path):
         show(tmp_path)
     write_run(tmp_path, 0.5, 0.6, dataset="subj")
     (folder / "evaluation.json").write_text("{")
-    with pytest.raises(UserError, match=r"run-sst2 cannot be read .JSONDecodeError"):
+    with pytest.raises(UserError, match=r"run-sst2.evaluation.json is damaged"):
         show(tmp_path)
 
 

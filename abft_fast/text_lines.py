@@ -1,0 +1,23 @@
+"""Files of plain text, a text a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from abft_fast.errors import UserError
+
+
+def read_lines(option: str, file: Path) -> list[str]:
+    """The lines of the UTF-8 file that an option names, without those that are blank.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"{option} {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x}"
+        raise UserError(f"{option} {file}: {byte} is not UTF-8: save the file as UTF-8") from None
+    return [stripped for line in lines if (stripped := line.strip())]
