@@ -49,7 +49,7 @@ class CellFolder:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """`command`, `method`, `title` and `labels`."""
+        """`command`, `method`, `title`, `labels` and `data`."""
         return json.loads((self.folder / "labels.json").read_text(encoding="utf-8"))
 
     @property
@@ -82,7 +82,7 @@ class CellFolder:
                         f"{options[name]}: choose another --output-dir"
                     )
         self.folder.mkdir(parents=True, exist_ok=True)
-        about = {"command": cell.command, "method": cell.method}
+        about = {"command": cell.command, "method": cell.method, "data": dict(cell.data)}
         write_json(
             self.folder / "labels.json", {**about, "title": cell.title, "labels": cell.labels}
         )

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -96,7 +96,7 @@ class ModelOptions(CommandOptions):
 class DatasetOptions(ModelOptions):
     """Which data."""
 
-    dataset: Annotated[str, AfterValidator(_dataset)] = Field(
+    dataset: Annotated[str, BeforeValidator(_dataset)] = Field(
         "subj",
         description=f"One of {', '.join(data.DATASETS)}; the original's index 0-7; or data of "
         f"your own: a file ({tables.FORMATS}).",
