@@ -67,11 +67,16 @@ def read_records(folder: Path) -> list[Record]:
     for path in sorted([*folder.rglob("cell.yaml"), *folder.rglob("config.yaml")]):
         if path.name == "cell.yaml":
             found.append(read_cell(path.parent))
-        elif not (path.parent.parent / "cell.yaml").is_file():
+        elif _is_run(path.parent) and not (path.parent.parent / "cell.yaml").is_file():
             found.append(_read(_read_run, path.parent))
     if not found:
         raise UserError(f"folder {folder} holds no run: name a run's, a sweep's or one above them")
     return found
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a config.yaml there is a run's, not a tracker's or anybody else's."""
+    return (folder / "environment.json").is_file()
 
 
 def read_cell(folder: Path) -> Record:

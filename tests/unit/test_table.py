@@ -198,6 +198,10 @@ def test_what_is_wrong_is_named(tmp_path):
         show(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds no run"):
         show(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/config.yaml").write_text("model: {value: builtin}")
+    with pytest.raises(UserError, match="holds no run"):
+        show(tmp_path)
     folder = write_run(tmp_path, dataset="sst2")
     with pytest.raises(UserError, match=r"layout 1: no run below .* was evaluated for accuracy"):
         show(tmp_path)
