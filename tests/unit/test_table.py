@@ -227,3 +227,17 @@ def test_cells_that_have_not_run_are_missing(tmp_path):
     options.write_text(options.read_text().replace("k: 4", "k: 5"))
     with pytest.raises(UserError, match="was run with k 5, and is now to be run with 4"):
         place.prepare(cell)
+
+
+def test_a_cell_that_fails_again_is_not_said_to_fail_as_before(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("options: {method: vanilla, k: 2}")
+    (cell,) = read_cells(tmp_path / "sweep.yaml", {})
+    place = CellFolder(tmp_path / "cell")
+    place.prepare(cell)
+    place.start({"PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}).wait()
+    assert place.finish(1, 0.0)[1] != "exit code 1"
+    with (place.folder / "output.log").open("a") as log:
+        log.write("abft-fast: the disk is full\n")
+    assert place.finish(1, 0.0)[1] == "the disk is full"
+    place.start({"PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}).wait()
+    assert "full" not in place.finish(1, 0.0)[1]
