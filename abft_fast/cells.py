@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from abft_fast.files import write_json
 from abft_fast.grid import WHERE, Cell
 
 POLL = 0.1  # seconds between looks at processes
+_STARTED = "started: "  # before each command in output.log
 
 FINISHED, FAILED, UNFINISHED, WAITING = "finished", "failed", "unfinished", "waiting"
 
@@ -49,7 +51,7 @@ class CellFolder:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """`command`, `method`, `title` and `labels`."""
+        """`command`, `method`, `title`, `labels` and `data`."""
         return json.loads((self.folder / "labels.json").read_text(encoding="utf-8"))
 
     @property
@@ -82,7 +84,7 @@ class CellFolder:
                         f"{options[name]}: choose another --output-dir"
                     )
         self.folder.mkdir(parents=True, exist_ok=True)
-        about = {"command": cell.command, "method": cell.method}
+        about = {"command": cell.command, "method": cell.method, "data": dict(cell.data)}
         write_json(
             self.folder / "labels.json", {**about, "title": cell.title, "labels": cell.labels}
         )
@@ -104,6 +106,8 @@ class CellFolder:
         command = self.command()
         (self.folder / "status.json").unlink(missing_ok=True)
         with (self.folder / "output.log").open("ab") as log:
+            log.write(f"{_STARTED}{shlex.join(command)}\n".encode())
+            log.flush()
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -125,7 +129,8 @@ class CellFolder:
         if code < 0:
             return f"killed by {signal.Signals(-code).name}" + ", out of memory?" * (code == -9)
         text = (self.folder / "output.log").read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
+        this_time = text.rpartition(_STARTED)[2].partition("\n")[2]
+        lines = [line for line in this_time.splitlines() if line.strip()]
         said = [line for line in lines if line.startswith("abft-fast: ")]
         last = (said or lines or [f"exit code {code}"])[-1]
         return last.removeprefix("abft-fast: ")

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -96,7 +96,7 @@ class ModelOptions(CommandOptions):
 class DatasetOptions(ModelOptions):
     """Which data."""
 
-    dataset: Annotated[str, AfterValidator(_dataset)] = Field(
+    dataset: Annotated[str, BeforeValidator(_dataset)] = Field(
         "subj",
         description=f"One of {', '.join(data.DATASETS)}; the original's index 0-7; or data of "
         f"your own: a file ({tables.FORMATS}).",
@@ -536,6 +536,13 @@ class SweepConfig(CommandOptions):
     )
     dry_run: bool = Field(False, description="Only say which cells there are.")
 
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        given = [n for n in ("cell_cpus", "cell_gpus") if n in self.model_fields_set]
+        if given and self.engine != "ray":
+            raise ValueError(f"{flag(given[0])} is for --engine ray: leave it out")
+        return self
+
 
 class TableConfig(CommandOptions):
     """Options of `abft-fast table`."""
@@ -553,6 +560,12 @@ class TableConfig(CommandOptions):
     ] = Field("accuracy", description="What is shown, but in layout 3.")
     format: Literal["markdown", "latex"] = Field("markdown", description="How it is written.")
     output: Path | None = Field(None, description="File to write. Unset: standard output.")
+
+    @model_validator(mode="after")
+    def _check_metric(self) -> Self:
+        if self.layout == "3" and "metric" in self.model_fields_set:
+            raise ValueError(f"--metric {self.metric}: layout 3 shows consistency: leave it out")
+        return self
 
 
 C = TypeVar("C", bound=CommandOptions)

@@ -39,7 +39,7 @@ class Cell:
         config: its options.
         labels: names of the groups it is of, by axis; `setting` for those under `settings`.
         title: what it is, in the words of the file.
-        data: SHA-256 of the files, of the user's own data.
+        data: path and SHA-256 of each file, of the user's own data.
     """
 
     command: str
@@ -47,13 +47,14 @@ class Cell:
     config: TrainConfig | EvalConfig
     labels: dict[str, str]
     title: str
-    data: tuple[str, ...] = ()
+    data: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
         """A folder's name, from options and data alone: the same wherever this cell is."""
         given = self.config.model_dump(mode="json", exclude_defaults=True, exclude=set(WHERE))
-        identity = json.dumps([self.command, self.method, given, self.data], sort_keys=True)
+        digests = [digest for _, digest in self.data]
+        identity = json.dumps([self.command, self.method, given, digests], sort_keys=True)
         parts = [_last_part(self.config.model), _last_part(self.config.dataset_name), self.method]
         if self.command == "train":
             parts.append(f"seed{self.config.seed}")
@@ -93,6 +94,7 @@ def read_cells(path: Path, overrides: dict[str, Any]) -> list[Cell]:
             for name, given in _mapping(content.get("settings"), "settings").items()
         ]
         options, axes, settings = _override(options, axes, settings, overrides)
+        _check_groups(axes, settings)
     except UserError as error:
         raise UserError(f"sweep {path}: {error}") from None
     cells: dict[str, Cell] = {}
@@ -156,6 +158,25 @@ def _expand(
             yield options, groups
 
 
+def _check_groups(axes: dict[str, list[_Group]], settings: list[_Group]) -> None:
+    """No two groups of an axis have one name, and none says what other groups are there for.
+
+    Either could choose, and what the other says besides would go with it.
+    """
+    named = {axis for axis, groups in axes.items() if any(g.label for g in groups)}
+    for axis, groups in {**axes, "settings": settings}.items():
+        names = [group.label for group in groups if group.label is not None]
+        for group in groups:
+            if names.count(group.label) > 1:
+                raise UserError(f"{axis}: two entries are called {group.label}: rename one")
+            others = [o for o in (*group.options, *group.axes) if o in named and o != axis]
+            if others and group.label is not None:
+                raise UserError(
+                    f"{axis}: {group.label} says {others[0]}, and so do the named entries of "
+                    f"grid: {others[0]}: say it in one of the two places"
+                )
+
+
 def _cell(options: dict[str, Any], groups: dict[str, _Group], axes: list[str]) -> Cell:
     method = str(options.get("method", "ABFT"))
     if method.lower() not in map(str.lower, _METHODS):
@@ -171,6 +192,12 @@ def _cell(options: dict[str, Any], groups: dict[str, _Group], axes: list[str]) -
             if not {"method", *options}.isdisjoint([*group.options, *group.axes])
         }
         method = method.lower()
+        if options.get("calibration", EVALUATED[method]) != EVALUATED[method]:
+            raise UserError(
+                f"method {method} is calibration {EVALUATED[method]}, not "
+                f"{options['calibration']}: name calibration where a method trains, as in "
+                f"`- ABFT: {{method: ABFT, calibration: {options['calibration']}}}`"
+            )
         config = resolve(EvalConfig, {**options, "calibration": EVALUATED[method]})
         title = _title({**options, "method": method}, groups, axes)
         command = "eval"
@@ -179,7 +206,7 @@ def _cell(options: dict[str, Any], groups: dict[str, _Group], axes: list[str]) -
         title, method, command = _title(options, groups, axes), config.method, "train"
     labels = {axis: group.label for axis, group in groups.items()}
     files = own_data.by_options(config).files if config.data_are_own else ()
-    return Cell(command, method, config, labels, title, tuple(digest for _, digest in files))
+    return Cell(command, method, config, labels, title, files)
 
 
 def _title(options: dict[str, Any], groups: dict[str, _Group], axes: list[str]) -> str:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from abft_fast import data, tables
-from abft_fast.config import Options
+from abft_fast.config import Options, flag
 from abft_fast.data import Dataset, Example
 from abft_fast.errors import UserError
 from abft_fast.template_file import TemplateFile, read_template
@@ -71,6 +71,11 @@ def by_options(options: Options) -> Dataset:
     if parts and "train" not in parts:
         raise UserError(f"{path} has no part `train`; there are {', '.join(parts)}")
     test = options.test_file or parts.get("test")
+    for name in ("test_share", "split_seed"):
+        if test is not None and getattr(options, name) != Options.model_fields[name].default:
+            raise UserError(
+                f"{flag(name)}: {path} has a part `test`, nothing is split: leave it out"
+            )
     read = [p for p in (parts.get("train", path), test, options.template) if p is not None]
     source = _Source(
         name=options.dataset_name,

@@ -32,6 +32,7 @@ class Record:
         seconds: of training; None without a step.
         peak_memory: bytes.
         trained_parameters: how many numbers were trained.
+        data: path and SHA-256 of each file, of the user's own data.
     """
 
     folder: Path
@@ -46,6 +47,7 @@ class Record:
     seconds: float | None = None
     peak_memory: int | None = None
     trained_parameters: int | None = None
+    data: dict[str, str] = field(default_factory=dict)
 
     @property
     def dataset(self) -> str:
@@ -65,11 +67,16 @@ def read_records(folder: Path) -> list[Record]:
     for path in sorted([*folder.rglob("cell.yaml"), *folder.rglob("config.yaml")]):
         if path.name == "cell.yaml":
             found.append(read_cell(path.parent))
-        elif not (path.parent.parent / "cell.yaml").is_file():
+        elif _is_run(path.parent) and not (path.parent.parent / "cell.yaml").is_file():
             found.append(_read(_read_run, path.parent))
     if not found:
         raise UserError(f"folder {folder} holds no run: name a run's, a sweep's or one above them")
     return found
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a config.yaml there is a run's, not a tracker's or anybody else's."""
+    return (folder / "environment.json").is_file()
 
 
 def read_cell(folder: Path) -> Record:
@@ -97,13 +104,14 @@ def _read_cell(folder: Path) -> Record:
     known = {
         "labels": about["labels"], "title": about["title"], "status": status, "line": line
     }  # fmt: skip
+    known["data"] = about.get("data", {})
     if about["command"] == "train":
         found = _what_training_left(cell.run)
     else:
         found = {}
         if cell.metrics.is_file():
             found["evaluation"] = {"after": json.loads(cell.metrics.read_text(encoding="utf-8"))}
-    return Record(folder, about["method"], cell.options, **known, **found)
+    return Record(folder, about["method"], cell.options, **{**found, **known})
 
 
 def _read_run(folder: Path) -> Record:
@@ -124,4 +132,5 @@ def _what_training_left(folder: Path) -> dict[str, Any]:
         "seconds": sum(row["seconds"] for row in rows) if rows else None,
         "peak_memory": max(row["peak_memory_bytes"] for row in rows) if rows else None,
         "trained_parameters": described.get("trained_parameters"),
+        "data": described.get("data", {}),
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from abft_fast.cells import FINISHED
 from abft_fast.files import write_text
+from abft_fast.grid import EVALUATED
 from abft_fast.records import Record
 
 _ALWAYS = ("model", "dataset", "method", "seed")
@@ -37,11 +38,16 @@ def _varying(records: list[Record]) -> list[str]:
         for name in names
         if len({str(r.options[name]) for r in records if name in r.options}) > 1
     ]
-    return [*_ALWAYS, *(name for name in differ if name not in (*_ALWAYS, "calibration"))]
+    trained = {r.options.get("calibration") for r in records if r.method not in EVALUATED}
+    if len(trained) < 2:  # else it is the method
+        differ = [name for name in differ if name != "calibration"]
+    return [*_ALWAYS, *(name for name in differ if name not in _ALWAYS)]
 
 
 def _rows(record: Record, varying: list[str]) -> list[dict[str, Any]]:
     options = {name: record.options.get(name) for name in varying} | {"method": record.method}
+    if record.data:
+        options["data_sha256"] = " ".join(digest[:10] for digest in record.data.values())
     labels = {f"{axis}_name": label for axis, label in record.labels.items()}
     known = {"cell": record.folder.name, "status": record.status, **options, **labels}
     if record.status != FINISHED:

@@ -110,6 +110,10 @@ def collect(records: Iterable[Record], metric: str) -> list[Row]:
     made of it count as one.
     """
     records = list(records)
+    _check_contents(records)
+    paths: dict[str, set[str]] = {}  # of models, by what they are called
+    for record in records:
+        paths.setdefault(_called(record), set()).add(str(record.options["model"]))
     left_out = {*_NOT_THE_EXPERIMENT, *_of_data(records)}
     rows: dict[tuple, Row] = {}
     tests = set()  # that yield this metric
@@ -122,7 +126,9 @@ def collect(records: Iterable[Record], metric: str) -> list[Row]:
             and name not in left_out
             and (name != "calibration" or kind is TrainConfig)  # else it is the method
         }
-        model = record.labels.get("model", str(record.options["model"]))
+        model = _called(record)
+        if len(paths[model]) > 1:
+            model += f" ({record.options['model']})"
         setting = record.labels.get("setting", "") if kind is TrainConfig else ""
         key = (model, method, tuple(sorted((n, str(v)) for n, v in options.items())))
         return rows.setdefault(key, Row(model, method, setting, options))
@@ -153,6 +159,24 @@ def collect(records: Iterable[Record], metric: str) -> list[Row]:
         if record.trained_parameters is not None:
             mine.parameters.append(record.trained_parameters)
     return _named([row for row in rows.values() if row.options["test_type"] in tests])
+
+
+def _called(record: Record) -> str:
+    """A model's name in the sweep file, or its own."""
+    return record.labels.get("model", str(record.options["model"]))
+
+
+def _check_contents(records: list[Record]) -> None:
+    """Raises UserError where a file of the user's changed between runs."""
+    known: dict[str, tuple[str, Record]] = {}
+    for record in records:
+        for path, digest in record.data.items():
+            first, other = known.setdefault(path, (digest, record))
+            if first != digest:
+                raise UserError(
+                    f"{path} changed between {other.folder} and {record.folder}: move away the "
+                    "runs on what it was"
+                )
 
 
 def _of_data(records: list[Record]) -> list[str]:

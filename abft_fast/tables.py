@@ -186,6 +186,11 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
                     f"{_place(path, number)}: cells: {len(cells)}, columns: {len(header)}; "
                     f'a text with a {mark} in it must stand in "quotes"'
                 )
+            if mark == "tab" and any("\t" in cell and "\n" in cell for cell in cells):
+                raise UserError(
+                    f"{_place(path, number)}: a quote at a cell's beginning takes up the rows "
+                    "after it: double that quote and quote the cell, or save the file as .jsonl"
+                )
             yield _row(path, number, dict(zip(header, cells, strict=True)), columns)
 
 

@@ -42,6 +42,7 @@ def here(tmp_path, monkeypatch):
          "did you mean 'txet'?"),
         ("a.csv", "text;label\na;b\n", "there are 'text;label'; a comma parts columns"),
         ("a.tsv", "text,label\na,b\n", "there are 'text,label'; a tab parts columns"),
+        ("a.tsv", 'text\tlabel\na\t1\n"b\t2\nc"\t1\n', "a.tsv, row 3: a quote at a cell's begin"),
         ("a.csv", "text,label,text\n", "a.csv, row 1: column 'text' stands there twice"),
         ("a.csv", "text,label\na,x\nb, c,y\n", "a.csv, row 3: cells: 3, columns: 2"),
         ("a.csv", 'text,label\n"a\nb",x\nc\n', "a.csv, row 4: cells: 1, columns: 2"),

@@ -75,7 +75,7 @@ def test_what_trains_nothing_is_one_cell_whatever_the_seed_or_a_setting_of_train
 def test_a_cell_is_named_by_what_it_is(tmp_path):
     text = "options: {k: 2, dataset: sst2}\ngrid: {seed: [0]}"
     (first,) = cells(tmp_path, text)
-    more = cells(tmp_path, "grid: {seed: [1, 0], dataset: ['0'], k: [2], lr: [3e-3]}", device="cpu")
+    more = cells(tmp_path, "grid: {seed: [1, 0], dataset: [0], k: [2], lr: [3e-3]}", device="cpu")
     assert first.name == more[1].name != more[0].name  # lr is the built-in model's own
     assert first.name.startswith("builtin-sst2-ABFT-seed0-")
     twice = cells(tmp_path, text + "\nsettings: {a: {}, b: {k: 2}}")
@@ -125,6 +125,19 @@ def test_overrides_replace_axes_groups_and_settings(tmp_path):
         ("grid: {k: [0, 1]}", "k=0: --k 0: input should be greater"),
         ("grid: {method: [AFBT]}", "--method: no method AFBT; did you mean ABFT"),
         ("grid: {method: [vanilla], k: [-1]}", "vanilla k=-1: --k -1"),
+        (
+            "grid: {model: [{a: {model: gpt2, method: E2E}}], method: [{b: {method: ABFT}}]}",
+            "model: a says method, and so do the named entries of grid: method",
+        ),
+        (
+            "grid: {method: [{v: {method: vanilla, k: 2}}]}\nsettings: {x: {method: ABFT}}",
+            "settings: x says method, and so do",
+        ),
+        ("grid: {model: [{a: {model: x}}, {a: {model: y}}]}", "two entries are called a"),
+        (
+            "options: {calibration: batch}\ngrid: {method: [vanilla]}",
+            "method vanilla is calibration none, not batch: name calibration where",
+        ),
         ("settings: {a: {quantized: true, trainable: full}}", "a: --trainable full needs float"),
     ],
 )

@@ -106,6 +106,8 @@ def test_parts_of_a_dataset_dict(reviews):
     dataset = load(dataset="both")
     assert (dataset.name, dataset.label_words) == ("both", ("false", "true"))
     assert (len(dataset.training), len(dataset.test)) == (4, 1)
+    with pytest.raises(UserError, match="--split-seed: both has a part `test`, nothing is split"):
+        load(dataset="both", split_seed=1)
     DatasetDict({"train": made}).save_to_disk("one")
     dataset = load(dataset="one", test_share=0.5)
     assert (len(dataset.training), len(dataset.test)) == (2, 2)

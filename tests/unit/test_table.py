@@ -10,6 +10,7 @@ from abft_fast.errors import UserError
 from abft_fast.files import write_json
 from abft_fast.grid import read_cells
 from abft_fast.records import read_records
+from abft_fast.results import write_results
 from abft_fast.run import Run
 from abft_fast.table import make_table
 from abft_fast.table_format import FORMATS
@@ -153,9 +154,52 @@ def test_data_of_ones_own_are_columns_by_name(tmp_path):
         show(runs)
 
 
+def test_runs_on_a_file_that_has_changed_are_no_seeds_of_one_another(tmp_path):
+    data = tmp_path / "mails.csv"
+    (tmp_path / "sweep.yaml").write_text(f"options: {{dataset: {data}, method: vanilla, k: 2}}")
+    for text in ("good,yes\nbad,no\n" * 5, "good,no\nbad,yes\n" * 5):
+        data.write_text("text,label\n" + text)
+        (cell,) = read_cells(tmp_path / "sweep.yaml", {})
+        place = CellFolder(tmp_path / "cells" / cell.name)
+        place.prepare(cell)
+        write_json(place.metrics, {"mails": {"accuracy": 0.5}})
+    with pytest.raises(UserError, match=r"mails\.csv changed between .*vanilla.* and .*vanilla"):
+        show(tmp_path)
+    write_results(tmp_path / "results.csv", read_records(tmp_path))
+    assert "data_sha256" in (tmp_path / "results.csv").read_text()
+
+
+def test_what_tells_rows_of_results_apart(tmp_path):
+    """Two models of one name; training runs whose tests were calibrated or not."""
+    text = "grid: {model: [{big: {model: MODEL}}], calibration: [none, batch]}"
+    for name in ("gpt2", "builtin"):
+        (tmp_path / "sweep.yaml").write_text(text.replace("MODEL", name))
+        for cell in read_cells(tmp_path / "sweep.yaml", {}):
+            place = CellFolder(tmp_path / "cells" / cell.name)
+            place.prepare(cell)
+            score = 0.1 * len(name) + 0.01 * len(cell.config.calibration)
+            place.run.mkdir()
+            Run(place.run).record_evaluation("after", {"subj": {"accuracy": score}}, {})
+            place.finish(0, 1.0)
+    assert [line.split(" | ")[:4] for line in show(tmp_path)[2:]] == [
+        ["| big (builtin)", "ABFT (calibration=none)", "1", "74.00"],
+        ["| ", "ABFT (calibration=batch)", "1", "**75.00**"],
+        ["| big (gpt2)", "ABFT (calibration=none)", "1", "44.00"],
+        ["| ", "ABFT (calibration=batch)", "1", "**45.00**"],
+    ]
+    write_results(tmp_path / "results.csv", read_records(tmp_path))
+    header, *rows = (tmp_path / "results.csv").read_text().splitlines()
+    place = header.split(",").index("calibration")
+    assert sorted(row.split(",")[place] for row in rows) == ["batch", "batch", "none", "none"]
+
+
 def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         show(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no run"):
+        show(tmp_path)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/config.yaml").write_text("model: {value: builtin}")
     with pytest.raises(UserError, match="holds no run"):
         show(tmp_path)
     folder = write_run(tmp_path, dataset="sst2")
@@ -183,3 +227,17 @@ def test_cells_that_have_not_run_are_missing(tmp_path):
     options.write_text(options.read_text().replace("k: 4", "k: 5"))
     with pytest.raises(UserError, match="was run with k 5, and is now to be run with 4"):
         place.prepare(cell)
+
+
+def test_a_cell_that_fails_again_is_not_said_to_fail_as_before(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("options: {method: vanilla, k: 2}")
+    (cell,) = read_cells(tmp_path / "sweep.yaml", {})
+    place = CellFolder(tmp_path / "cell")
+    place.prepare(cell)
+    place.start({"PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}).wait()
+    assert place.finish(1, 0.0)[1] != "exit code 1"
+    with (place.folder / "output.log").open("a") as log:
+        log.write("abft-fast: the disk is full\n")
+    assert place.finish(1, 0.0)[1] == "the disk is full"
+    place.start({"PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}).wait()
+    assert "full" not in place.finish(1, 0.0)[1]
