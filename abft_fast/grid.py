@@ -172,8 +172,8 @@ def _cell(options: dict[str, Any], groups: dict[str, _Group], axes: list[str]) -
         config = resolve(TrainConfig, options)
         title, method, command = _title(options, groups, axes), config.method, "train"
     labels = {axis: group.label for axis, group in groups.items()}
-    files = own_data.by_options(config).files if config.data_are_own else ()
-    return Cell(command, method, config, labels, title, tuple(digest for _, digest in files))
+    files = tuple(own_data.data_files(config).values())
+    return Cell(command, method, config, labels, title, files)
 
 
 def _title(options: dict[str, Any], groups: dict[str, _Group], axes: list[str]) -> str:

@@ -31,14 +31,18 @@ _FEWEST = 50  # prefixes; k-means makes a bucket of every ten texts
 _PREFIX_WORDS = 8
 
 
-def check_installed() -> None:
+def check(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse a run that could not end with a score.
 
     Raises:
-        UserError: mauve-text is not installed.
+        UserError: mauve-text is not installed, there are too few prefixes, or no such model.
     """
     if importlib.util.find_spec("mauve") is None:
         raise UserError("--mauve-test needs mauve-text: `pip install 'abft-fast[mauve]'`")
+    read_prefixes(config.mauve_prefix, dataset)
+    if config.mauve_model is not None:
+        loading.read_config(config.mauve_model)
+        loading.read_tokenizer(config.mauve_model)
 
 
 def read_prefixes(file: Path | None, dataset: Dataset) -> list[str]:
@@ -113,9 +117,11 @@ def score_texts(config: TrainConfig, run: Run, job: Job) -> None:
 
     name = config.mauve_model or config.model
     job.model = None
-    bits = config.bits if config.quantized and config.mauve_model is None else None
-    device = job.accelerator.device
-    model = loading.load(name, device, job.arithmetic.dtype, bits)
+    device, bits, placement = job.accelerator.device, None, None
+    if config.mauve_model is None:  # as it was in training
+        bits = config.bits if config.quantized else None
+        placement = job.placement
+    model = loading.load(name, device, job.arithmetic.dtype, bits, placement)
     tokenizer = loading.read_tokenizer(name)
     with job.accelerator.autocast():
         seen = {

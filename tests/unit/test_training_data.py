@@ -36,6 +36,9 @@ def test_metaicl_leaves_the_tested_dataset_out():
     assert len(found) == 12
     words = {TOKENIZER.decode(p.targets).strip() for p in found}
     assert not words & {"objective", "subjective"}
+    outside, _ = prompts_of(dataset="subj", method="MetaICL", generalization_test=True)
+    kinds = [TOKENIZER.decode(p.input_ids).strip().split(":")[0] for p in outside]
+    assert sorted(set(kinds)) == ["news", "tweet"]
     only, _ = prompts_of(dataset="subj", method="MetaICL", meta_datasets="trec,mr")
     prefixes = [TOKENIZER.decode(p.input_ids).strip().split(":")[0] for p in only]
     assert prefixes.count("question") == prefixes.count("review") == 6
@@ -46,6 +49,7 @@ def test_metaicl_leaves_the_tested_dataset_out():
     [
         ({"meta_datasets": "trec,imdb"}, "'imdb' is unknown"),
         ({"meta_datasets": "trec,subj"}, "holds subj, which is tested"),
+        ({"meta_datasets": "trec", "generalization_test": True}, "holds trec, which is tested"),
         ({"method": "E2E", "gradient": "local"}, "--gradient local is ABFT's"),
         ({"method": "MetaICL", "quantized": True}, "--trainable model needs float weights"),
         ({"method": "RLHF"}, "--method RLHF"),
