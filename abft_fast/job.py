@@ -204,7 +204,7 @@ def check_same_data(config: TrainConfig | EvalConfig) -> None:
     everyones = processes.collect(files)
     if len({tuple(found.values()) for found in everyones}) > 1:
         path = next(p for p in files if len({found.get(p) for found in everyones}) > 1)
-        raise UserError(f"not every process reads the same {path}: share the file")
+        raise UserError(f"not every process reads the same {Path(path).name}: share the file")
 
 
 def make_accelerator(

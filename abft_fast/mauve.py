@@ -21,6 +21,7 @@ from abft_fast.data import Dataset
 from abft_fast.errors import UserError
 from abft_fast.job import Job
 from abft_fast.run import Run
+from abft_fast.text_lines import read_lines
 
 SAMPLES = {"before": 0, "before-again": 1, "after": 2}
 """Samples of text, and the seed of each."""
@@ -52,14 +53,10 @@ def read_prefixes(file: Path | None, dataset: Dataset) -> list[str]:
         UserError: the file cannot be read or has too few lines.
     """
     if file is None:
-        found = [" ".join(example.text.split()[:_PREFIX_WORDS]) for example in dataset.test]
+        texts = (example.text.split()[:_PREFIX_WORDS] for example in dataset.test)
+        found = [" ".join(words) for words in texts if words]
     else:
-        try:
-            found = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise UserError(f"--mauve-prefix {file}: {reason}") from None
-    found = [line.strip() for line in found if line.strip()]
+        found = read_lines(file, "--mauve-prefix")
     if len(found) < _FEWEST:
         raise UserError(
             f"--mauve-prefix {file or dataset.name}: {len(found)} prefixes are too few for a "

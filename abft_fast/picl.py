@@ -13,6 +13,7 @@ from pathlib import Path
 
 from abft_fast import data
 from abft_fast.errors import UserError
+from abft_fast.text_lines import read_lines
 
 _SPARE = 8  # neighbours retrieved beyond k, as copies of a paragraph are left out
 
@@ -27,14 +28,10 @@ def paragraphs(file: Path | None) -> list[str]:
         datasets = [data.load(name) for name in data.DATASETS]
         tested = {e.text.strip() for d in datasets for e in d.test}
         texts = [e.text.strip() for d in datasets for e in (*d.training, *d.demonstrations)]
-        texts = [text for text in texts if text not in tested]
+        texts = [text for text in texts if text and text not in tested]
     else:
-        try:
-            texts = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8"
-            raise UserError(f"--plain-text {file}: {reason}") from None
-    found = list(dict.fromkeys(stripped for text in texts if (stripped := text.strip())))
+        texts = read_lines(file, "--plain-text")
+    found = list(dict.fromkeys(texts))
     if not found:
         raise UserError(f"--plain-text {file}: it holds no text; use one paragraph a line")
     return found
