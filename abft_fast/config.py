@@ -217,6 +217,11 @@ class Options(PromptOptions, SamplingOptions, TableOptions, DatasetOptions):
         return self.dataset not in data.DATASETS
 
     @property
+    def reads_own_data(self) -> bool:
+        """Whether any dataset of the run is a file or folder."""
+        return self.data_are_own
+
+    @property
     def dataset_name(self) -> str:
         """The dataset's name, or that of the user's file without its suffix."""
         if not self.data_are_own:
@@ -234,9 +239,11 @@ class Options(PromptOptions, SamplingOptions, TableOptions, DatasetOptions):
         own = ("text_column", "label_column", "template", "test_file")
         split = ("test_share", "split_seed")
         given = [n for n in (*own, *split) if getattr(self, n) != fields[n].default]
-        if given and not self.data_are_own:
+        without_own = ("test_file",) if self.reads_own_data else (*own, *split)
+        unwanted = [name for name in given if name in without_own]
+        if unwanted and not self.data_are_own:
             raise ValueError(
-                f"{flag(given[0])} is for data of your own, and {self.dataset} is StaICC's: "
+                f"{flag(unwanted[0])} is for data of your own, and {self.dataset} is StaICC's: "
                 "leave it out, or name a file by --dataset"
             )
         if self.test_file is not None and given[-1] in split:
@@ -413,6 +420,12 @@ class TrainConfig(Options):
             if getattr(self, name) is not None and option not in there:
                 raise ValueError(f"{flag(name)} is for {option}: add that, or leave it out")
         return self
+
+    @property
+    def reads_own_data(self) -> bool:
+        """Whether any dataset of the run, tested or of MetaICL, is a file or folder."""
+        names = self.meta_datasets.split(",") if self.meta_datasets else ()
+        return self.data_are_own or not set(names) <= set(data.DATASETS)
 
     @property
     def without_effect(self) -> list[str]:

@@ -44,6 +44,19 @@ def test_metaicl_leaves_the_tested_dataset_out():
     assert prefixes.count("question") == prefixes.count("review") == 6
 
 
+def test_metaicl_trains_on_files_of_ones_own(tmp_path):
+    file = tmp_path / "mails.csv"
+    file.write_text("body,label\n" + "good news,negative\nbad news,positive\n" * 10)
+    options = {"dataset": "subj", "method": "MetaICL", "text_column": "body"}
+    found, _ = prompts_of(**options, meta_datasets=f"mr,{file}", k=2)
+    texts = [TOKENIZER.decode(p.input_ids) for p in found]
+    assert sum("news" in text for text in texts) == 6
+    with pytest.raises(UserError, match="--text-column is for data of your own"):
+        prompts_of(**options, meta_datasets="mr")
+    with pytest.raises(UserError, match="--test-file is for data of your own"):
+        prompts_of(**options, meta_datasets=f"mr,{file}", test_file=file)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
