@@ -138,8 +138,7 @@ def train_(flags: dict[str, Any]) -> None:
     else:
         run, options = Run.open(config.resume)
         config = options.model_copy(update={"force": config.force})
-        if config.data_are_own:
-            run.check_data(dict(own_data.by_options(config).files))
+        run.check_data(own_data.data_files(config))
     check_model(config.model)
     from abft_fast import processes
     from abft_fast.environment import uses_cpu

@@ -34,9 +34,14 @@ def _dataset(name: str) -> str:
     try:
         return data.resolve_name(str(name))
     except UserError:
-        if tables.is_table(str(name)):
+        if str(name) and tables.is_table(str(name)):
             return str(name)
         raise
+
+
+def _place(name: str) -> str:
+    """A dataset of StaICC's by its name, a file by its absolute path."""
+    return name if name in data.DATASETS else str(Path(name).resolve())
 
 
 def _named_or_count(value: Any, names: tuple[str, ...], allowed: str) -> str | int:
@@ -212,6 +217,11 @@ class Options(PromptOptions, SamplingOptions, TableOptions, DatasetOptions):
         return self.dataset not in data.DATASETS
 
     @property
+    def reads_own_data(self) -> bool:
+        """Whether any dataset of the run is a file or folder."""
+        return self.data_are_own
+
+    @property
     def dataset_name(self) -> str:
         """The dataset's name, or that of the user's file without its suffix."""
         if not self.data_are_own:
@@ -221,8 +231,7 @@ class Options(PromptOptions, SamplingOptions, TableOptions, DatasetOptions):
 
     @field_serializer("dataset", "template", "test_file", when_used="json")
     def _found_from_anywhere(self, value: str | Path | None) -> str | None:
-        named = value is None or value in data.DATASETS
-        return value if named else str(Path(value).resolve())
+        return None if value is None else _place(str(value))
 
     @model_validator(mode="after")
     def _check_own_data(self) -> Self:
@@ -230,9 +239,11 @@ class Options(PromptOptions, SamplingOptions, TableOptions, DatasetOptions):
         own = ("text_column", "label_column", "template", "test_file")
         split = ("test_share", "split_seed")
         given = [n for n in (*own, *split) if getattr(self, n) != fields[n].default]
-        if given and not self.data_are_own:
+        without_own = ("test_file",) if self.reads_own_data else (*own, *split)
+        unwanted = [name for name in given if name in without_own]
+        if unwanted and not self.data_are_own:
             raise ValueError(
-                f"{flag(given[0])} is for data of your own, and {self.dataset} is StaICC's: "
+                f"{flag(unwanted[0])} is for data of your own, and {self.dataset} is StaICC's: "
                 "leave it out, or name a file by --dataset"
             )
         if self.test_file is not None and given[-1] in split:
@@ -273,7 +284,7 @@ class TrainConfig(Options):
     meta_datasets: str | None = Field(
         None,
         description="What MetaICL trains on, names or files as for dataset, separated by commas. "
-        "Unset: StaICC's datasets but the one that is tested.",
+        "Unset: StaICC's datasets but those that are tested.",
     )
     plain_text: Path | None = Field(
         None,
@@ -301,17 +312,26 @@ class TrainConfig(Options):
         "Unset: lora; for MetaICL and PICL model.",
     )
     lora_r: int = Field(16, ge=1, description="Rank of LoRA.")
-    penalty: float = Field(0.5, ge=0, description="A, on attention to wrong labels, at the start.")
-    reward: float = Field(1.0, ge=0, description="B, on attention missing from right labels.")
+    penalty: float = Field(
+        0.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="A, on attention to wrong labels, at the start.",
+    )
+    reward: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="B, on attention missing from right labels."
+    )
     adaptation: Literal["pid", "p", "none"] = Field(
         "pid", description="Control of the penalty by the number of induction heads (paper, A.3)."
     )
     p_factor: float | None = Field(
-        None, description="Factor of the control where it is p. Unset: pid-p."
+        None,
+        allow_inf_nan=False,
+        description="Factor of the control where it is p. Unset: pid-p.",
     )
-    pid_p: float = Field(0.03, description="Factor C_p of the control.")
-    pid_i: float = Field(0.005, description="Factor C_i of the control.")
-    pid_d: float = Field(0.005, description="Factor C_d of the control.")
+    pid_p: float = Field(0.03, allow_inf_nan=False, description="Factor C_p of the control.")
+    pid_i: float = Field(0.005, allow_inf_nan=False, description="Factor C_i of the control.")
+    pid_d: float = Field(0.005, allow_inf_nan=False, description="Factor C_d of the control.")
     head_filter: bool = Field(True, description="Train induction heads only, or every head.")
     checkpointing: bool = Field(
         False, description="Recompute layers in the backward instead of keeping them in memory."
@@ -372,7 +392,22 @@ class TrainConfig(Options):
     @field_validator("meta_datasets")
     @classmethod
     def _check_meta_datasets(cls, value: str | None) -> str | None:
-        return value and ",".join(map(_dataset, value.split(",")))
+        if value is None:
+            return None
+        names = [_dataset(name.strip()) for name in value.split(",")]
+        places = [_place(name) for name in names]
+        for name, place in zip(names, places, strict=True):
+            if places.count(place) > 1:
+                raise ValueError(f"{name} is named twice")
+        return ",".join(names)
+
+    @field_serializer("meta_datasets", when_used="json")
+    def _all_found_from_anywhere(self, value: str | None) -> str | None:
+        return None if value is None else ",".join(map(_place, value.split(",")))
+
+    @field_serializer("plain_text", "mauve_prefix", when_used="json")
+    def _text_found_from_anywhere(self, value: Path | None) -> str | None:
+        return None if value is None else str(value.resolve())
 
     @model_validator(mode="after")
     def _check_trainable(self) -> Self:
@@ -390,17 +425,76 @@ class TrainConfig(Options):
         return self
 
     @model_validator(mode="after")
+    @model_validator(mode="after")
     def _check_tested_apart(self) -> Self:
-        if self.method == "MetaICL" and self.dataset in self.meta_dataset_names:
-            raise ValueError(f"--meta-datasets holds {self.dataset}, which is tested: leave it out")
+        if self.method == "MetaICL":
+            _ = self.meta_dataset_names
+        return self
+
+    @model_validator(mode="after")
+    def _check_inputs(self) -> Self:
+        needed = {"meta_datasets": "--method MetaICL", "plain_text": "--method PICL"}
+        needed |= dict.fromkeys(("mauve_prefix", "mauve_model"), "--mauve-test")
+        there = {f"--method {self.method}", "--mauve-test" if self.mauve_test else ""}
+        for name, option in needed.items():
+            if getattr(self, name) is not None and option not in there:
+                raise ValueError(f"{flag(name)} is for {option}: add that, or leave it out")
         return self
 
     @property
+    def reads_own_data(self) -> bool:
+        """Whether any dataset of the run, tested or of MetaICL, is a file or folder."""
+        names = self.meta_datasets.split(",") if self.meta_datasets else ()
+        return self.data_are_own or not set(names) <= set(data.DATASETS)
+
+    @property
+    def without_effect(self) -> list[str]:
+        """A line for each option that is not at its default and does nothing in this run."""
+        pid = ("p_factor", "pid_p", "pid_i", "pid_d")
+        rules = (
+            (not self.sides, "evaluations", ("test_type", "generalization_test", "calibration")),
+            (
+                not self.sides or self.calibration not in ("contextual", "domain"),
+                "--calibration contextual and domain",
+                ("calibration_samples",),
+            ),
+            (self.no_save, "checkpoints", ("save_steps",)),
+            (self.trainable != "lora", "--trainable lora", ("lora_r",)),
+            (self.adaptation != "pid", "--adaptation pid", ("pid_i", "pid_d")),
+            (self.adaptation == "none", "--adaptation pid and p", ("pid_p",)),
+            (self.adaptation != "p", "--adaptation p", ("p_factor",)),
+            (
+                self.method != "ABFT",
+                "--method ABFT",
+                ("penalty", "reward", "adaptation", *pid, "head_filter"),
+            ),
+        )
+        fields = type(self).model_fields
+        found = {
+            name: f"{flag(name)} does nothing here: it is for {purpose}"
+            for idle, purpose, names in rules
+            for name in names
+            if idle and getattr(self, name) != fields[name].default
+        }
+        return list(found.values())
+
+    @property
     def meta_dataset_names(self) -> list[str]:
-        """What MetaICL trains on."""
+        """What MetaICL trains on.
+
+        Raises:
+            UserError: a dataset that is tested is among them.
+        """
+        tested = {_place(self.dataset)}
+        if self.generalization_test:
+            tested.update(data.PAPER_DATASETS)
         if self.meta_datasets is None:
-            return [name for name in data.DATASETS if name != self.dataset]
-        return self.meta_datasets.split(",")
+            return [name for name in data.DATASETS if name not in tested]
+        names = self.meta_datasets.split(",")
+        for name in names:
+            if _place(name) in tested:
+                raise UserError(f"--meta-datasets holds {name}, which is tested: leave it out")
+        return names
 
     @property
     def proportional_factor(self) -> float:

@@ -205,7 +205,7 @@ def _cell(options: dict[str, Any], groups: dict[str, _Group], axes: list[str]) -
         config = resolve(TrainConfig, options)
         title, method, command = _title(options, groups, axes), config.method, "train"
     labels = {axis: group.label for axis, group in groups.items()}
-    files = own_data.by_options(config).files if config.data_are_own else ()
+    files = tuple(own_data.data_files(config).items())
     return Cell(command, method, config, labels, title, files)
 
 

@@ -26,6 +26,8 @@ from abft_fast.simulation import CannotCount
 from abft_fast.token_budget import CPU_TOKENS
 from abft_fast.training_data import training_prompts
 
+_FEWER = "with fewer demonstrations"
+
 
 class Job:
     """A dataset, its encoder and a model on a device: what training and evaluation share."""
@@ -67,14 +69,15 @@ class Job:
     def encode_training(self) -> list[EncodedPrompt]:
         """The training prompts of the method."""
         encoded = training_prompts(self.config, self.dataset, self.encoder)
-        self._say_too_long(encoded, "training")
+        cut = "cut to their end" if self.config.method == "PICL" else _FEWER
+        self._say_too_long(encoded, "training", cut)
         return encoded.prompts
 
-    def _say_too_long(self, encoded: EncodedPrompts, what: str) -> None:
+    def _say_too_long(self, encoded: EncodedPrompts, what: str, cut: str = _FEWER) -> None:
         if encoded.dropped or encoded.shortened:
             self.progress.say(
                 f"{what} prompts beyond the model's context: {encoded.dropped} dropped, "
-                f"{encoded.shortened} with fewer demonstrations, of "
+                f"{encoded.shortened} {cut}, of "
                 f"{encoded.dropped + len(encoded.prompts)}"
             )
 
@@ -196,12 +199,12 @@ def check_same_data(config: TrainConfig | EvalConfig) -> None:
     Raises:
         UserError: they do not.
     """
-    if not config.data_are_own:
-        return
     with processes.together():
-        files = own_data.by_options(config).files
-    if len(set(processes.collect(tuple(digest for _, digest in files)))) > 1:
-        raise UserError(f"not every process reads the same {config.dataset}: share the file")
+        files = own_data.data_files(config)
+    everyones = processes.collect(files)
+    if len({tuple(found.values()) for found in everyones}) > 1:
+        path = next(p for p in files if len({found.get(p) for found in everyones}) > 1)
+        raise UserError(f"not every process reads the same {Path(path).name}: share the file")
 
 
 def make_accelerator(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from abft_fast import loading
 from abft_fast.backbone import backbone
 from abft_fast.config import TrainConfig
+from abft_fast.data import Dataset
 from abft_fast.job import Job
 from abft_fast.mauve_prefixes import prefixes
 from abft_fast.run import Run
@@ -24,6 +25,18 @@ SAMPLES = {"before": 0, "before-again": 1, "after": 2}
 
 _NEW_TOKENS = 64
 _BATCH = 32  # prefixes generated from, or texts looked at, together
+
+
+def check(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuse a run that could not end with a score.
+
+    Raises:
+        UserError: there are too few prefixes, or no such model to look at texts.
+    """
+    prefixes(config.mauve_prefix, dataset)
+    if config.mauve_model is not None:
+        loading.read_config(config.mauve_model)
+        loading.read_tokenizer(config.mauve_model)
 
 
 def record_texts(config: TrainConfig, run: Run, job: Job, sample: str) -> None:
@@ -75,9 +88,11 @@ def score_texts(config: TrainConfig, run: Run, job: Job) -> None:
 
     name = config.mauve_model or config.model
     job.model = None
-    bits = config.bits if config.quantized and config.mauve_model is None else None
-    device = job.accelerator.device
-    model = loading.load(name, device, job.arithmetic.dtype, bits)
+    device, bits, placement = job.accelerator.device, None, None
+    if config.mauve_model is None:  # as it was in training
+        bits = config.bits if config.quantized else None
+        placement = job.placement
+    model = loading.load(name, device, job.arithmetic.dtype, bits, placement)
     tokenizer = loading.read_tokenizer(name)
     with job.accelerator.autocast():
         seen = {

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from abft_fast import data, tables
-from abft_fast.config import Options, flag
+from abft_fast.config import Options, TrainConfig, flag
 from abft_fast.data import Dataset, Example
 from abft_fast.errors import UserError
 from abft_fast.template_file import TemplateFile, read_template
@@ -86,12 +86,38 @@ def by_options(options: Options) -> Dataset:
         label_column=options.label_column,
         test_share=options.test_share,
         split_seed=options.split_seed,
-        files=tuple((str(p.resolve()), _digest(p)) for p in read),
+        files=tuple((str(p.resolve()), _sha256(p)) for p in read),
     )
     return _load(source)
 
 
-def _digest(path: Path) -> str:
+def meta_dataset(config: TrainConfig, name: str) -> Dataset:
+    """One of the datasets that MetaICL trains on, by the options of the run.
+
+    Raises:
+        UserError: as `by_options`.
+    """
+    return by_options(config.model_copy(update={"dataset": name, "test_file": None}))
+
+
+def data_files(options: Options) -> dict[str, str]:
+    """SHA-256, by path, of every file of the user's that the results depend on.
+
+    Raises:
+        UserError: a dataset's file is missing, unreadable or not what the options say.
+    """
+    found = dict(by_options(options).files) if options.data_are_own else {}
+    if isinstance(options, TrainConfig):
+        for name in options.meta_dataset_names if options.method == "MetaICL" else ():
+            if name not in data.DATASETS:
+                found |= meta_dataset(options, name).files
+        for path in (options.plain_text, options.mauve_prefix):
+            if path is not None and path.is_file():  # else who reads it says what it is
+                found[str(path.resolve())] = _sha256(path)
+    return found
+
+
+def _sha256(path: Path) -> str:
     """SHA-256 of a file, or of a dataset's folder: of the digests of its files."""
     whole = hashlib.sha256()
     paths = tables.files_of(path)

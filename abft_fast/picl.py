@@ -28,10 +28,10 @@ def paragraphs(file: Path | None) -> list[str]:
         datasets = [data.load(name) for name in data.DATASETS]
         tested = {e.text.strip() for d in datasets for e in d.test}
         texts = [e.text.strip() for d in datasets for e in (*d.training, *d.demonstrations)]
-        texts = [text for text in texts if text not in tested]
+        texts = [text for text in texts if text and text not in tested]
     else:
         texts = read_lines("--plain-text", file)
-    found = list(dict.fromkeys(filter(None, texts)))
+    found = list(dict.fromkeys(texts))
     if not found:
         raise UserError(f"--plain-text {file}: it holds no text; use one paragraph a line")
     return found

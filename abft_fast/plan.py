@@ -384,5 +384,6 @@ def plan_run(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
         f"{limit / 1e9:.1f} GB are to be had"
         + f" ({GPU_RESERVE / 1e9:.0f} GB is left to CUDA)" * on_gpu,
         f"{chosen.options}: {verdict}",
+        *config.without_effect,
     ]
     return plan, notes

@@ -89,8 +89,8 @@ def _rows(metrics: dict[str, dict], attention: dict[str, dict]) -> dict[str, str
 def _figure(name: str, value: float | None) -> tuple[str, str]:
     """A metric's title and value: per cent where it is a share, else the number."""
     percent = _PERCENTAGES.get(name)
-    if percent is None and "_at_" in name:  # GLER, at one error rate
-        metric, _, rate = name.partition("_at_")
+    metric, at, rate = name.partition("_at_")
+    if at and metric in _PERCENTAGES:  # GLER, at one error rate
         percent = f"{_PERCENTAGES[metric]}, {rate.removesuffix('_percent_wrong')} % wrong labels"
     if percent:
         return percent, _percent(value)

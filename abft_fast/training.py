@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from abft_fast import checkpoint, loading, mauve, processes
+from abft_fast import checkpoint, loading, mauve, own_data, processes
 from abft_fast import model as models
 from abft_fast.config import TrainConfig
 from abft_fast.environment import peak_memory
@@ -22,7 +22,6 @@ from abft_fast.evaluation_set import EvaluationSet
 from abft_fast.files import atomic_folder
 from abft_fast.job import Job, check_same_data
 from abft_fast.launch import is_main
-from abft_fast.mauve_prefixes import prefixes
 from abft_fast.methods import method_loss
 from abft_fast.packing import EncodedPrompt, micro_batches, pack
 from abft_fast.penalty import PenaltyController
@@ -66,14 +65,17 @@ def set_up(
 ) -> tuple[Job, list[EncodedPrompt], list[EvaluationSet]]:
     """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
+    files = own_data.data_files(config)
     job = Job(config, progress, run.folder)
     if not new and is_main():
-        run.check_data(dict(job.dataset.files))
+        run.check_data(files)
+    for line in config.without_effect:
+        progress.say(line)
     prompts = job.encode_training()
     tests = job.evaluation_sets() if config.sides else []
     job.show_data(prompts, *(test.prompts for test in tests[:1]))
     if config.mauve_test:
-        prefixes(config.mauve_prefix, job.dataset)
+        mauve.check(config, job.dataset)
     job.check_memory(prompts)
     job.load()
     job.check_attention(prompts)
@@ -85,7 +87,7 @@ def set_up(
     job.model = models.set_trained(job.model, config.trainable, config.lora_r)
     trained = sum(p.numel() for p in models.trained_parameters(job.model).values())
     if new and is_main():
-        run.create(config, trained, dict(job.dataset.files))
+        run.create(config, trained, files)
     progress.keep(run.folder / "run.log")
     return job, prompts, tests
 

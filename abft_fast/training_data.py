@@ -48,7 +48,7 @@ def _with_labels(
 
 
 def _meta_prompts(config: TrainConfig, encoder: PromptEncoder) -> EncodedPrompts:
-    """As many prompts of each dataset, the one that is tested left out (Min et al. 2022, 3.1).
+    """As many prompts of each dataset, those that are tested left out (Min et al. 2022, 3.1).
 
     The loss is on the last label alone, given the whole concatenation, as theirs is.
     """
@@ -58,8 +58,7 @@ def _meta_prompts(config: TrainConfig, encoder: PromptEncoder) -> EncodedPrompts
         count = config.train_samples // len(names) + (i < config.train_samples % len(names))
         if not count:
             continue
-        changes = {"dataset": name, "test_file": None}
-        dataset = own_data.by_options(config.model_copy(update=changes))
+        dataset = own_data.meta_dataset(config, name)
         its = PromptEncoder.by_options(config, encoder.tokenizer, dataset, encoder.max_length)
         found = _with_labels(config, dataset, its, count)
         together.prompts += found.prompts

@@ -64,6 +64,9 @@ def test_picl_trains_on_plain_text_and_keeps_nothing_unasked(tmp_path):
     first, last = rows_of(folder)
     assert last["loss"] < first["loss"]
     assert not (folder / "model").exists() and not (folder / "checkpoints").exists()
+    text.write_text("\n".join(f"another film about {i} birds" for i in range(60)))
+    changed = abft_fast("train", "--resume", folder)
+    assert changed.returncode == 2 and "plain.txt is not what run" in changed.stderr
 
 
 def test_mauve_compares_texts_before_and_after(tmp_path):
@@ -86,4 +89,9 @@ def test_mauve_compares_texts_before_and_after(tmp_path):
         "train", *QUICK, "--mauve-test", "--mauve-prefix", prefixes, "--output-dir", tmp_path / "x"
     )
     assert few.returncode == 2 and "1 prefixes are too few" in few.stderr
+    unknown = abft_fast(
+        "train", *QUICK, "--mauve-test", "--mauve-model", "synthetic:no", "--output-dir",
+        tmp_path / "x",
+    )  # fmt: skip
+    assert unknown.returncode == 2 and "model synthetic:no: known shapes" in unknown.stderr
     assert not (tmp_path / "x").exists()

@@ -50,6 +50,13 @@ def test_a_written_config_replays(tmp_path):
         ({"k": "many"}, "--k many"),
         ({"lr": "-1"}, "--lr -1"),
         ({"lr": "nan"}, "--lr nan"),
+        ({"reward": "inf"}, "--reward inf"),
+        ({"adaptation": "p", "p_factor": "nan"}, "--p-factor nan"),
+        ({"plain_text": "a.txt"}, "--plain-text is for --method PICL"),
+        ({"method": "PICL", "meta_datasets": "mr"}, "--meta-datasets is for --method MetaICL"),
+        ({"mauve_model": "m"}, "--mauve-model is for --mauve-test"),
+        ({"method": "MetaICL", "meta_datasets": "1, mr"}, "--meta-datasets.*mr is named twice"),
+        ({"method": "MetaICL", "meta_datasets": ""}, "dataset '' is unknown"),
         ({"gradient": "half"}, "--gradient half"),
         ({"gradient": "0"}, "--gradient 0"),
         ({"trainable": "all"}, "--trainable all"),
@@ -62,6 +69,37 @@ def test_mistakes_are_one_line_naming_the_option(flags, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve(TrainConfig, flags)
     assert "\n" not in str(caught.value)
+
+
+def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given, name, expected in (
+        ({"method": "PICL", "plain_text": "a,b.txt"}, "plain_text", f"{tmp_path}/a,b.txt"),
+        ({"mauve_test": True, "mauve_prefix": "a"}, "mauve_prefix", f"{tmp_path}/a"),
+        (
+            {"method": "MetaICL", "meta_datasets": "mr,a.csv"},
+            "meta_datasets",
+            f"mr,{tmp_path}/a.csv",
+        ),
+    ):
+        assert resolve(TrainConfig, given).model_dump(mode="json")[name] == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        ({}, []),
+        ({"penalty": 0.1, "p_factor": 1, "adaptation": "p", "pid_i": 0.1}, ["--pid-i"]),
+        ({"method": "E2E", "penalty": 0.1, "head_filter": False}, ["--penalty", "--head-filter"]),
+        ({"trainable": "full", "lora_r": 4, "calibration_samples": 2}, ["--cali", "--lora-r"]),
+        ({"no_eval": True, "no_save": True, "test_type": "GLER", "save_steps": 1},
+         ["--test-type", "--save-steps"]),
+    ],
+)  # fmt: skip
+def test_options_that_do_nothing_are_named(flags, idle):
+    lines = resolve(TrainConfig, flags).without_effect
+    assert len(lines) == len(idle)
+    assert all(line.startswith(name) for line, name in zip(lines, idle, strict=True))
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "k: [\n", "kk: 3\n"])

@@ -90,6 +90,11 @@ def test_changed_data_are_another_cell_and_a_mistake_in_them_is_seen_first(tmp_p
         (cell,) = cells(tmp_path, f"options: {{k: 2, dataset: {data}}}")
         names.add(cell.name)
     assert len(names) == 2 and all(n.startswith("builtin-mails-ABFT-seed0-") for n in names)
+    plain = tmp_path / "plain.txt"
+    for text in ("one", "two"):
+        plain.write_text(text)
+        names.add(cells(tmp_path, f"options: {{method: PICL, plain_text: {plain}}}")[0].name)
+    assert len(names) == 4
     data.write_text("text,kind\ngood,yes\n")
     with pytest.raises(UserError, match=r"mails\.csv"):
         cells(tmp_path, f"options: {{dataset: {data}}}")

@@ -36,9 +36,25 @@ def test_metaicl_leaves_the_tested_dataset_out():
     assert len(found) == 12
     words = {TOKENIZER.decode(p.targets).strip() for p in found}
     assert not words & {"objective", "subjective"}
+    outside, _ = prompts_of(dataset="subj", method="MetaICL", generalization_test=True)
+    kinds = [TOKENIZER.decode(p.input_ids).strip().split(":")[0] for p in outside]
+    assert sorted(set(kinds)) == ["news", "tweet"]
     only, _ = prompts_of(dataset="subj", method="MetaICL", meta_datasets="trec,mr")
     prefixes = [TOKENIZER.decode(p.input_ids).strip().split(":")[0] for p in only]
     assert prefixes.count("question") == prefixes.count("review") == 6
+
+
+def test_metaicl_trains_on_files_of_ones_own(tmp_path):
+    file = tmp_path / "mails.csv"
+    file.write_text("body,label\n" + "good news,negative\nbad news,positive\n" * 10)
+    options = {"dataset": "subj", "method": "MetaICL", "text_column": "body"}
+    found, _ = prompts_of(**options, meta_datasets=f"mr,{file}", k=2)
+    texts = [TOKENIZER.decode(p.input_ids) for p in found]
+    assert sum("news" in text for text in texts) == 6
+    with pytest.raises(UserError, match="--text-column is for data of your own"):
+        prompts_of(**options, meta_datasets="mr")
+    with pytest.raises(UserError, match="--test-file is for data of your own"):
+        prompts_of(**options, meta_datasets=f"mr,{file}", test_file=file)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +62,7 @@ def test_metaicl_leaves_the_tested_dataset_out():
     [
         ({"meta_datasets": "trec,imdb"}, "'imdb' is unknown"),
         ({"meta_datasets": "trec,subj"}, "holds subj, which is tested"),
+        ({"meta_datasets": "trec", "generalization_test": True}, "holds trec, which is tested"),
         ({"method": "E2E", "gradient": "local"}, "--gradient local is ABFT's"),
         ({"method": "MetaICL", "quantized": True}, "--trainable model needs float weights"),
         ({"method": "RLHF"}, "--method RLHF"),
