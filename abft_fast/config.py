@@ -425,7 +425,6 @@ class TrainConfig(Options):
         return self
 
     @model_validator(mode="after")
-    @model_validator(mode="after")
     def _check_tested_apart(self) -> Self:
         if self.method == "MetaICL":
             _ = self.meta_dataset_names
