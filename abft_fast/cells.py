@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abft_fast.config import read_yaml, write_yaml
 from abft_fast.errors import UserError
 from abft_fast.files import write_json
 from abft_fast.grid import WHERE, Cell
+from abft_fast.resolve import read_yaml, write_yaml
 
 POLL = 0.1  # seconds between looks at processes
 _STARTED = "started: "  # before each command in output.log

@@ -31,12 +31,12 @@ from abft_fast.config import (
     TrainConfig,
     flag,
     is_positional,
-    resolve,
 )
 from abft_fast.errors import Interrupted, ProcessEnded, RunError, SaidByMain, UserError
 from abft_fast.files import check_output, check_output_folder, write_json, write_text
 from abft_fast.model_folder import check_model, check_model_folder
 from abft_fast.original_options import translate
+from abft_fast.resolve import resolve
 
 _INTERRUPTED = 130  # exit code
 
@@ -138,7 +138,7 @@ def train_(flags: dict[str, Any]) -> None:
     else:
         run, options = Run.open(config.resume)
         config = options.model_copy(update={"force": config.force})
-        run.check_data(own_data.data_files(config))
+        run.check_data(own_data.file_hashes(config))
     check_model(config.model)
     from abft_fast import processes
     from abft_fast.environment import uses_cpu
@@ -259,9 +259,9 @@ def table_(flags: dict[str, Any]) -> None:
     config = resolve(TableConfig, flags)
     if config.output is not None:
         check_output(config.output)
+    from abft_fast.paper_table_format import FORMATS
+    from abft_fast.paper_tables import make_table
     from abft_fast.records import read_records
-    from abft_fast.table import make_table
-    from abft_fast.table_format import FORMATS
 
     text = FORMATS[config.format](make_table(config, read_records(config.folder)))
     if config.output is None:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from abft_fast import tables
+from abft_fast import data_files
 from abft_fast.errors import UserError
 
 
@@ -207,7 +207,7 @@ def resolve_name(name: str) -> str:
     if lowered not in _SOURCES:
         raise UserError(
             f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}, an index 0-7, or "
-            f"data of your own ({tables.FORMATS}){tables.closest(lowered, DATASETS)}"
+            f"data of your own ({data_files.FORMATS}){data_files.closest(lowered, DATASETS)}"
         )
     return lowered
 

@@ -15,8 +15,9 @@ from typing import Any, get_args
 import yaml
 
 from abft_fast import own_data
-from abft_fast.config import EvalConfig, TrainConfig, read_yaml, resolve
+from abft_fast.config import EvalConfig, TrainConfig
 from abft_fast.errors import UserError
+from abft_fast.resolve import read_yaml, resolve
 
 EVALUATED = {"vanilla": "none", "contextual": "contextual", "domain": "domain", "batch": "batch"}
 """Methods that train nothing, and the calibration each is."""
@@ -205,7 +206,7 @@ def _cell(options: dict[str, Any], groups: dict[str, _Group], axes: list[str]) -
         config = resolve(TrainConfig, options)
         title, method, command = _title(options, groups, axes), config.method, "train"
     labels = {axis: group.label for axis, group in groups.items()}
-    files = tuple(own_data.data_files(config).items())
+    files = tuple(own_data.file_hashes(config).items())
     return Cell(command, method, config, labels, title, files)
 
 

@@ -200,7 +200,7 @@ def check_same_data(config: TrainConfig | EvalConfig) -> None:
         UserError: they do not.
     """
     with processes.together():
-        files = own_data.data_files(config)
+        files = own_data.file_hashes(config)
     everyones = processes.collect(files)
     if len({tuple(found.values()) for found in everyones}) > 1:
         path = next(p for p in files if len({found.get(p) for found in everyones}) > 1)

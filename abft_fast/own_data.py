@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from abft_fast import data, tables
+from abft_fast import data, data_files
 from abft_fast.config import Options, TrainConfig, flag
 from abft_fast.data import Dataset, Example
 from abft_fast.errors import UserError
@@ -67,7 +67,7 @@ def by_options(options: Options) -> Dataset:
     if not options.data_are_own:
         return data.load(options.dataset)
     path = Path(options.dataset)
-    parts = tables.parts(path)
+    parts = data_files.parts(path)
     if parts and "train" not in parts:
         raise UserError(f"{path} has no part `train`; there are {', '.join(parts)}")
     test = options.test_file or parts.get("test")
@@ -100,7 +100,7 @@ def meta_dataset(config: TrainConfig, name: str) -> Dataset:
     return by_options(config.model_copy(update={"dataset": name, "test_file": None}))
 
 
-def data_files(options: Options) -> dict[str, str]:
+def file_hashes(options: Options) -> dict[str, str]:
     """SHA-256, by path, of every file of the user's that the results depend on.
 
     Raises:
@@ -120,7 +120,7 @@ def data_files(options: Options) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     """SHA-256 of a file, or of a dataset's folder: of the digests of its files."""
     whole = hashlib.sha256()
-    paths = tables.files_of(path)
+    paths = data_files.files_of(path)
     for file in paths:
         try:
             with file.open("rb") as opened:
@@ -173,12 +173,12 @@ def _read(
     """A file's texts and label values; all are among `known`, where that is given."""
     text, label = source.text_column, source.label_column
     found = []
-    for row in tables.read_rows(path, (text, label)):
+    for row in data_files.read_rows(path, (text, label)):
         value = row.category(label, known or ())
         if known is not None and value not in known:
             raise UserError(
                 f"{row.place(label)}: {value!r} is not among the labels of {known_from}: "
-                f"{tables.listed(known)}{tables.closest(value, known)}"
+                f"{data_files.listed(known)}{data_files.closest(value, known)}"
             )
         found.append(_Labelled(row.text(text), value, row.number))
     return found

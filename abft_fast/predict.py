@@ -11,6 +11,7 @@ from torch import Tensor
 from abft_fast import loading
 from abft_fast.config import PredictConfig
 from abft_fast.data import Dataset, Example, Prompt
+from abft_fast.data_files import Row
 from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.errors import RunError, UserError
 from abft_fast.job import make_accelerator
@@ -23,7 +24,6 @@ from abft_fast.preflight import check_attention, shared_prefix_is_exact
 from abft_fast.progress import Progress
 from abft_fast.prompts import PromptEncoder
 from abft_fast.shared_prefix import SharedPrefix, common_prefix
-from abft_fast.tables import Row
 from abft_fast.token_budget import CPU_TOKENS, in_halves
 
 _CHUNK = 1024  # rows, at most, that are read, sorted by length and written at a time

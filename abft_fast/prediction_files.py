@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from abft_fast import tables
+from abft_fast import data_files
 from abft_fast.adapter_folder import check_adapter
 from abft_fast.config import PredictConfig
 from abft_fast.data import Dataset, Example
+from abft_fast.data_files import Row
 from abft_fast.errors import RunError, UserError
 from abft_fast.files import atomic_file, check_output
-from abft_fast.tables import Row
 from abft_fast.template_file import TemplateFile, read_template
 
 _DIGITS = 7  # of a probability, about what float32 has
@@ -39,7 +39,7 @@ def check_files(config: PredictConfig) -> None:
         for path in (config.input, config.demonstrations):
             if output.resolve() == path.resolve():
                 raise UserError(f"--output {output} is what is read: name another file")
-    next(tables.read_rows(config.input, (config.text_column,)))  # says it of the header
+    next(data_files.read_rows(config.input, (config.text_column,)))  # says it of the header
     next(read_queries(config, ()))
 
 
@@ -52,13 +52,13 @@ def read_demonstrations(config: PredictConfig) -> Dataset:
     path = config.demonstrations
     template = TemplateFile() if config.template is None else read_template(config.template)
     found = []
-    for row in tables.read_rows(path, (config.text_column, config.label_column)):
+    for row in data_files.read_rows(path, (config.text_column, config.label_column)):
         value = row.category(config.label_column, template.labels or ())
         if template.labels is not None and value not in template.labels:
             raise UserError(
                 f"{row.place(config.label_column)}: {value!r} is not among the labels of "
-                f"{config.template}: {tables.listed(template.labels)}"
-                f"{tables.closest(value, template.labels)}"
+                f"{config.template}: {data_files.listed(template.labels)}"
+                f"{data_files.closest(value, template.labels)}"
             )
         found.append((row.text(config.text_column), value))
     words = template.labels or {value: value for value in sorted({value for _, value in found})}
@@ -70,7 +70,7 @@ def read_demonstrations(config: PredictConfig) -> Dataset:
     index = {value: label for label, value in enumerate(words)}
     examples = tuple(Example(text, index[value]) for text, value in found)
     return Dataset(
-        name=tables.name_of(path),
+        name=data_files.name_of(path),
         input_prefix=template.input_prefix,
         label_prefix=template.label_prefix,
         label_words=tuple(words.values()),
@@ -88,12 +88,12 @@ def read_queries(config: PredictConfig, label_words: Sequence[str]) -> Iterator[
         UserError: a row has no text, or has a column of the output's.
     """
     written = _columns(label_words)
-    for row in tables.read_rows(config.input):
+    for row in data_files.read_rows(config.input):
         if config.text_column not in row.cells:
             raise UserError(
                 f"{row.place()}: no column {config.text_column!r}; there are "
-                f"{tables.listed(row.cells) or 'none'}"
-                f"{tables.closest(config.text_column, row.cells)}"
+                f"{data_files.listed(row.cells) or 'none'}"
+                f"{data_files.closest(config.text_column, row.cells)}"
             )
         for column in written:
             if column in row.cells:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from abft_fast.cells import FINISHED, UNFINISHED, CellFolder
-from abft_fast.config import Options, read_yaml
+from abft_fast.config import Options
 from abft_fast.errors import UserError
+from abft_fast.resolve import read_yaml
 from abft_fast.run import Run
 
 Scores = dict[str, dict[str, dict[str, float]]]

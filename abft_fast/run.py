@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from abft_fast.config import TrainConfig, read_yaml, resolve, write_yaml
+from abft_fast.config import TrainConfig
 from abft_fast.errors import UserError
 from abft_fast.files import check_output_folder, write_json, write_text
+from abft_fast.resolve import read_yaml, resolve, write_yaml
 
 
 class Run:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from abft_fast.data_files import closest
 from abft_fast.errors import UserError
-from abft_fast.tables import closest
 
 _KEYS = ("input_prefix", "label_prefix", "labels")
 

@@ -65,7 +65,7 @@ def set_up(
 ) -> tuple[Job, list[EncodedPrompt], list[EvaluationSet]]:
     """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
-    files = own_data.data_files(config)
+    files = own_data.file_hashes(config)
     job = Job(config, progress, run.folder)
     if not new and is_main():
         run.check_data(files)

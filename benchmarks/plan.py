@@ -21,9 +21,10 @@ import torch
 from record import append, high_water_mark, reset_high_water_mark, where
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
-from abft_fast.config import TrainConfig, resolve
+from abft_fast.config import TrainConfig
 from abft_fast.model import enable_checkpointing, train_lora
 from abft_fast.plan import FLOWS, Arithmetic, Flow, static_memory, step_memory
+from abft_fast.resolve import resolve
 from abft_fast.shapes import known_shape, with_layers
 from abft_fast.synthetic import random_model
 

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from abft_fast import processes
-from abft_fast.config import TrainConfig, resolve
+from abft_fast.config import TrainConfig
 from abft_fast.errors import SaidByMain, UserError
 from abft_fast.launch import is_main, rank
 from abft_fast.model import trained_parameters
 from abft_fast.progress import Progress
+from abft_fast.resolve import resolve
 from abft_fast.run import Run
 from abft_fast.training import optimize, set_up
 from tests.command_line import environment

@@ -9,8 +9,9 @@ from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
 from abft_fast import own_data
-from abft_fast.config import TrainConfig, resolve
+from abft_fast.config import TrainConfig
 from abft_fast.errors import UserError
+from abft_fast.resolve import resolve
 
 pytestmark = pytest.mark.unit
 

@@ -6,12 +6,13 @@ import json
 import pytest
 
 from abft_fast import data
-from abft_fast.config import TrainConfig, resolve
+from abft_fast.config import TrainConfig
 from abft_fast.evaluation import label_logits
 from abft_fast.job import Job
 from abft_fast.label_head import label_columns
 from abft_fast.progress import Progress
 from abft_fast.report import print_run
+from abft_fast.resolve import resolve
 from abft_fast.run import Run
 from abft_fast.training import train
 

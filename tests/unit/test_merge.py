@@ -6,12 +6,13 @@ from bitsandbytes.functional import dequantize_4bit
 from transformers import AutoModelForCausalLM
 
 from abft_fast import builtin_model_path
-from abft_fast.config import MergeConfig, resolve
+from abft_fast.config import MergeConfig
 from abft_fast.errors import UserError
 from abft_fast.loading import load, read_tokenizer
 from abft_fast.merge import merge
 from abft_fast.model import load_adapter, train_lora
 from abft_fast.progress import Progress
+from abft_fast.resolve import resolve
 from abft_fast.synthetic import is_quantized
 from tests.tiny_models import tiny_model
 

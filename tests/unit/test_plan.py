@@ -9,11 +9,12 @@ import torch
 from transformers import GPTJConfig
 
 from abft_fast import job, plan
-from abft_fast.config import PlanConfig, TrainConfig, resolve
+from abft_fast.config import PlanConfig, TrainConfig
 from abft_fast.errors import UserError
 from abft_fast.model import train_lora, train_weights
 from abft_fast.plan import FLOWS, Arithmetic, Flow, make_plan, static_memory, step_memory
 from abft_fast.progress import Progress
+from abft_fast.resolve import resolve
 from abft_fast.run import Run
 from abft_fast.simulation import CannotCount, bytes_of
 from abft_fast.synthetic import random_model

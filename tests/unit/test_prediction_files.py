@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from abft_fast.config import PredictConfig, resolve
+from abft_fast.config import PredictConfig
+from abft_fast.data_files import Row
 from abft_fast.errors import UserError
 from abft_fast.prediction_files import (
     check_files,
@@ -15,7 +16,7 @@ from abft_fast.prediction_files import (
     read_demonstrations,
     read_queries,
 )
-from abft_fast.tables import Row
+from abft_fast.resolve import resolve
 
 pytestmark = pytest.mark.unit
 

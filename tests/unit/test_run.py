@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from abft_fast import checkpoint
-from abft_fast.config import TrainConfig, resolve
+from abft_fast.config import TrainConfig
 from abft_fast.errors import RunError, UserError
 from abft_fast.files import atomic_folder, write_json
 from abft_fast.model import train_weights, trained_parameters
 from abft_fast.penalty import PenaltyController
+from abft_fast.resolve import resolve
 from abft_fast.run import Run
 from tests.tiny_models import tiny_model
 

@@ -5,7 +5,7 @@ from peft import PeftModel
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.backbone import query_key_projections
-from abft_fast.config import TrainConfig, resolve
+from abft_fast.config import TrainConfig
 from abft_fast.errors import RunError, UserError
 from abft_fast.model import (
     enable_checkpointing,
@@ -15,6 +15,7 @@ from abft_fast.model import (
     trained_parameters,
 )
 from abft_fast.preflight import check_attention
+from abft_fast.resolve import resolve
 from abft_fast.training import backward, check_step, pseudo_batches
 from tests.tiny_models import tiny_model
 

@@ -3,10 +3,11 @@
 import pytest
 
 from abft_fast import data, loading
-from abft_fast.config import TrainConfig, resolve
+from abft_fast.config import TrainConfig
 from abft_fast.errors import UserError
 from abft_fast.picl import intrinsic_tasks, paragraphs
 from abft_fast.prompts import PromptEncoder
+from abft_fast.resolve import resolve
 from abft_fast.training_data import training_prompts
 
 pytestmark = pytest.mark.unit

@@ -5,15 +5,16 @@ import re
 import pytest
 
 from abft_fast.cells import CellFolder
-from abft_fast.config import TableConfig, TrainConfig, resolve
+from abft_fast.config import TableConfig, TrainConfig
 from abft_fast.errors import UserError
 from abft_fast.files import write_json
 from abft_fast.grid import read_cells
+from abft_fast.paper_table_format import FORMATS
+from abft_fast.paper_tables import make_table
 from abft_fast.records import read_records
+from abft_fast.resolve import resolve
 from abft_fast.results import write_results
 from abft_fast.run import Run
-from abft_fast.table import make_table
-from abft_fast.table_format import FORMATS
 
 pytestmark = pytest.mark.unit
 

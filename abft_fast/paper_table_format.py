@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from abft_fast.table import Entry, Table
+from abft_fast.paper_tables import Entry, Table
 
 _MISSING = "missing"
 _LATEX = {
