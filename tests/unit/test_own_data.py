@@ -74,7 +74,8 @@ def test_a_split_takes_its_share_of_each_label(reviews, share):
 
 def test_a_split_is_that_of_its_seed_in_every_process(reviews):
     code = (
-        "from abft_fast import own_data; from abft_fast.config import TrainConfig\nfrom abft_fast.resolve import resolve\n"
+        "from abft_fast import own_data; from abft_fast.config import TrainConfig\n"
+        "from abft_fast.resolve import resolve\n"
         "found = own_data.by_options(resolve(TrainConfig, {'dataset': 'reviews.csv'}))\n"
         "print(found.test_rows); import sys; assert 'torch' not in sys.modules"
     )

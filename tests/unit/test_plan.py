@@ -73,7 +73,8 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig
 from abft_fast import EncodedPrompt
-from abft_fast.config import TrainConfig, resolve
+from abft_fast.config import TrainConfig
+from abft_fast.resolve import resolve
 from abft_fast.model import enable_checkpointing, train_lora
 from abft_fast.plan import FLOWS, Arithmetic, step_memory
 from abft_fast.synthetic import random_model

@@ -75,7 +75,8 @@ REAL = """
 import resource, sys
 import torch
 from accelerate import Accelerator
-from abft_fast.config import TrainConfig, resolve
+from abft_fast.config import TrainConfig
+from abft_fast.resolve import resolve
 from abft_fast.model import train_lora, trained_parameters
 from abft_fast.token_budget import TokenBudget
 from abft_fast.training import backward
