@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from abft_fast import data, evaluation, loading, own_data, processes
-from abft_fast.config import EvalConfig, TrainConfig
+from abft_fast.config import EvalConfig, PredictConfig, TrainConfig
 from abft_fast.data_report import show_data
 from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.environment import uses_cpu
@@ -29,30 +29,21 @@ from abft_fast.training_data import training_prompts
 _FEWER = "with fewer demonstrations"
 
 
-class Job:
-    """A dataset, its encoder and a model on a device: what training and evaluation share."""
+class ModelOnDevice:
+    """A model by its options, and where and how it is computed; its weights come with `load`."""
 
     def __init__(
         self,
-        config: TrainConfig | EvalConfig,
+        config: TrainConfig | EvalConfig | PredictConfig,
         progress: Progress,
         tracker_folder: Path | None = None,
     ):
         self.config, self.progress = config, progress
         self.accelerator = make_accelerator(config, tracker_folder)
-        self.dataset = own_data.by_options(config)
         device = self.accelerator.device
         self.placement = over_all_gpus(device) if config.device_map == "auto" else None
+        self.arithmetic = Arithmetic(device.type, self.accelerator.mixed_precision == "bf16")
         self.shape = loading.read_config(config.model)
-        self.encoder = PromptEncoder.by_options(
-            config,
-            loading.read_tokenizer(config.model),
-            self.dataset,
-            loading.context_length(self.shape),
-        )
-        self.most_tokens: int | None = None  # at once, by the plan
-        mixed = self.accelerator.mixed_precision == "bf16"
-        self.arithmetic = Arithmetic(device.type, mixed)
 
     def load(self) -> None:
         """Get the model; what is wrong with prompts or memory has been said by then."""
@@ -65,6 +56,26 @@ class Job:
             self.placement,
         )
         refuse_offloaded(self.model, self.config.model)
+
+
+class Job(ModelOnDevice):
+    """With a dataset and its encoder: what training and evaluation share."""
+
+    def __init__(
+        self,
+        config: TrainConfig | EvalConfig,
+        progress: Progress,
+        tracker_folder: Path | None = None,
+    ):
+        super().__init__(config, progress, tracker_folder)
+        self.dataset = own_data.by_options(config)
+        self.encoder = PromptEncoder.by_options(
+            config,
+            loading.read_tokenizer(config.model),
+            self.dataset,
+            loading.context_length(self.shape),
+        )
+        self.most_tokens: int | None = None  # at once, by the plan
 
     def encode_training(self) -> list[EncodedPrompt]:
         """The training prompts of the method."""
@@ -208,7 +219,7 @@ def check_same_data(config: TrainConfig | EvalConfig) -> None:
 
 
 def make_accelerator(
-    config: TrainConfig | EvalConfig, tracker_folder: Path | None = None
+    config: TrainConfig | EvalConfig | PredictConfig, tracker_folder: Path | None = None
 ) -> Accelerator:
     """Device, arithmetic and trackers.
 

@@ -12,13 +12,11 @@ from abft_fast import loading
 from abft_fast.config import PredictConfig
 from abft_fast.data import Dataset, Example, Prompt
 from abft_fast.data_files import Row
-from abft_fast.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.errors import RunError, UserError
-from abft_fast.job import make_accelerator
+from abft_fast.job import ModelOnDevice
 from abft_fast.label_head import keep_label_rows
 from abft_fast.model import load_adapter
 from abft_fast.packing import EncodedPrompt, micro_batches
-from abft_fast.plan import Arithmetic
 from abft_fast.prediction_files import PredictionWriter, read_queries
 from abft_fast.preflight import check_attention, shared_prefix_is_exact
 from abft_fast.progress import Progress
@@ -58,7 +56,7 @@ def predict(
     progress.say(f"{done:,} rows labelled{left}{shared}")
 
 
-class Labeller:
+class Labeller(ModelOnDevice):
     """A model with demonstrations, ready to label texts.
 
     Texts are given in chunks; what the prompts of all chunks begin with is computed once, and cut
@@ -69,10 +67,9 @@ class Labeller:
     """
 
     def __init__(self, config: PredictConfig, dataset: Dataset, progress: Progress):
-        self.config, self.dataset, self.progress = config, dataset, progress
-        self.accelerator = make_accelerator(config)
-        shape = loading.read_config(config.model)
-        self.context = loading.context_length(shape)
+        super().__init__(config, progress)
+        self.dataset = dataset
+        self.context = loading.context_length(self.shape)
         self.encoder = PromptEncoder(
             loading.read_tokenizer(config.model),
             dataset,
@@ -87,7 +84,7 @@ class Labeller:
                 f"{self.context}: use fewer"
             )
         self.chunk = min(max(_CHUNK_TOKENS // len(bare), 1), _CHUNK)
-        self.model = self._load()
+        self.load()
         self._prefix: SharedPrefix | None = None
 
     @property
@@ -120,22 +117,13 @@ class Labeller:
         for index, (row, _) in enumerate(rows):
             yield row, found.get(index)
 
-    def _load(self):
-        self.progress.say(f"loading {self.config.model}")
-        device = self.accelerator.device
-        arithmetic = Arithmetic(device.type, self.accelerator.mixed_precision == "bf16")
-        model = loading.load(
-            self.config.model,
-            device,
-            arithmetic.dtype,
-            self.config.bits if self.config.quantized else None,
-            over_all_gpus(device) if self.config.device_map == "auto" else None,
-        )
-        refuse_offloaded(model, self.config.model)
+    def load(self) -> None:
+        """The model with its adapter, for the label words alone."""
+        super().load()
         if self.config.adapter is not None:
-            model = load_adapter(model, self.config.adapter)
-        keep_label_rows(model, self.encoder.label_ids)
-        return model.eval()
+            self.model = load_adapter(self.model, self.config.adapter)
+        keep_label_rows(self.model, self.encoder.label_ids)
+        self.model.eval()
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole prompts: where words end depends on what stands around them."""
