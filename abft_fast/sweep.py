@@ -67,13 +67,13 @@ def run_sweep(config: SweepConfig, planned: list[Cell], progress: Progress) -> P
             place = folder / "cells" / name
             records[name] = read_cell(place)
             write_results(folder / "results.csv", records.values())
-            done = sum(record.status == FINISHED for record in records.values())
+            done = sum(records[cell.name].status == FINISHED for cell in planned)
             if status == FAILED:
                 failed[name] = line
             progress.say(
                 f"{left[name]}: {status} after {seconds:.0f} s"
                 + (f", {line}" if line else "")
-                + f" ({done} of {len(records)} finished)"
+                + f" ({done} of {len(planned)} finished)"
             )
 
         run = ray_engine.run_on_ray if config.engine == "ray" else _run_here
