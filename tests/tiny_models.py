@@ -71,3 +71,16 @@ def tiny_model(family, seed=0, **changes):
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
     return model.float().eval()
+
+
+def tiny_longrope(switch):
+    """A model whose RoPE is another one for prompts of more than `switch` tokens."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    return tiny_model(
+        "phi3",
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, **factors,
+            "original_max_position_embeddings": switch,
+        },
+        original_max_position_embeddings=switch,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from abft_fast.backbone import backbone, decoder_layers, prepare, query_key_proj
 from abft_fast.evaluation import label_logits
 from abft_fast.model import enable_checkpointing, train_lora, trained_parameters
 from abft_fast.preflight import check_attention
-from tests.tiny_models import FAMILIES, tiny_model
+from tests.tiny_models import FAMILIES, tiny_longrope, tiny_model
 
 pytestmark = pytest.mark.families
 
@@ -336,15 +336,7 @@ def test_layers_without_attention_are_skipped_and_said(caplog):
 
 
 def test_rope_that_depends_on_length_does_not_leak():
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    model = tiny_model(
-        "phi3",
-        rope_parameters={
-            "rope_type": "longrope", "rope_theta": 1e4, **factors,
-            "original_max_position_embeddings": 20,
-        },
-        original_max_position_embeddings=20,
-    )  # fmt: skip
+    model = tiny_longrope(switch=20)
     prompts = make_prompts()
     together = attention_behavior_loss(model, pack(prompts)).label_mass
     alone = [attention_behavior_loss(model, pack([p])).label_mass for p in prompts]

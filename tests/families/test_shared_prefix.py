@@ -9,7 +9,7 @@ from abft_fast.model import train_lora
 from abft_fast.preflight import shared_prefix_is_exact
 from abft_fast.shared_prefix import SharedPrefix, common_prefix
 from tests.families.test_families import nf4_llama, tiny_hybrid
-from tests.tiny_models import FAMILIES, tiny_model
+from tests.tiny_models import FAMILIES, tiny_longrope, tiny_model
 
 pytestmark = pytest.mark.families
 
@@ -88,15 +88,7 @@ def test_layers_without_attention_are_given_whole_prompts():
 
 
 def test_rope_that_depends_on_length_is_given_whole_prompts_beyond_it():
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    model = tiny_model(
-        "phi3",
-        rope_parameters={
-            "rope_type": "longrope", "rope_theta": 1e4, **factors,
-            "original_max_position_embeddings": 20,
-        },
-        original_max_position_embeddings=20,
-    )  # fmt: skip
+    model = tiny_longrope(switch=20)
     (prefix,) = random_ids(14)
     short, long = ([prefix + own for own in random_ids(*n)] for n in ((6, 3), (7, 3)))
     shared = SharedPrefix(model, prefix)

@@ -72,6 +72,21 @@ def test_mistakes_are_one_line_naming_the_option(flags, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("flags", "factor"),
+    [
+        ({}, 0.03),
+        ({"pid_p": 0.1}, 0.1),
+        ({"adaptation": "P", "pid_p": 0.1}, 0.1),
+        ({"adaptation": "p", "p_factor": 0}, 0.0),
+        ({"adaptation": "p", "p_factor": 0.2, "pid_p": 0.1}, 0.2),
+        ({"adaptation": "PID", "p_factor": 0.2}, 0.03),
+    ],
+)
+def test_p_alone_may_have_a_factor_of_its_own(flags, factor):
+    assert resolve(TrainConfig, flags).proportional_factor == factor
+
+
 def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for given, name, expected in (
