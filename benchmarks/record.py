@@ -5,20 +5,29 @@ from __future__ import annotations
 import csv
 import datetime
 import platform
-import re
-import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from abft_fast.environment import versions
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = DEVICE == "cuda"
+SEED = 0
 
 
-def where(device: str) -> dict[str, object]:
+def quick_first(cases: Sequence, quick: Collection) -> list:
+    """Parameters of a benchmark: cases in their order, those that are not quick marked `long`."""
+    ordered = sorted(cases, key=lambda case: case not in quick)
+    marks = {True: (), False: pytest.mark.long}
+    return [pytest.param(case, id=str(case), marks=marks[case in quick]) for case in ordered]
+
+
+def where() -> dict[str, object]:
     """Columns every row begins with."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -27,41 +36,29 @@ def where(device: str) -> dict[str, object]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name() if GPU else platform.machine(),
         "threads": torch.get_num_threads(),
         **{name: versions()[name] for name in ("torch", "triton", "transformers")},
+        "seed": SEED,
     }
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile."""
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return deciles[1], deciles[4], deciles[7]
+def append(question: str, row: dict[str, object]) -> None:
+    """Add a row to results/QUESTION.csv, at once, so that a stop loses nothing measured.
 
-
-def reset_high_water_mark(device: str) -> None:
-    """Begin to count the most memory held from here on."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def high_water_mark(device: str) -> int:
-    """Most bytes held since: allocated on a GPU, resident in the process on a CPU (Linux)."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
-
-
-def append(name: str, row: dict[str, object]) -> None:
-    """Add a row to results/NAME.csv, at once, so that a stop loses nothing measured."""
-    path = RESULTS / f"{name}.csv"
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path = RESULTS / f"{question}.csv"
+    row = {**where(), **row}
     path.parent.mkdir(exist_ok=True)
-    new = not path.exists()
+    if path.exists():
+        with path.open(newline="") as file:
+            columns = next(csv.reader(file))
+        if columns != list(row):
+            raise ValueError(f"{path.name} has the columns {columns}, a row {list(row)}")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row)
-        if new:
+        if file.tell() == 0:
             writer.writeheader()
         writer.writerow(row)

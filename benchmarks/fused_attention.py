@@ -1,0 +1,87 @@
+"""What the loss adds to attention: attention with the loss over the same attention without.
+
+    pytest benchmarks/fused_attention.py [-k 4096]
+
+bfloat16 on a GPU, float32 on a CPU. `attention` is flash attention by torch's public entry, packed
+on a GPU, prompt by prompt on a CPU. `eager` writes the matrices out, one prompt at a time; `flex`
+is FlexAttention, compiled, with the last rows computed once more (on a CPU it has no backward).
+Outputs, losses and filter are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from abft_kernels import choose_attention
+from layer import Layer, Shape
+from paired import compare
+from record import GPU, append, quick_first
+
+EAGER_LIMIT = 8192 if GPU else 4096  # tokens a prompt up to which a matrix is written out
+HEADS = (32, 8, 128) if GPU else (4, 1, 64)
+LENGTHS = (16_384, 1024, 131_072, 4096, 128) if GPU else (128, 1024, 4096, 16_384)
+SHAPES = [Shape(n, 32_768 if GPU else 4096, HEADS) for n in LENGTHS]
+QUICK = SHAPES if GPU else SHAPES[:3]
+
+
+def contenders_of(layer: Layer, part: str) -> dict:
+    """Functions by name, of a part: `forward` or `forward and backward`."""
+    gradient = part != "forward"
+    ways = {"attention": layer.attention, "fused": layer.fused}
+    if layer.length <= EAGER_LIMIT:
+        ways["eager"] = layer.eager
+    if GPU or not gradient:
+        ways["flex"] = layer.flex
+    if not gradient:
+        return ways
+    return {name: partial(_there_and_back, way) for name, way in ways.items()}
+
+
+def _there_and_back(way) -> None:
+    out, *loss_and_filter = way(gradient=True)
+    total = out.float().sum()
+    if loss_and_filter:
+        total = total + loss_and_filter[0].sum()
+    total.backward()
+
+
+def check(layer: Layer, ways: dict) -> None:
+    """Nothing is timed unless it is right."""
+    expected, loss, filtered = ways["fused"]()
+    torch.testing.assert_close(ways["attention"]()[0], expected)
+    assert 0 < filtered.float().mean() <= 0.5, "no head, or nearly each, has a loss"
+    tolerance = 5e-2 if GPU else 1e-4
+    for name in ways.keys() - {"attention", "fused"}:
+        out, its_loss, its_filter = ways[name]()
+        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+        same = its_filter == filtered
+        assert same.float().mean() >= 0.99, f"{name}: the filter picks other heads"
+        torch.testing.assert_close(its_loss[same], loss[same], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("part", ["forward and backward", "forward"])
+@pytest.mark.parametrize("shape", quick_first(SHAPES, QUICK))
+def bench_fused_attention(shape, part, benchmark, rounds):
+    layer = Layer(shape)
+    check(layer, contenders_of(layer, "forward"))
+    contenders = contenders_of(layer, part)
+    found = compare(
+        benchmark,
+        contenders,
+        floor="attention",
+        baseline="eager" if "eager" in contenders else None,
+        rounds=rounds(20 if GPU else 5),
+    )
+    name, _ = choose_attention(layer.query)
+    for contender, timing in found.items():
+        row = {
+            **shape.columns(), "part": part, "attention": name, "contender": contender,
+            **timing.columns(),
+        }  # fmt: skip
+        append("fused_attention", row)
+        print(
+            f"n={shape} {part}: {contender:10} {timing.seconds.p50 * 1e3:9.3f} ms, "
+            f"{timing.to_floor.p50:5.2f} x attention"
+        )

@@ -1,0 +1,200 @@
+"""One attention layer's packed prompts, and the ways to its output and to the loss of last rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from abft_kernels import flash_attention_with_last_row_loss, last_row_loss, reference
+from abft_kernels.problem import Scores
+from abft_kernels.reference import LastRowLoss
+from abft_kernels.separate_attention import explicit_attention, visible_keys
+from record import DEVICE, GPU
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+DTYPE = torch.bfloat16 if GPU else torch.float32
+LABELS = 16
+FACTORS = {"penalty": 0.5, "reward": 1.0}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Prompts of one length, and heads.
+
+    Attributes:
+        length: tokens of each prompt, n.
+        tokens: of all prompts together, about; at least one prompt.
+        heads: query heads, key heads and their width D.
+    """
+
+    length: int
+    tokens: int
+    heads: tuple[int, int, int] = (32, 8, 128)
+
+    @property
+    def prompts(self) -> int:
+        return max(1, self.tokens // self.length)
+
+    def columns(self) -> dict[str, object]:
+        """Cells of a row."""
+        query_heads, key_heads, width = self.heads
+        return {
+            "dtype": str(DTYPE).removeprefix("torch."),
+            "n": self.length,
+            "prompts": self.prompts,
+            "heads": f"{query_heads}/{key_heads}x{width}",
+        }
+
+    def __str__(self) -> str:
+        return "-".join(str(self.columns()[name]) for name in ("n", "heads"))
+
+
+class Layer:
+    """Random queries, keys and values; one key head in eight, at least one, is an induction head's.
+
+    Every method takes `gradient`: whether a backward is to follow.
+    """
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+        query_heads, key_heads, width = shape.heads
+        self.rows, self.length = shape.prompts, shape.length
+        tokens = self.rows * self.length
+        draw = {"device": DEVICE, "dtype": DTYPE}
+        self.key, self.value = (torch.randn(tokens, key_heads, width, **draw) for _ in range(2))
+        self.query = torch.randn(tokens, query_heads, width, **draw)
+        self.bounds = torch.arange(self.rows + 1, dtype=torch.int32, device=DEVICE) * self.length
+        count = min(LABELS, self.length)
+        inside = torch.arange(count, device=DEVICE) * max(1, (self.length - 1) // LABELS)
+        self.label_positions = inside
+        self.positions = (self.bounds[:-1, None] + inside).flatten().int()
+        self.offsets = torch.arange(self.rows + 1, dtype=torch.int32, device=DEVICE) * count
+        self.correct = torch.arange(count, device=DEVICE).repeat(self.rows) % 2 == 0
+        group = query_heads // key_heads
+        last = self.last_query.unflatten(1, (key_heads, group))[:, ::8, 0]
+        self.key.unflatten(0, (self.rows, -1))[:, inside, ::8] += 2 * last[:, None]
+
+    @property
+    def last_query(self) -> Tensor:
+        """(prompts, Hq, D)."""
+        return self.query[self.bounds[1:].long() - 1]
+
+    def labels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of every loss here."""
+        return self.positions, self.offsets, self.correct
+
+    def leaves(self, gradient: bool) -> list[Tensor]:
+        """Query, key and value as inputs of their own."""
+        return [t.detach().requires_grad_(gradient) for t in (self.query, self.key, self.value)]
+
+    def loss(self, backend: str = "auto", gradient: bool = False) -> LastRowLoss:
+        """Ours, alone."""
+        query, key = (t.detach().requires_grad_(gradient) for t in (self.last_query, self.key))
+        rows = self.bounds[:-1], self.bounds[1:]
+        return last_row_loss(query, key, *rows, *self.labels(), **FACTORS, backend=backend)
+
+    def specification(self) -> LastRowLoss:
+        """The reference in float64, of the first prompt and the last."""
+        found = []
+        for row in {0, self.rows - 1}:
+            tokens = slice(row * self.length, (row + 1) * self.length)
+            whole = torch.tensor([0, self.length], device=DEVICE)
+            count = torch.tensor([0, len(self.label_positions)], device=DEVICE)
+            found.append(
+                reference.last_row_loss(
+                    self.last_query[row : row + 1].double(), self.key[tokens].double(),
+                    whole[:1], whole[1:], self.label_positions, count,
+                    self.correct[: len(self.label_positions)], **FACTORS,
+                )
+            )  # fmt: skip
+        return LastRowLoss(*(torch.cat(field) for field in zip(*found, strict=True)))
+
+    def plain_loss(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses and filter, (prompts, Hq) each, in the few lines of torch one writes first.
+
+        All probabilities of the last rows are computed; prompts have one length.
+        """
+        key = key.unflatten(0, (self.rows, self.length))
+        query = query.unflatten(1, (key.shape[2], -1))
+        scores = torch.einsum("rhgd,rnhd->rhgn", query, key) * query.shape[-1] ** -0.5
+        return self.loss_of_rows(scores.float().softmax(-1).flatten(1, 2))
+
+    def loss_of_rows(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from the last rows' probabilities, (prompts, Hq, n)."""
+        on_labels = alpha[..., self.label_positions]
+        correct = self.correct[: len(self.label_positions)]
+        loss = FACTORS["penalty"] * on_labels[..., ~correct].sum(-1)
+        loss = loss + FACTORS["reward"] * (1 - on_labels[..., correct]).sum(-1)
+        k = len(self.label_positions)
+        is_induction = on_labels.sum(-1) > k / (k + math.log(self.length))
+        return torch.where(is_induction, loss, 0.0), is_induction
+
+    def fused(self, gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Ours: output, losses, filter."""
+        out, found = flash_attention_with_last_row_loss(
+            *self.leaves(gradient), self.bounds, *self.labels(), longest=self.length, **FACTORS
+        )
+        return out, found.loss, found.is_induction
+
+    def attention(self, gradient: bool = False) -> tuple[Tensor]:
+        """The same flash attention by its public entry, with nothing of ours: output alone."""
+        leaves = self.leaves(gradient)
+        if GPU:
+            from torch.nn.attention.varlen import varlen_attn
+
+            out = varlen_attn(
+                *leaves, self.bounds, self.bounds, self.length, self.length,
+                window_size=(-1, 0), enable_gqa=True,
+            )  # fmt: skip
+            return (out,)
+        outs = [
+            F.scaled_dot_product_attention(*prompt, is_causal=True, enable_gqa=True)
+            for prompt in self._prompts(leaves)
+        ]
+        return (self._packed(outs),)
+
+    def eager(self, gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Every attention matrix written out, one prompt at a time, and the loss of last rows."""
+        scores = Scores(self.query.shape[-1] ** -0.5, None, None)
+        mask = visible_keys(self.length, None, self.query.device)
+        outs, last_rows = [], []
+        for prompt in self._prompts(self.leaves(gradient)):
+            out, alpha = explicit_attention(*prompt, mask, scores)
+            outs.append(out)
+            last_rows.append(alpha[:, :, -1].float())
+        return self._packed(outs), *self.loss_of_rows(torch.cat(last_rows))
+
+    def flex(self, gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """FlexAttention, compiled, on the packed prompts; their last rows computed once more."""
+        query, key, value = self.leaves(gradient)
+        heads_first = (t.transpose(0, 1)[None] for t in (query, key, value))
+        out = _flex_attention(*heads_first, block_mask=self.block_mask, enable_gqa=True)
+        last = query[self.bounds[1:].long() - 1]
+        return out[0].transpose(0, 1), *self.plain_loss(last, key)
+
+    @property
+    def block_mask(self):
+        """FlexAttention's, made once a layer's shape, as a model would make it once a batch."""
+        if not hasattr(self, "_block_mask"):
+            prompt = torch.arange(len(self.query), device=DEVICE) // self.length
+
+            def same_prompt(batch, head, query, key):
+                return (prompt[query] == prompt[key]) & (query >= key)
+
+            size = len(self.query)
+            self._block_mask = create_block_mask(same_prompt, None, None, size, size, device=DEVICE)
+        return self._block_mask
+
+    def _prompts(self, tensors: list[Tensor]) -> zip:
+        """Each prompt's tensors as (1, heads, n, D)."""
+        shaped = (t.unflatten(0, (self.rows, 1, self.length)).transpose(2, 3) for t in tensors)
+        return zip(*shaped, strict=True)
+
+    def _packed(self, outs: list[Tensor]) -> Tensor:
+        return torch.cat(outs).transpose(1, 2).flatten(0, 1)
+
+
+_flex_attention = torch.compile(flex_attention, dynamic=False)
