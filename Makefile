@@ -1,4 +1,4 @@
-.PHONY: install train test lint builtin-model options kernels-report clean
+.PHONY: install train test lint bench bench-gpu builtin-model options kernels-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -25,6 +25,17 @@ test: install lint
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Rows go to benchmarks/results as they are measured. What takes longer is `pytest benchmarks -m long`.
+BENCH := $(BIN)/pytest -m 'not long' --benchmark-json=benchmarks/results/last_run.json
+bench: install
+	$(BENCH) $(addprefix benchmarks/,train_step.py last_row_loss.py fused_attention.py scaling.py \
+		large_models.py evaluation.py shared_prefix.py end_to_end.py)
+
+# The most telling first.
+bench-gpu: install
+	$(BENCH) $(addprefix benchmarks/,train_step.py large_models.py last_row_loss.py \
+		fused_attention.py scaling.py evaluation.py end_to_end.py unsloth_step.py)
 
 # About half an hour on two cores; replaces abft_fast/builtin/model. Memory freed between steps is
 # kept by the process: giving it back and faulting it in again took up to half of the time.

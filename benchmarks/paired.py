@@ -6,6 +6,7 @@ more than times. The order changes from round to round.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -31,9 +32,16 @@ class Spread(NamedTuple):
         deciles = statistics.quantiles(values, n=10, method="inclusive")
         return cls(deciles[1], deciles[4], deciles[7])
 
-    def columns(self, name: str) -> dict[str, float]:
-        """Cells of a row, rounded to four digits."""
-        return {f"{name}_{key}": float(f"{value:.4g}") for key, value in self._asdict().items()}
+    def columns(self, name: str) -> dict[str, str]:
+        """Cells of a row, to four digits; those of a NaN are empty."""
+        cells = (
+            (key, "" if math.isnan(value) else f"{value:.4g}")
+            for key, value in self._asdict().items()
+        )
+        return {f"{name}_{key}": cell for key, cell in cells}
+
+
+UNKNOWN = Spread(math.nan, math.nan, math.nan)
 
 
 class Timing(NamedTuple):
@@ -43,23 +51,25 @@ class Timing(NamedTuple):
         seconds: of one call.
         floor: the contender that does what cannot be left out.
         to_floor: time over the floor's; at least 1 if it is one.
-        speedup: the baseline's time over this one's; None without a baseline.
+        speedup: the baseline's time over this one's; NaN without a baseline.
     """
 
     seconds: Spread
     floor: str
     to_floor: Spread
-    speedup: Spread | None
+    speedup: Spread
 
     def columns(self) -> dict[str, object]:
         """Cells of a row."""
-        speedup = self.speedup or Spread(*[float("nan")] * 3)
         return {
             **self.seconds.columns("seconds"),
             "floor": self.floor,
             **self.to_floor.columns("to_floor"),
-            **speedup.columns("speedup"),
+            **self.speedup.columns("speedup"),
         }
+
+
+NOT_TIMED = Timing(UNKNOWN, "", UNKNOWN, UNKNOWN)
 
 
 def compare(
@@ -104,7 +114,7 @@ def compare(
             Spread.of(values),
             below,
             Spread.of(_ratios(values, seconds[below])),
-            Spread.of(_ratios(seconds[baseline], values)) if baseline else None,
+            Spread.of(_ratios(seconds[baseline], values)) if baseline else UNKNOWN,
         )
     return found
 

@@ -1,35 +1,31 @@
-"""One gradient of one batch, by every contender: on the same model, weights and prompts.
+"""A model and a batch of prompts, and one gradient on them by any contender.
 
-The model is a transformers decoder with PEFT's LoRA on W_Q and W_K. Each contender leaves the
-gradient of its loss, mean over prompts, in the LoRA's weights.
+The model is a transformers decoder with PEFT's LoRA on W_Q and W_K. A contender leaves the gradient
+of its loss, mean over prompts, in the LoRA's weights.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from record import DEVICE, GPU
+from record import DEVICE, GPU, SEED
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
 
-from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, data, pack
-from abft_fast.attention import NAME, PackedForward
-from abft_fast.backbone import backbone, decoder_layers
-from abft_fast.language_model_loss import TargetedPrompt, label_target, language_model_loss
-from abft_fast.model import train_lora
-from abft_fast.objective import run_packed
+from abft_fast import EncodedPrompt, builtin_model_path, data
+from abft_fast.backbone import backbone
+from abft_fast.language_model_loss import TargetedPrompt, label_target
+from abft_fast.model import enable_checkpointing, train_lora
+from abft_fast.packing import micro_batches
 from abft_fast.prompts import PromptEncoder
-from abft_fast.shapes import known_shape
+from abft_fast.shapes import known_shape, with_layers
 from abft_fast.synthetic import random_model
 
 DTYPE = torch.bfloat16 if GPU else torch.float32
-IGNORED = -100  # transformers' label of a token without a loss
+VOCABULARY = 4096  # of random models, and of random prompts for all
 
 
 @dataclass(frozen=True)
@@ -37,55 +33,106 @@ class Case:
     """A model and a batch.
 
     Attributes:
-        model: `builtin` with prompts of SUBJ; `LAYERSxWIDTH`, a random Llama; or a known shape.
+        model: `builtin` with prompts of SUBJ; `LAYERSxWIDTH`, a random Llama; or a known shape,
+            with random weights.
         prompts: of the batch.
         length: tokens of each; the built-in model's have their own.
         k: demonstrations a prompt.
+        layers: of a known shape, the first ones only; 0 is all.
+        bits: 4 or 8 quantizes what is frozen; 0 does not.
     """
 
     model: str
     prompts: int = 32
     length: int = 0
     k: int = 4
+    layers: int = 0
+    bits: int = 0
 
     @property
     def head_filter(self) -> bool:
         """Random models have no induction heads."""
         return self.model == "builtin"
 
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of a model of random weights."""
+        shape = known_shape(self.model)
+        if shape is not None:
+            return with_layers(shape, self.layers or shape.num_hidden_layers)
+        layers, width = map(int, self.model.split("x"))
+        return LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=width, intermediate_size=width * 11 // 4,
+            num_hidden_layers=layers, num_attention_heads=width // 64,
+            num_key_value_heads=max(1, width // 256), max_position_embeddings=1 << 17,
+        )  # fmt: skip
+
     def __str__(self) -> str:
+        layers = f"-{self.layers}layers" if self.layers else ""
+        bits = f"-{self.bits}bits" if self.bits else ""
         length = f"x{self.length}" if self.length else ""
-        return f"{self.model}-{self.prompts}{length}-k{self.k}"
+        return f"{self.model}{layers}{bits}-{self.prompts}{length}-k{self.k}"
+
+
+class Contender(NamedTuple):
+    """A way to a gradient.
+
+    Attributes:
+        attention: transformers' name of the attention it runs on.
+        run: leaves the gradient.
+        checkpointing: whether layers are recomputed.
+        tokens: how many are packed at once, where it packs; 0 is all.
+    """
+
+    attention: str
+    run: Callable[[Step], None]
+    checkpointing: bool = False
+    tokens: int = 0
 
 
 class Step:
     """A case's model, LoRA not at zero, and its prompts, each with its label as target."""
 
     def __init__(self, case: Case):
-        torch.manual_seed(0)
+        torch.manual_seed(SEED)
         self.case = case
-        model = _model(case)
-        self.model = train_lora(model.to(DEVICE).eval(), 16)
+        if case.model == "builtin":
+            model = AutoModelForCausalLM.from_pretrained(builtin_model_path()).to(DEVICE)
+        else:
+            model = random_model(case.config, torch.device(DEVICE), DTYPE, case.bits or None)
+        self.model = train_lora(model.eval(), 16)
         for parameter in self.trained:
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)  # B; a zero one would hide A's gradient
         self.prompts = list(_prompts(case))
+        self.tokens_at_once = 0
 
     @property
     def trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
-    def tokens(self) -> int:
-        return sum(map(len, self.prompts))
+    def lengths(self) -> list[int]:
+        return [len(prompt) for prompt in self.prompts]
 
-    def attend_by(self, implementation: str) -> None:
-        """Set the attention that the next contender is to run on."""
-        backbone(self.model).set_attn_implementation(implementation)
+    def micro_batches(self) -> Iterator[tuple[list[TargetedPrompt], float]]:
+        """Prompts to be packed together, and their share of all."""
+        for batch in micro_batches(self.lengths, self.tokens_at_once or sum(self.lengths)):
+            yield [self.prompts[i] for i in batch], len(batch) / len(self.prompts)
+
+    def set_up(self, contender: Contender) -> None:
+        """Bring the model into the state a contender runs in."""
+        if contender.checkpointing:
+            enable_checkpointing(self.model)
+        else:
+            self.model.gradient_checkpointing_disable()
+            self.model.eval()
+        self.tokens_at_once = contender.tokens
+        backbone(self.model).set_attn_implementation(contender.attention)
 
     def run(self, contender: Contender) -> None:
-        """A contender on its attention."""
-        self.attend_by(contender.attention)
+        """A contender in its state."""
+        self.set_up(contender)
         contender.run(self)
 
     def gradient(self, contender: Contender) -> Tensor:
@@ -95,232 +142,27 @@ class Step:
         return torch.cat([p.grad.flatten() for p in self.trained])
 
 
-class Contender(NamedTuple):
-    """How a gradient is found, and on which of transformers' attentions."""
-
-    attention: str
-    run: Callable[[Step], None]
-
-
-def _model(case: Case) -> PreTrainedModel:
-    if case.model == "builtin":
-        return AutoModelForCausalLM.from_pretrained(builtin_model_path())
-    shape = known_shape(case.model)
-    if shape is None:
-        layers, width = map(int, case.model.split("x"))
-        shape = LlamaConfig(
-            vocab_size=4096, hidden_size=width, intermediate_size=width * 11 // 4,
-            num_hidden_layers=layers, num_attention_heads=width // 64,
-            num_key_value_heads=max(1, width // 256), max_position_embeddings=1 << 17,
-        )  # fmt: skip
-    return random_model(shape, torch.device(DEVICE), DTYPE, None)
-
-
 def _prompts(case: Case) -> Iterator[TargetedPrompt]:
     if case.model == "builtin":
         dataset = data.load("subj")
         encoder = PromptEncoder(AutoTokenizer.from_pretrained(builtin_model_path()), dataset)
-        drawn = dataset.training_prompts(case.k, case.prompts, 0)
+        drawn = dataset.training_prompts(case.k, case.prompts, SEED)
         for prompt, encoded in zip(drawn, encoder.encode(drawn).prompts, strict=True):
             yield label_target(encoded, encoder.label_ids[prompt.query.label])
         return
+    yield from random_prompts(case)
+
+
+def random_prompts(case: Case) -> Iterator[TargetedPrompt]:
+    """Prompts of random tokens, k labels evenly in each."""
     every = case.length // (case.k + 1)
     labels = [every * (i + 1) - 1 for i in range(case.k)]
     correct = [i % 2 == 0 for i in range(case.k)]
     for _ in range(case.prompts):
-        ids = torch.randint(4096, (case.length,)).tolist()
+        ids = torch.randint(VOCABULARY, (case.length,)).tolist()
         yield label_target(EncodedPrompt(ids, labels, correct), ids[labels[0]])
 
 
-# The loss of DESIGN's original: attention matrices of every layer.
-
-
-def loss_of_matrices(last_rows: Tensor, prompt: EncodedPrompt, head_filter: bool) -> Tensor:
-    """A prompt's loss from its last rows of attention, (layers, heads, n)."""
-    on_labels = last_rows[..., prompt.label_positions].float()
-    correct = torch.tensor(prompt.label_is_correct, device=last_rows.device)
-    loss = 0.5 * on_labels[..., ~correct].sum(-1) + (1 - on_labels[..., correct]).sum(-1)
-    k, n = len(prompt.label_positions), len(prompt)
-    if head_filter:
-        loss = loss * (on_labels.sum(-1) > k / (k + math.log(n)))
-    return loss.sum()
-
-
-def one_by_one(step: Step) -> None:
-    """The original's way."""
-    for prompt in step.prompts:
-        ids = torch.tensor([prompt.input_ids], device=DEVICE)
-        attentions = step.model(ids, output_attentions=True, use_cache=False).attentions
-        last_rows = torch.stack([matrix[0, :, -1] for matrix in attentions])
-        loss = loss_of_matrices(last_rows, prompt, step.case.head_filter)
-        (loss / len(step.prompts)).backward()
-
-
-class Padded(NamedTuple):
-    """Prompts as rows of one length, filled up on the left."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-
-    @classmethod
-    def of(cls, rows: list[list[int]]) -> Padded:
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=DEVICE)
-        lengths = torch.tensor([[len(row)] for row in rows], device=DEVICE)
-        position = torch.arange(longest, device=DEVICE) - (longest - lengths)
-        return cls(ids, (position >= 0).long(), position.clamp_min(0))
-
-
-def padded(step: Step) -> None:
-    """The same on all prompts at once."""
-    batch = Padded.of([prompt.input_ids for prompt in step.prompts])
-    attentions = step.model(**batch._asdict(), output_attentions=True, use_cache=False).attentions
-    last_rows = torch.stack([matrix[:, :, -1] for matrix in attentions], dim=1)
-    losses = [
-        loss_of_matrices(rows[..., -len(prompt) :], prompt, step.case.head_filter)
-        for rows, prompt in zip(last_rows, step.prompts, strict=True)
-    ]
-    torch.stack(losses).mean().backward()
-
-
-def padded_without_loss(step: Step) -> None:
-    """transformers' own pass, forward and backward, of all prompts at once."""
-    batch = Padded.of([prompt.input_ids for prompt in step.prompts])
-    inner = backbone(step.model)
-    inner(**batch._asdict(), use_cache=False).last_hidden_state.mean().backward()
-
-
-# Ours.
-
-
-def packed(step: Step, gradient: str | int) -> None:
-    """The loss of this library."""
-    batch = pack(step.prompts)
-    attention_behavior_loss(
-        step.model, batch, head_filter=step.case.head_filter, gradient=gradient
-    ).loss.backward()
-
-
-def packed_without_loss(step: Step) -> None:
-    """The packed pass with nothing of ours in it but the packing."""
-    unlabeled = [EncodedPrompt(prompt.input_ids, [], []) for prompt in step.prompts]
-    forward = PackedForward(pack(unlabeled), {"penalty": 0.0, "reward": 0.0})
-    run_packed(backbone(step.model), forward).last_hidden_state.mean().backward()
-
-
-def packed_end_to_end(step: Step) -> None:
-    """`--method E2E`."""
-    language_model_loss(step.model, step.prompts).loss.backward()
-
-
-# End-to-end fine-tuning by others.
-
-
-def _with_label(prompt: TargetedPrompt) -> list[int]:
-    return [*prompt.input_ids, *prompt.targets]
-
-
-def padded_end_to_end(step: Step) -> None:
-    """PEFT's LoRA in a plain loop of transformers: its own loss, on the label alone."""
-    batch = Padded.of([_with_label(prompt) for prompt in step.prompts])
-    labels = torch.full_like(batch.input_ids, IGNORED)
-    labels[:, -1] = batch.input_ids[:, -1]
-    step.model(**batch._asdict(), labels=labels, use_cache=False).loss.backward()
-
-
-class TRL:
-    """TRL's SFTTrainer with packing: its dataset, collator and loss."""
-
-    def __init__(self):
-        self.trainers: dict[int, tuple] = {}
-
-    def __call__(self, step: Step) -> None:
-        if id(step) not in self.trainers:
-            self.trainers[id(step)] = self._trainer(step)
-        trainer, batch = self.trainers[id(step)]
-        trainer.compute_loss(step.model, dict(batch)).backward()
-
-    def _trainer(self, step: Step) -> tuple:
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
-
-        rows = [
-            {"input_ids": _with_label(p), "completion_mask": [0] * len(p) + [1]}
-            for p in step.prompts
-        ]
-        trainer = SFTTrainer(
-            model=step.model,
-            args=SFTConfig(
-                output_dir=tempfile.mkdtemp(), packing=True, completion_only_loss=True,
-                max_length=sum(len(row["input_ids"]) for row in rows),
-                per_device_train_batch_size=1, gradient_checkpointing=False, report_to=[],
-                use_cpu=not GPU, bf16=False, disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(builtin_model_path()),
-        )  # fmt: skip
-        return trainer, next(iter(trainer.get_train_dataloader()))
-
-
-# What cannot be left out.
-
-
-def products(step: Step, backward: bool) -> Callable[[Step], None]:
-    """A function that does the matrix products of the frozen layers and nothing else.
-
-    Forward: every linear layer on every token, but in the last decoder layer, of which the loss
-    needs W_K alone (and W_Q on last tokens). Backward: the gradient of every one's input, but of
-    the first layer's W_Q, W_K and W_V, whose input learns nothing.
-    """
-    layers = decoder_layers(backbone(step.model))
-    pairs = []
-    for index, layer in enumerate(layers):
-        for name, module in layer.named_modules():
-            if not isinstance(module, nn.Linear) or "lora" in name:
-                continue
-            is_input = any(part in name for part in ("q_proj", "k_proj", "v_proj"))
-            if index < len(layers) - 1 or "k_proj" in name:
-                pairs.append((module.weight.detach(), backward and (index > 0 or not is_input)))
-    widths = {size for weight, _ in pairs for size in weight.shape}
-    source, result = (
-        {size: torch.randn(step.tokens, size, device=DEVICE, dtype=DTYPE) for size in widths}
-        for _ in range(2)
-    )
-
-    def run(step: Step) -> None:
-        for weight, _ in pairs:
-            out_width, in_width = weight.shape
-            torch.mm(source[in_width], weight.t(), out=result[out_width])
-        for weight, returns in reversed(pairs):
-            if returns:
-                out_width, in_width = weight.shape
-                torch.mm(source[out_width], weight, out=result[in_width])
-
-    return run
-
-
-def contenders(step: Step) -> dict[str, Contender]:
-    """All of them by name; those of one prompt alone are not padded."""
-    with torch.no_grad():
-        there_and_back, there = (products(step, backward) for backward in (True, False))
-    found = {
-        "products, forward and backward": Contender("sdpa", there_and_back),
-        "products, forward": Contender("sdpa", there),
-        "ABFT, local": Contender(NAME, functools.partial(packed, gradient="local")),
-        "ABFT, N = 2": Contender(NAME, functools.partial(packed, gradient=2)),
-        "ABFT, full": Contender(NAME, functools.partial(packed, gradient="full")),
-        "packed, no loss": Contender(NAME, packed_without_loss),
-        "padded, no loss": Contender("sdpa", padded_without_loss),
-        "eager, one by one": Contender("eager", one_by_one),
-        "E2E, packed": Contender(NAME, packed_end_to_end),
-        "E2E, padded": Contender("sdpa", padded_end_to_end),
-        "E2E, TRL": Contender("sdpa", TRL()),
-    }
-    if len(step.prompts) > 1:
-        found["eager, padded"] = Contender("eager", padded)
-    return found
-
-
-FLOOR = {"ABFT, local": "products, forward", "products, forward": "products, forward"}
-"""The floor of those that only go forward."""
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Of two gradients, by norm."""
+    return ((found - expected).norm() / expected.norm()).item()

@@ -2,10 +2,10 @@
 
     pytest benchmarks/train_step.py [-k builtin] [--rounds 3]
 
-Contenders are in steps.py. Before anything is timed, those with the same loss must have the same
-gradient. The floor is the time of the matrix products that no packed pass can leave out, there and
-back, or only there for `local`; a speed-up is over eager attention one prompt at a time, the
-original's way. Most memory is beyond model and prompts.
+Contenders are in step_contenders.py. Before anything is timed, those with the same loss must have
+the same gradient. The floor is the time of the matrix products that no packed pass can leave out,
+there and back, or only there for `local`; a speed-up is over eager attention one prompt at a time,
+the original's way. Most memory is beyond model and prompts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import pytest
 from paired import compare
 from peak_memory import in_fresh_process, peak_of
 from record import GPU, append, quick_first
-from steps import FLOOR, Case, Step, contenders
+from step_contenders import FLOOR, contenders
+from steps import Case, Step, relative_difference
 
 CASES = (
     [
@@ -53,10 +54,10 @@ def check(step: Step, ways: dict) -> float:
         expected = step.gradient(ways[reference])
         assert expected.norm() > 0, f"{reference}: no gradient"
         for name in others:
-            if name not in ways or ("padded, no" in name and len(set(map(len, step.prompts))) > 1):
+            if name not in ways or ("no loss" in name and len(set(step.lengths)) > 1):
                 continue
             found = step.gradient(ways[name])
-            error = ((found - expected).norm() / expected.norm()).item()
+            error = relative_difference(found, expected)
             assert error <= TOLERANCE, f"{name}: gradient differs by {error:.1e}"
             worst = max(worst, error)
     return worst
@@ -85,19 +86,20 @@ def bench_train_step(case, benchmark, rounds):
         floor={name: FLOOR.get(name, "products, forward and backward") for name in ways},
         baseline="eager, one by one",
         rounds=rounds(10 if GPU else 4),
-        setups={name: lambda way=way: step.attend_by(way.attention) for name, way in ways.items()},
+        setups={name: lambda way=way: step.set_up(way) for name, way in ways.items()},
     )
+    tokens = sum(step.lengths)
     most = peaks(case) if GPU else in_fresh_process(peaks, case)
     for name, timing in found.items():
         row = {
             "model": case.model,
             "prompts": len(step.prompts),
-            "tokens": step.tokens,
+            "tokens": tokens,
             "k": case.k,
             "dtype": str(next(step.model.parameters()).dtype).removeprefix("torch."),
             "contender": name,
             **timing.columns(),
-            "tokens_a_second": round(step.tokens / timing.seconds.p50),
+            "tokens_a_second": round(tokens / timing.seconds.p50),
             "peak_bytes": most[name],
             "gradient_error": f"{error:.1e}",
         }

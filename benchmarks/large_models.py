@@ -1,0 +1,220 @@
+"""What large models take: the plan against the memory of a step, its time, and E2E's beside it.
+
+    pytest benchmarks/large_models.py [-k 70b] [--rounds 2]
+
+Random weights of a known shape at true size, in NF4 unless said otherwise, LoRA on W_Q and W_K. On
+a GPU the process is limited to `cap_gb` of it and each gradient packs as many tokens as its plan
+says will fit; on a CPU all are packed, and high-water marks are those of a fresh process. `eager`
+is the original's way, one prompt at a time, and the baseline; E2E is the same packed pass to the
+label's cross-entropy (paper, Table 2). Before anything is timed, eager, full and checkpointed
+gradients must agree. What does not fit is a row too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from paired import NOT_TIMED, Timing, compare
+from peak_memory import high_water_mark, in_fresh_process, peak_of
+from record import DEVICE, GPU, append, quick_first
+from step_contenders import one_by_one, ours, packed_end_to_end
+from steps import Case, Contender, Step, relative_difference
+
+from abft_fast.attention import NAME
+from abft_fast.config import TrainConfig
+from abft_fast.plan import (
+    FLOWS,
+    GPU_RESERVE,
+    Arithmetic,
+    Flow,
+    flows_of,
+    static_memory,
+    step_memory,
+)
+from abft_fast.resolve import resolve
+
+
+@dataclass(frozen=True)
+class Capped(Case):
+    """A case on a GPU of `cap_gb` GB (10^9 bytes); 0 is all there is."""
+
+    cap_gb: int = 0
+
+    def __str__(self) -> str:
+        return super().__str__() + (f"-{self.cap_gb}GB" if self.cap_gb else "")
+
+
+def on_gpu(model: str, cap_gb: int, prompts: int = 16) -> Capped:
+    return Capped(model, prompts, 150, bits=4, cap_gb=cap_gb)
+
+
+CASES = (
+    [
+        on_gpu("llama3-70b", 48),
+        on_gpu("qwen2.5-32b", 48),
+        on_gpu("llama3-8b", 24, 32),
+        on_gpu("llama3-56b", 48),
+        on_gpu("qwen2.5-14b", 24, 32),
+        on_gpu("qwen2.5-32b", 24),
+        on_gpu("llama3-70b", 80),
+        on_gpu("qwen2.5-32b", 80),
+    ]
+    if GPU
+    else [
+        Capped("qwen2.5-0.5b", 8, 150, layers=6, bits=4),
+        Capped("qwen2.5-0.5b", 8, 150, bits=4),
+        Capped("qwen2.5-0.5b", 8, 150, layers=6),
+        Capped("qwen2.5-0.5b", 8, 150, layers=6, bits=8),
+        Capped("gpt2-l", 8, 150, layers=8),
+    ]
+)
+QUICK = CASES[:3] if GPU else CASES[:1]
+TOLERANCE = 5e-2 if GPU else 1e-4
+ARITHMETIC = Arithmetic(DEVICE, mixed=GPU)
+
+
+def configuration(case: Case, method: str) -> TrainConfig:
+    """The options of a run."""
+    options = {"quantized": case.bits > 0, "bits": case.bits or 4, "k": case.k, "method": method}
+    return resolve(TrainConfig, options)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A contender and what is planned for it.
+
+    Attributes:
+        contender: with the tokens it packs at once.
+        step: bytes of its step.
+    """
+
+    contender: Contender
+    step: int
+
+
+def plans(case: Capped, static: int) -> dict[str, Planned | None]:
+    """By name: every way that gradients flow, and E2E's; None where no prompt fits."""
+    room = case.cap_gb * 1e9 - static - GPU_RESERVE if GPU else float("inf")
+    found = {}
+    for method in ("ABFT", "E2E"):
+        config = configuration(case, method)
+        for flow in flows_of(config) if method == "E2E" else FLOWS:
+            step = step_memory(case.config, config, ARITHMETIC, flow, case.length)
+            prompts = min(case.prompts, step.most_tokens(room) // case.length if GPU else 10**9)
+            name = f"{method}, {flow.options.removeprefix('--gradient ').replace(' --', ', ')}"
+            if prompts == 0:
+                found[name] = None
+                continue
+            tokens = prompts * case.length
+            found[name] = Planned(contender_of(method, flow, tokens), int(step.at(tokens)))
+    return found
+
+
+def contender_of(method: str, flow: Flow, tokens: int) -> Contender:
+    """A method's packed step."""
+    if method == "ABFT":
+        return ours(flow.gradient, flow.checkpointing, tokens)
+    return Contender(NAME, packed_end_to_end, flow.checkpointing, tokens)
+
+
+EAGER = Contender("eager", one_by_one)
+
+
+def fits(run: Callable[[], object]) -> bool:
+    """Whether it runs in the memory there is."""
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
+def memory(case: Capped, ways: dict[str, Contender]) -> tuple[int, dict[str, int]]:
+    """Bytes of the model, and of each way's step; for a fresh process."""
+    empty = high_water_mark()
+    step = Step(case)
+    static = high_water_mark() - empty
+    prompts, step.prompts = step.prompts, step.prompts[:1]
+    for way in ways.values():
+        step.run(way)  # gradients, and what libraries take once
+    step.prompts = prompts
+    return static, {name: peak_of(lambda way=way: step.run(way)) for name, way in ways.items()}
+
+
+@pytest.mark.parametrize("case", quick_first(CASES, QUICK))
+def bench_large_models(case, benchmark, rounds):
+    # E2E needs the LM head that ABFT alone would not keep, and both run on one model.
+    static = static_memory(case.config, configuration(case, "E2E"), ARITHMETIC)
+    planned = plans(case, static.total)
+    ways = {name: plan.contender for name, plan in planned.items() if plan}
+    ways["eager, one by one"] = EAGER
+    if GPU:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gb * 1e9 / total))
+    empty = high_water_mark()
+    step = Step(case)
+    static_measured = high_water_mark() - empty
+    running = {name: way for name, way in ways.items() if fits(lambda way=way: step.run(way))}
+    check(step, running)
+    if GPU:
+        peaks = {name: peak_of(lambda way=way: step.run(way)) for name, way in running.items()}
+    else:
+        static_measured, peaks = in_fresh_process(memory, case, running)
+    timings = compare(
+        benchmark,
+        {name: lambda way=way: way.run(step) for name, way in running.items()},
+        floor="ABFT, local",
+        baseline="eager, one by one" if "eager, one by one" in running else None,
+        rounds=rounds(2),
+        setups={name: lambda way=way: step.set_up(way) for name, way in running.items()},
+    )
+    for name in [*planned, "eager, one by one"]:
+        plan, timing = planned.get(name), timings.get(name)
+        row = {
+            "shape": case.model,
+            "layers": case.config.num_hidden_layers,
+            "bits": case.bits,
+            "cap_gb": case.cap_gb or "",
+            "prompts": case.prompts,
+            "n": case.length,
+            "contender": name,
+            "fits": timing is not None,
+            "tokens_at_once": ways[name].tokens if name in ways else 0,
+            "static_planned": static.total - static.optimizer,
+            "static_measured": static_measured,
+            "step_planned": plan.step if plan else "",
+            "step_measured": peaks.get(name, ""),
+            **(timing or NOT_TIMED).columns(),
+            "prompts_a_second": round(case.prompts / timing.seconds.p50, 3) if timing else "",
+        }
+        append("large_models", row)
+        print(f"{case} {name:28} {said(plan, timing, peaks.get(name))}")
+
+
+def check(step: Step, running: dict[str, Contender]) -> None:
+    """Nothing is timed unless gradients are right."""
+    same = [
+        name
+        for name in ("ABFT, full", "ABFT, full, checkpointing", "eager, one by one")
+        if name in running
+    ]
+    first, *others = (step.gradient(running[name]) for name in same)
+    assert first.norm() > 0, f"{same[0]}: no gradient"
+    for name, other in zip(same[1:], others, strict=True):
+        error = relative_difference(other, first)
+        assert error <= TOLERANCE, f"{name}: gradient differs from {same[0]} by {error:.1e}"
+
+
+def said(plan: Planned | None, timing: Timing | None, peak: int | None) -> str:
+    """A row in words."""
+    if timing is None:
+        return "does not fit"
+    ratio = f", planned / measured {plan.step / peak:.2f}" if plan else ""
+    return (
+        f"{timing.seconds.p50:7.3f} s a step, {timing.speedup.p50:.2f} x as fast as eager, "
+        f"{peak / 2**20:7.0f} MiB{ratio}"
+    )

@@ -1,0 +1,124 @@
+"""How time and memory of a gradient grow with prompts, their length and the model's depth.
+
+    pytest benchmarks/scaling.py [-k depth] [--rounds 3]
+
+Random Llamas; all sizes of an axis, in every mode, take turns in one process. `inference` is the
+packed pass without gradient or loss, the floor of each size. Before anything is timed, the modes
+that follow the whole gradient must agree, and those of blocks must in the first block's last layer,
+whose gradient is theirs alone. Slopes are of log-log fits. Memory is counted, not timed, so claims
+about it are checked: linear in tokens in every mode, and flat in depth in `local` and in N.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+
+import pytest
+import torch
+from paired import compare
+from peak_memory import in_fresh_process, peak_of
+from record import GPU, append
+from step_contenders import ours
+from steps import Case, Contender, Step, relative_difference
+
+from abft_fast import EncodedPrompt, pack
+from abft_fast.attention import NAME, PackedForward
+from abft_fast.backbone import backbone
+from abft_fast.objective import run_packed
+
+WIDTH, BASE_PROMPTS, LENGTH = (2048, 64, 128) if GPU else (256, 8, 128)
+SIZES = {
+    "prompts": [8 * BASE_PROMPTS, 4 * BASE_PROMPTS, 2 * BASE_PROMPTS, BASE_PROMPTS],
+    "depth": [32, 16, 8, 4],
+    "length": [16_384, 4096, 1024, 256] if GPU else [2048, 1024, 512, 256],
+}
+TOLERANCE = 5e-2 if GPU else 1e-4
+
+
+def case_of(axis: str, size: int) -> Case:
+    """An axis's case of one size; what is no axis stays."""
+    depth = size if axis == "depth" else 8
+    prompts = {"prompts": size, "length": 4}.get(axis, BASE_PROMPTS)
+    return Case(f"{depth}x{WIDTH}", prompts, size if axis == "length" else LENGTH)
+
+
+def inference(step: Step) -> None:
+    """The packed pass alone."""
+    unlabeled = [EncodedPrompt(prompt.input_ids, [], []) for prompt in step.prompts]
+    with torch.no_grad():
+        forward = PackedForward(pack(unlabeled), {"penalty": 0.0, "reward": 0.0})
+        run_packed(backbone(step.model), forward)
+
+
+MODES = {
+    "inference": Contender(NAME, inference),
+    "local": ours("local"),
+    "N = 2": ours(2),
+    "N = 4": ours(4),
+    "full": ours("full"),
+    "full, checkpointed": ours("full", checkpointing=True),
+}
+
+
+def check(step: Step) -> None:
+    """Nothing is timed unless gradients are right."""
+    full = step.gradient(MODES["full"])
+    assert full.norm() > 0
+    error = relative_difference(step.gradient(MODES["full, checkpointed"]), full)
+    assert error <= TOLERANCE, f"checkpointed gradient differs by {error:.1e}"
+    last = len(full) - len(full) // step.case.config.num_hidden_layers
+    for mode in ("local", "N = 2", "N = 4"):
+        error = relative_difference(step.gradient(MODES[mode])[last:], full[last:])
+        assert error <= TOLERANCE, f"{mode}: the last layer's gradient differs by {error:.1e}"
+
+
+def peaks(case: Case) -> dict[str, int]:
+    """Bytes of each mode beyond model and prompts."""
+    step = Step(case)
+    prompts, step.prompts = step.prompts, step.prompts[:1]
+    for mode in MODES.values():
+        step.run(mode)  # gradients, and what libraries take once
+    step.prompts = prompts
+    return {name: peak_of(lambda mode=mode: step.run(mode)) for name, mode in MODES.items()}
+
+
+def slope(values: Mapping[int, float]) -> float:
+    """Of the logarithm of values over that of sizes."""
+    sizes, found = (list(map(math.log, column)) for column in zip(*values.items(), strict=True))
+    return statistics.linear_regression(sizes, found).slope
+
+
+@pytest.mark.parametrize("axis", SIZES)
+def bench_scaling(axis, benchmark, rounds):
+    cases = {size: case_of(axis, size) for size in SIZES[axis]}
+    steps = {size: Step(case) for size, case in cases.items()}
+    check(steps[min(cases)])
+    ways = {(size, name): mode for size in cases for name, mode in MODES.items()}
+    found = compare(
+        benchmark,
+        {key: lambda key=key: ways[key].run(steps[key[0]]) for key in ways},
+        floor={(size, name): (size, "inference") for size, name in ways},
+        rounds=rounds(5 if GPU else 3),
+        setups={key: lambda key=key: steps[key[0]].set_up(ways[key]) for key in ways},
+    )
+    memory = {
+        size: peaks(case) if GPU else in_fresh_process(peaks, case) for size, case in cases.items()
+    }
+    for (size, name), timing in found.items():
+        case = cases[size]
+        row = {
+            "axis": axis, "size": size, "model": case.model, "prompts": case.prompts,
+            "n": case.length, "contender": name, **timing.columns(),
+            "peak_bytes": memory[size][name],
+        }  # fmt: skip
+        append("scaling", row)
+    for name in MODES:
+        seconds = slope({size: found[size, name].seconds.p50 for size in cases})
+        held = slope({size: memory[size][name] for size in cases})
+        print(f"{axis}: {name:20} time ~ {axis}^{seconds:.2f}, memory ~ {axis}^{held:.2f}")
+        if axis != "depth":
+            assert 0.8 <= held <= 1.1, f"{name}: memory ~ {axis}^{held:.2f}, not linear"
+        elif not name.startswith("full"):
+            assert abs(held) <= 0.1, f"{name}: memory ~ depth^{held:.2f}, not flat"
