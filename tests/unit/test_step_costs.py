@@ -118,20 +118,20 @@ def test_peak_memory_is_no_more_than_it_was(flow):
 @by_flow
 def test_peak_memory_in_depth(flow):
     """Every flow but full adds no more than it must keep of a layer."""
-    (few, few_trained), (many, many_trained) = peak(8, flow, PROMPTS), peak(16, flow, PROMPTS)
+    (few, few_trained), (many, many_trained) = peak(8, flow, PROMPTS), peak(12, flow, PROMPTS)
     if flow.gradient != "full":
-        added = many_trained - few_trained + 8 * LOSSES  # nothing of the forward
+        added = many_trained - few_trained + 4 * LOSSES  # nothing of the forward
     elif flow.checkpointing:
-        added = 8 * (4 * sum(PROMPTS) * 32 + LOSSES)  # what enters a layer, 32 wide
+        added = 4 * (4 * sum(PROMPTS) * 32 + LOSSES)  # what enters a layer, 32 wide
     else:
-        added = 2 * (peak(12, flow, PROMPTS)[0] - few)  # a line
-    assert many - few == added, f"8 more layers add {many - few} bytes, not {added}"
+        added = (peak(16, flow, PROMPTS)[0] - few) / 2  # a line
+    assert many - few == added, f"4 more layers add {many - few} bytes, not {added}"
 
 
 @pytest.mark.parametrize("flow", [Flow("full"), Flow("local")], ids=lambda flow: flow.options)
 def test_peak_memory_is_linear_in_tokens_however_long_the_prompts(flow):
-    short, long, one = (peak(4, flow, (n,) * (4096 // n))[0] for n in (64, 512, 4096))
-    twice = peak(4, flow, (64,) * 128)[0]
+    short, long, one = (peak(2, flow, (n,) * (4096 // n))[0] for n in (64, 512, 4096))
+    twice = peak(2, flow, (64,) * 128)[0]
     assert one < long < short, "4,096 tokens in fewer, longer prompts take more"
     assert twice <= 2 * short, f"twice the prompts: {twice} bytes for {short}"
 
