@@ -38,6 +38,15 @@ def counted_launches():
         yield found
 
 
+def moved(found, before):
+    """Which counts are not what they were; empty where all are."""
+    return ", ".join(
+        f"{name}: {found.get(name, 0)}, before {before.get(name, 0)}"
+        for name in {**before, **found}
+        if found.get(name, 0) != before.get(name, 0)
+    )
+
+
 class Traffic:
     """Bytes that interpreted kernels load and store, by kernel and argument.
 
@@ -148,8 +157,8 @@ class _OpsThatWait(TorchDispatchMode):
     """Those that do."""
 
     _NAMES = (
-        "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim",
-        "_unique", "_unique2", "unique_consecutive", "repeat_interleave",
+        "item", "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero",
+        "unique_dim", "_unique", "_unique2", "unique_consecutive", "repeat_interleave",
     )  # fmt: skip
 
     def __init__(self, found, calls_inside):
@@ -162,12 +171,26 @@ class _OpsThatWait(TorchDispatchMode):
             isinstance(t, Tensor) and t.dtype == torch.bool for t in tree_leaves(args[1:2])
         )
         if name in self._NAMES or by_mask:
-            self.found[{"_local_scalar_dense": "item"}.get(name, name)] += 1
+            self.found["item" if name == "_local_scalar_dense" else name] += 1
         if self.calls_inside and function.namespace == "abft":
             inside = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
             with self, self.calls_inside:
                 return function.redispatch(inside, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any one tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = (t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))
+        self.elements = max(self.elements, *made, 0)
+        return out
 
 
 class MatrixProducts(TorchDispatchMode):

@@ -15,7 +15,7 @@ from abft_fast.model import enable_checkpointing, set_trained, trained_parameter
 from abft_fast.plan import Flow
 from abft_fast.simulation import bytes_of, peak_memory, without_memory
 from abft_fast.synthetic import skeleton
-from tests.costs import MatrixProducts, Waits
+from tests.costs import Largest, MatrixProducts, Waits, moved
 from tests.tiny_models import tiny_config, tiny_model
 
 pytestmark = pytest.mark.unit
@@ -73,6 +73,13 @@ def test_matrix_products(gradient, block, trainable):
     assert counted.flops == formula, f"{counted.flops} operations, the formula says {formula}"
 
 
+WAITS = {
+    "tolist": 1,  # where prompts end
+    "item": 2,  # the longest prompt; on a CPU alone the largest token id
+    "as_tensor": 2,  # penalty and reward
+}
+
+
 @by_flow
 def test_what_the_host_waits_for(flow):
     """Nothing that grows with layers, prompts or tokens."""
@@ -83,11 +90,19 @@ def test_what_the_host_waits_for(flow):
         packed = packed_prompts(lengths)
         with Waits() as waits:
             step(model, packed, flow.gradient)
-        assert dict(waits) == {
-            "tolist": 1,  # where prompts end
-            "item": 2,  # the longest prompt; on a CPU alone the largest token id
-            "as_tensor": 2,  # penalty and reward
-        }, (layers, lengths)
+        assert not moved(waits, WAITS), f"{layers} layers: {moved(waits, WAITS)}"
+
+
+@pytest.mark.parametrize("flow", [Flow("full"), Flow("local")], ids=lambda flow: flow.options)
+def test_no_tensor_grows_with_the_square_of_tokens(flow):
+    """On real tensors, among them those that the batch alone gives rise to."""
+    model = set_trained(tiny_model("llama", num_hidden_layers=2), "full", RANK)
+    for lengths in ([64] * 8, [512], [64] * 16):
+        packed = packed_prompts(lengths)
+        with Largest() as largest:
+            step(model, packed, flow.gradient)
+        expected = sum(lengths) * model.config.intermediate_size
+        assert largest.elements == expected, f"{lengths}: {largest.elements}, before {expected}"
 
 
 @functools.cache
