@@ -58,7 +58,7 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
         fused = any(hasattr(module, name) for name in _FUSED)
         if separate or fused:
             found[module.layer_idx] = module
-    return dict(sorted(found.items()))
+    return {index: found[index] for index in sorted(found)}
 
 
 def query_key_projections(model: nn.Module) -> list[Projection]:

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():  # read when kernels are defined
 _RUN_ON_THE_GPU = (
     "test_triton_kernels",
     "test_fused",
+    "test_kernel_launches",
     "test_last_row_loss",
     "test_prefix_attention",
     "test_torch_library",

@@ -218,6 +218,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_out, _, grad_loss, *__):
     saved = ctx.saved_tensors
     *grads, grad_sinks = _backward_op(grad_out, grad_loss, *saved, *ctx.options)
+    if grad_out is None:  # nothing else depends on the values: no product with zeros follows
+        grads[2] = None
     return (*grads, None if saved[3] is None else grad_sinks, *[None] * 14)
 
 

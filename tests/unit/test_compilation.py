@@ -39,14 +39,18 @@ from tests.last_row_cases import make_case
 
 def launch(lengths, labels, **options):
     # The launchers' own results are never written here, so only what they launch matters.
+    heads_first = options.pop("heads_first", False)
     case = make_case(lengths, labels, 7, 1, dtype=torch.bfloat16, head_dim=64, **options)
+    if heads_first:
+        for name in ("query", "key"):
+            case[name] = case[name].transpose(0, 1).contiguous().transpose(0, 1)
     leaves = case["query"], case["key"], None
     indices = [case[n] for n in (
         "key_start", "key_end", "label_positions", "label_offsets", "label_is_correct")]
     factors = [torch.tensor(float(case[n])) for n in ("penalty", "reward")]
     tail = (0.125, None, case.get("window"))
     *_, peak, total, mean_weight, _ = _forward_op(
-        *leaves, *indices, *factors, *tail, True, "triton", True)
+        *leaves, *indices, *factors, *tail, case.get("head_filter", True), "triton", True)
     coefficient = torch.ones_like(peak)
     _grad_key_op(*leaves[:2], *indices, peak, total, mean_weight, coefficient, *factors, *tail,
                  "triton")
@@ -64,12 +68,14 @@ others = [
     ([16], [16], {"window": 16}),
     ([4000, 1, 1], [64, 0, 1], {"window": 1}),
     ([1] * 16, [0] * 16, {}),
+    ([200] * 33, [3] * 33, {"head_filter": False}),
+    ([301, 40], [5, 4], {"heads_first": True}),
 ]
 print(count(first), count(first, *others))
 """
 
 
-def test_new_lengths_counts_and_penalties_compile_nothing():
+def test_new_lengths_counts_penalties_filters_and_layouts_compile_nothing():
     run = run_compiled("-c", COUNT_COMPILATIONS)
     assert run.returncode == 0, run.stderr
     alone, together = map(int, run.stdout.split())
