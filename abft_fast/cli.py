@@ -140,13 +140,15 @@ def train_(flags: dict[str, Any]) -> None:
         config = options.model_copy(update={"force": config.force})
         run.check_data(own_data.file_hashes(config))
     check_model(config.model)
-    from abft_fast import processes
     from abft_fast.environment import uses_cpu
+
+    cpu = uses_cpu(config.device)  # needs torch alone
+    from abft_fast import processes
     from abft_fast.progress import Progress
     from abft_fast.report import print_run
     from abft_fast.training import train
 
-    with processes.running(uses_cpu(config.device)):
+    with processes.running(cpu):
         run = Run(processes.of_main(run.folder))  # its name has the time
         train(config, run, Progress(), new="resume" not in flags)
     if launch.is_main():
@@ -163,14 +165,16 @@ def eval_(flags: dict[str, Any]) -> None:
         check_adapter(config.adapter)
     check_model(config.model)
     _check_data(config)
+    from abft_fast.environment import uses_cpu
+
+    cpu = uses_cpu(config.device)  # needs torch alone
     from abft_fast import model as models
     from abft_fast import processes
-    from abft_fast.environment import uses_cpu
     from abft_fast.job import Job, check_same_data
     from abft_fast.progress import Progress
     from abft_fast.report import print_evaluation
 
-    with processes.running(uses_cpu(config.device)):
+    with processes.running(cpu):
         check_same_data(config)
         with processes.together():
             job = Job(config, Progress())
@@ -339,8 +343,8 @@ def _quiet() -> None:
     """Keep other libraries' notices out of what a run says."""
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 

@@ -99,6 +99,7 @@ class Job(ModelOnDevice):
 
     def check_attention(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Make sure that packed attention is the model's own, and say what it runs on."""
+        self.progress.say("checking packed attention against the model's own")
         try:
             found = check_attention(
                 self.model,

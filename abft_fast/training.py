@@ -76,6 +76,11 @@ def set_up(
     job.show_data(prompts, *(test.prompts for test in tests[:1]))
     if config.mauve_test:
         mauve.check(config, job.dataset)
+    tested = sum(len(encoded.prompts) for test in tests for encoded in test.encoded)
+    progress.say(
+        f"on {job.accelerator.device.type}: {len(prompts):,} prompts to train on, "
+        f"{tested:,} to test on"
+    )
     job.check_memory(prompts)
     job.load()
     job.check_attention(prompts)

@@ -59,6 +59,10 @@ class Timing(NamedTuple):
     to_floor: Spread
     speedup: Spread
 
+    def over_part(self, name: str, times: float) -> Timing:
+        """Held against a floor of another name: the contender's, divided by a known number."""
+        return self._replace(floor=name, to_floor=Spread(*(times * r for r in self.to_floor)))
+
     def columns(self) -> dict[str, object]:
         """Cells of a row."""
         return {

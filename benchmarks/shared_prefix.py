@@ -1,20 +1,21 @@
 """What computing the demonstrations once saves: label logits of many queries after the same ones.
 
-    python benchmarks/shared_prefix.py [--dataset subj] [--k 16] [--queries 512] [--rounds 3]
+    pytest benchmarks/shared_prefix.py [-k subj] [--rounds 3]
 
 On the built-in model, prompts packed either way. `whole` computes every prompt; `shared` keeps the
-keys and values of what all begin with. Their logits are compared before anything is timed; they
-take turns in one process, and are given token ids. The floor is `whole` times the share of tokens
-that `shared` computes. A row each goes to results/.
+keys and values of what all begin with. Their logits are compared before anything is timed, and both
+are given token ids. The floor is `whole`'s time for the tokens that a contender computes.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
+from typing import NamedTuple
 
+import pytest
 import torch
-from record import append, spread, where
+from paired import compare
+from record import DEVICE, GPU, append, quick_first
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import EncodedPrompt, builtin_model_path, data
@@ -25,9 +26,22 @@ from abft_fast.prompts import PromptEncoder
 from abft_fast.shared_prefix import SharedPrefix, common_prefix
 from abft_fast.token_budget import CPU_TOKENS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+class Case(NamedTuple):
+    """Queries after the same k demonstrations."""
+
+    dataset: str
+    k: int
+    queries: int
+
+    def __str__(self) -> str:
+        return f"{self.dataset}-k{self.k}-{self.queries}"
 
 
+SMALL, LARGE = Case("subj", 8, 128), Case("subj", 16, 512)
+
+
+@torch.no_grad()
 def whole(model, prompts, label_ids):
     """Every prompt from its first token; logits and tokens computed."""
     logits = torch.empty(len(prompts), len(label_ids))
@@ -37,6 +51,7 @@ def whole(model, prompts, label_ids):
     return logits, sum(map(len, prompts))
 
 
+@torch.no_grad()
 def shared(model, prompts, label_ids):
     """What all begin with once, the rest packed."""
     prefix = SharedPrefix(model, common_prefix(prompts))
@@ -46,54 +61,34 @@ def shared(model, prompts, label_ids):
     return logits, prefix.computed
 
 
-def main() -> None:
-    """Compare, then time."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dataset", default="subj")
-    parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--queries", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+@pytest.mark.parametrize("case", quick_first([SMALL, LARGE], (SMALL, LARGE) if GPU else (SMALL,)))
+def bench_shared_prefix(case, benchmark, rounds):
     path = builtin_model_path()
     model = AutoModelForCausalLM.from_pretrained(path).to(DEVICE)
-    dataset = data.load(options.dataset)
+    dataset = data.load(case.dataset)
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(path), dataset)
-    demonstrations = dataset.training[: options.k]
-    queries = dataset.test[: options.queries]
-    start = time.perf_counter()
-    encoded = encoder.encode([Prompt(demonstrations, query) for query in queries]).prompts
-    tokenizing = time.perf_counter() - start
-    prompts = [prompt.input_ids for prompt in encoded]
+    demonstrations = dataset.training[: case.k]
+    began = time.perf_counter()
+    encoded = encoder.encode([Prompt(demonstrations, q) for q in dataset.test[: case.queries]])
+    tokenizing = time.perf_counter() - began
+    task = (model, [prompt.input_ids for prompt in encoded.prompts], encoder.label_ids)
+    (expected, all_tokens), (logits, tokens) = whole(*task), shared(*task)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
-    contenders = {"whole": whole, "shared": shared}
-    seconds = {name: [] for name in contenders}
-    with torch.no_grad():
-        found = {name: run(model, prompts, encoder.label_ids) for name, run in contenders.items()}
-        torch.testing.assert_close(found["shared"][0], found["whole"][0], rtol=1e-4, atol=1e-4)
-        for _ in range(options.rounds):
-            for name, run in contenders.items():
-                start = time.perf_counter()
-                run(model, prompts, encoder.label_ids)
-                seconds[name].append(time.perf_counter() - start)
-    tokens = {name: computed for name, (_, computed) in found.items()}
-    middle = spread(seconds["whole"])[1]
-    for name in contenders:
-        p20, p50, p80 = spread(seconds[name])
-        floor = middle * tokens[name] / tokens["whole"]
-        append(
-            "shared_prefix",
-            {
-                **where(DEVICE), "dataset": options.dataset, "k": options.k,
-                "queries": len(queries), "contender": name, "tokens": tokens[name],
-                "p20_s": round(p20, 3), "p50_s": round(p50, 3), "p80_s": round(p80, 3),
-                "floor_s": round(floor, 3), "tokenizing_s": round(tokenizing, 3),
-            },
-        )  # fmt: skip
+    contenders = {"whole": lambda: whole(*task), "shared": lambda: shared(*task)}
+    found = compare(benchmark, contenders, floor="whole", baseline="whole", rounds=rounds(3))
+    computed = {"whole": all_tokens, "shared": tokens}
+    for name, timed in found.items():
+        timing = timed.over_part("whole, a token", all_tokens / computed[name])
+        row = {
+            **case._asdict(),
+            "contender": name,
+            **timing.columns(),
+            "tokens": computed[name],
+            "tokenizing_seconds": round(tokenizing, 3),
+        }
+        append("shared_prefix", row)
         print(
-            f"{name}: {tokens[name]:,} tokens, {p50:.2f} s, floor {floor:.2f} s, "
-            f"{middle / p50:.1f} times as fast; tokenizing {tokenizing:.2f} s"
+            f"{case} {name:6} {computed[name]:9,} tokens, {timing.seconds.p50:7.2f} s, "
+            f"{timing.speedup.p50:.1f} times as fast"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,9 @@
 """What a user gets wrong, where bad_inputs.py does not do: hubs, GPUs, runs that go on."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,6 +33,27 @@ def test_what_needs_a_gpu(options, message, tmp_path):
     assert result.returncode == 2
     assert message in last_line(result)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_missing_gpu_is_said_before_what_is_slow_to_import(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    result = abft_fast(command, "--device", "cuda", cwd=tmp_path)
+    assert result.returncode == 2
+    imported = {line.rpartition("| ")[2].strip() for line in result.stderr.splitlines()}
+    assert "torch" in imported
+    assert not imported & {"transformers", "accelerate", "bitsandbytes", "peft"}
+
+
+def test_the_hub_does_not_count_its_retries():
+    """Its own logger takes its level from the environment when it is imported."""
+    code = (
+        "from abft_fast import cli; cli._quiet(); from huggingface_hub.utils import logging;"
+        "assert logging.get_verbosity() == logging.ERROR"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_VERBOSITY"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @pytest.mark.parametrize("where", ["folder", "hub"])
