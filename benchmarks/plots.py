@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -15,31 +16,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rows import Row, distinct, group, natural
-from tables import AXES, EAGER, STEPS, exponent, main_heads, of, slope_of, whole
+from tables import EAGER, STEPS, exponent, main_heads, of, slope_of, whole
 
 GREY = "#797979"  # as far from white as from GitHub's #0d1117
 COLORS = ("#2f7ed8", "#c8571b", "#1e8e5a", "#a45cc9", "#d0405f", "#8f7a1a")
-MARKERS = "os^Dvp"
+MARKERS = ("", *"s^Dvp")
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8,
     "svg.fonttype": "none", "svg.hashsalt": "abft-fast", "path.simplify": False,
     "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
     "xtick.color": GREY, "ytick.color": GREY, "grid.color": GREY, "grid.alpha": 0.3,
     "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
+    "xtick.bottom": False, "ytick.left": False,
     "axes.spines.top": False, "axes.spines.right": False,
     "legend.frameon": False, "legend.handlelength": 1.6,
 }  # fmt: skip
+_IDLE = re.compile(rb'(?<=\n) +| transform="rotate\(-0 [^)]*\)"')  # a third of the bytes
 
 
-def draw(plot: Callable[[list[Row]], Figure], rows: list[Row], form: str = "svg") -> bytes:
+def draw(plot: Callable[[list[Row]], Figure], rows: list[Row]) -> bytes:
     """A plot's file."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         file = io.BytesIO()
-        unknown = {"Date": None, "Creator": None} if form == "svg" else None
-        plot(rows).savefig(file, format=form, metadata=unknown)
-        return file.getvalue()
+        plot(rows).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        return _IDLE.sub(b"", file.getvalue())
 
 
 def _plain(value: float, _: int = 0) -> str:
@@ -87,7 +89,6 @@ def train_step(rows: list[Row]) -> Figure:
         _logarithmic(axes.xaxis)
         axes.margins(x=0.18)
         axes.axvline(1, color=GREY, linewidth=1)
-        axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_title(title, loc="left", pad=3)
     handles = [matplotlib.patches.Patch(color=color) for color in COLORS]
@@ -110,27 +111,34 @@ def _bar(axes: Axes, where: float, height: float, value: float, color: str) -> N
 
 
 def scaling(rows: list[Row]) -> Figure:
-    """Seconds and memory over depth and over tokens, a line a mode, its slope beside it."""
-    figure = Figure((9.6, 5.4))
-    grid = figure.subplots(2, 2)
-    figure.subplots_adjust(left=0.07, right=0.815, top=0.95, bottom=0.085, wspace=0.82, hspace=0.28)
-    labels = {"depth": "layers", "tokens": "tokens"}
+    """Seconds and memory over the size of every axis, a line a mode, its slope beside it."""
+    modes, axes_of_rows = distinct(rows, "contender"), group(rows, "axis")
+    width = 3.2 * len(axes_of_rows)
+    figure = Figure((width, 5.2))
+    grid = figure.subplots(2, len(axes_of_rows), squeeze=False)
+    figure.subplots_adjust(
+        left=0.55 / width, right=1 - 0.45 / width, top=0.88, bottom=0.085, wspace=0.5, hspace=0.28
+    )
     measures = {"seconds": ("seconds_p50", 1.0), "most memory, MiB": ("peak_bytes", 2**20)}
-    for column, (axis, label) in enumerate(labels.items()):
-        points = [row for row in rows if row["axis"] == axis]
+    for column, ((axis,), points) in enumerate(axes_of_rows.items()):
         for axes, (name, (cell, unit)) in zip(grid[:, column], measures.items(), strict=True):
-            for index, mode in enumerate(distinct(rows, "mode")):
-                ours = [row for row in points if row["mode"] == mode]
-                ours.sort(key=lambda row: row.number(AXES.get(axis, axis)))
-                _line(
-                    axes, index, [row.number(AXES.get(axis, axis)) for row in ours],
-                    [row.number(cell) / unit for row in ours],
-                    f"{mode}: {exponent(slope_of(ours, axis, cell))}",
+            for index, mode in enumerate(modes):
+                ours = [row for row in points if row["contender"] == mode]
+                xs = [row.number("size") for row in ours]
+                ys = [row.number(cell) / unit for row in ours]
+                _line(axes, index, xs, ys, mode)
+                axes.text(
+                    1.04, 0.86 - 0.1 * index, exponent(slope_of(ours, cell)), fontsize=8,
+                    color=COLORS[index % len(COLORS)], transform=axes.transAxes,
                 )  # fmt: skip
-            _both_logarithmic(axes, distinct(points, AXES.get(axis, axis)))
+            _both_logarithmic(axes, distinct(points, "size"))
             axes.set_title(name, loc="left", pad=4)
-            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title="slope in " + label)
-        grid[1, column].set_xlabel(label)
+            axes.text(1.04, 0.97, "slope", fontsize=8, transform=axes.transAxes)
+        grid[1, column].set_xlabel({"depth": "layers", "length": "tokens a prompt"}.get(axis, axis))
+    figure.legend(
+        grid[0, 0].lines, modes, ncols=len(modes), loc="upper left", bbox_to_anchor=(0.0, 1.0),
+        columnspacing=1.4,
+    )  # fmt: skip
     return figure
 
 
@@ -139,7 +147,7 @@ def _line(axes: Axes, index: int, xs: Sequence[float], ys: Sequence[float], labe
     axes.plot(
         xs, ys, color=COLORS[index % len(COLORS)], marker=MARKERS[index % len(MARKERS)],
         linestyle="-" if index < len(COLORS) else "--", label=label,
-        linewidth=3 if index == 0 else 1.4, markersize=6.5 if index == 0 else 4,
+        linewidth=3.5 if index == 0 else 1.4, markersize=4,
     )  # fmt: skip
 
 
@@ -185,7 +193,7 @@ PLOTS = {
         train_step, "Bars: time and memory of a step against eager attention matrices, by case"
     ),
     "scaling": (
-        scaling, "Lines: seconds and most memory of a step over depth and tokens, by gradient flow"
+        scaling, "Lines: seconds and most memory of a step over depth, length and prompts, by mode"
     ),
     "fused_attention": (
         fused_attention, "Lines: time of attention with the loss over that of attention, by n"

@@ -65,8 +65,8 @@ def performance(found: Found) -> str:
     """README's section."""
     blocks = [
         paragraph(
-            "`make bench` measures on a CPU, `make bench-gpu` on a GPU, in turns and after results "
-            "have been compared. Figures are medians (20th to 80th percentile of rounds), a GPU's "
+            "`make bench` measures on a CPU, `make bench-gpu` on a GPU: contenders take turns once "
+            "their results agree. Figures are medians (20th to 80th percentile of rounds), a GPU's "
             "where there are any; [docs/measurements.md](docs/measurements.md) has all, and "
             "`make report` writes both from `benchmarks/results/`."
         )
@@ -107,7 +107,7 @@ def measurements(found: Found) -> str:
         ),
     ]
     for question in QUESTIONS:
-        blocks.append(f"## {question.name}.csv: {question.title}")
+        blocks.append(f"## {question.title[0].upper()}{question.title[1:]}, {question.name}.csv")
         for kind in KINDS:
             rows = found[question.name, kind]
             if not _told(found, question.name, kind):

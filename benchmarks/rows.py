@@ -23,7 +23,7 @@ def _spreads(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}_{percentile}" for name in names for percentile in PERCENTILES)
 
 
-TIMING = (*_spreads("seconds", "to_floor", "speedup"),)
+TIMING = _spreads("seconds", "to_floor", "speedup")
 
 
 class Question(NamedTuple):
@@ -61,16 +61,16 @@ QUESTIONS = (
         (*TIMING, "n", "prompts", "bytes", "bandwidth", "peak_bytes"),
     ),
     Question(
-        "scaling", "scaling", ("axis", "layers", "width", "prompts", "length", "tokens"), "mode",
-        (*_spreads("seconds"), "layers", "width", "prompts", "length", "tokens", "peak_bytes"),
+        "scaling", "scaling", ("axis", "size", "model", "prompts", "n"), "contender",
+        (*_spreads("seconds"), "size", "prompts", "n", "peak_bytes"),
     ),
     Question(
-        "large_models", "large models", ("shape", "layers", "bits", "cap_gb", "tokens"), "flow",
+        "large_models", "large models", ("shape", "layers", "bits", "cap_gb", "prompts", "n"),
+        "contender",
         (
-            "layers", "bits", "cap_gb", "tokens", "static_planned", "static_measured",
-            "step_planned", "step_measured", "seconds_p50", "prompts_a_second",
+            *_spreads("seconds"), "layers", "bits", "cap_gb", "prompts", "n", "static_planned",
+            "static_measured", "step_planned", "step_measured", "prompts_a_second",
         ),
-        ("GPU",),
     ),
     Question(
         "evaluation", "evaluation", ("dataset", "prompts", "tokens"), "contender",
@@ -84,14 +84,6 @@ QUESTIONS = (
     Question(
         "loading", "loading", ("layers", "width", "vocabulary", "shards", "mmap_threshold"), "mode",
         ("layers", "width", "vocabulary", "shards", "peak_anonymous_bytes"), ("CPU",),
-    ),
-    Question(
-        "plan", "plans of memory", ("shape", "layers", "bits", "mixed", "tokens"), "flow",
-        (
-            "layers", "bits", "tokens", "static_planned", "static_measured", "step_planned",
-            "step_measured",
-        ),
-        ("CPU",),
     ),
 )  # fmt: skip
 

@@ -164,11 +164,16 @@ def last_row_loss(rows: list[Row]) -> str:
 
 
 def scaling(rows: list[Row]) -> str:
-    modes = distinct(rows, "mode")
-    lines = [[f"slope in {axis}", *cells] for axis, cells in _slopes(rows, modes)]
-    deepest = _most_memory(rows, modes)
-    if deepest:
-        lines.append(deepest)
+    modes = distinct(rows, "contender")
+    lines = []
+    for (axis,), points in group(rows, "axis").items():
+        cells = []
+        for mode in modes:
+            ours = [row for row in points if row["contender"] == mode]
+            found = (slope_of(ours, column) for column in ("seconds_p50", "peak_bytes"))
+            cells.append("; ".join(map(exponent, found)))
+        lines.append([f"slope in {axis}", *cells])
+    lines += _most_memory(rows, modes)
     intro = paragraph(
         f"**Scaling** ({origin(rows, 'threads')}): exponents of the power laws nearest to seconds "
         "and to most memory, 1 being proportional and 0 flat."
@@ -176,65 +181,50 @@ def scaling(rows: list[Row]) -> str:
     return f"{intro}\n\n{table(['seconds; memory', *modes], lines)}"
 
 
-def _slopes(rows: list[Row], modes: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
-    for (axis,), points in group(rows, "axis").items():
-        cells = []
-        for mode in modes:
-            ours = [row for row in points if row["mode"] == mode]
-            found = [slope_of(ours, axis, column) for column in ("seconds_p50", "peak_bytes")]
-            cells.append(
-                "; ".join(NOTHING if math.isnan(s) else f"{round(s, 2) + 0.0:.2f}" for s in found)
-            )
-        yield axis, cells
-
-
 def exponent(value: float) -> str:
     """Two places behind the point, without a minus before zero."""
     return NOTHING if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
 
 
-AXES = {"depth": "layers"}  # the column of an axis, where it has another name
+def slope_of(rows: list[Row], column: str) -> float:
+    """Exponent of a column's power law in the size; NaN of fewer than two sizes."""
+    return slope([row.number("size") for row in rows], [row.number(column) for row in rows])
 
 
-def slope_of(rows: Iterable[Row], axis: str, column: str) -> float:
-    """Exponent of a column's power law along an axis; NaN of fewer than two points."""
-    rows = [row for row in rows if not math.isnan(row.number(column))]
-    xs = [row.number(AXES.get(axis, axis)) for row in rows]
-    return slope(xs, [row.number(column) for row in rows])
-
-
-def _most_memory(rows: list[Row], modes: Sequence[str]) -> list[str]:
-    """Cells of most memory over a plain forward's, at the largest depth that has one."""
-    depths = [row for row in rows if row["axis"] == "depth" and row["mode"] == "inference"]
-    if not depths:
+def _most_memory(rows: list[Row], modes: Sequence[str]) -> list[list[str]]:
+    """A line of most memory over a plain forward's, in the deepest model that has one."""
+    floors = [row for row in rows if (row["axis"], row["contender"]) == ("depth", "inference")]
+    if not floors:
         return []
-    floor = max(depths, key=lambda row: row.number("layers"))
-    same = {name: floor[name] for name in ("axis", "layers", "width", "prompts", "length")}
-    found = [of(rows, mode=mode, **same) for mode in modes]
+    floor = max(floors, key=lambda row: row.number("size"))
+    case = {name: floor[name] for name in ("axis", "size", "model", "prompts", "n")}
+    found = [of(rows, contender=mode, **case) for mode in modes]
     ratios = [r.number("peak_bytes") / floor.number("peak_bytes") if r else math.nan for r in found]
-    return [f"memory over inference's, {floor['layers']} layers", *map(figure, ratios)]
+    return [[f"memory over inference's, {floor['size']} layers", *map(figure, ratios)]]
 
 
 def large_models(rows: list[Row]) -> str:
-    flows = distinct(rows, "flow")
+    ways = distinct(rows, "contender")
     lines = []
-    for (shape, bits), ways in group(rows, "shape", "bits").items():
-        for cap in distinct(ways, "cap_gb"):
-            cells = [_pace(of(ways, flow=flow, cap_gb=cap)) for flow in flows]
-            line = [f"{shape}, {bits} bits, {cap} GB", *cells]
+    for (shape, layers, bits), found in group(rows, "shape", "layers", "bits").items():
+        for cap in distinct(found, "cap_gb"):
+            cells = [_pace(of(found, contender=way, cap_gb=cap)) for way in ways]
+            name = f"{shape}, {layers} layers"
+            name += f", {bits} bits" if bits != "0" else ""
+            line = [name + (f", {cap} GB" if cap else ""), *cells]
             if set(cells) - {NOTHING, "does not fit"}:
                 break
         lines.append(line)
     ratios = [row.number("step_planned") / row.number("step_measured") for row in rows]
     ratios = [ratio for ratio in ratios if not math.isnan(ratio)]
     text = (
-        f"**Large models** of random weights ({origin(rows)}): prompts a second under the smallest "
-        "cap of memory that any of these fits in."
+        f"**Large models** of random weights ({origin(rows)}): prompts a second, on a GPU under "
+        "the smallest cap of memory that any of these fits in."
     )
     if ratios:
         ends = dict.fromkeys(map(figure, (min(ratios), max(ratios))))
         text += f" Memory of a step was planned at {' to '.join(ends)} of what it took."
-    return f"{paragraph(text)}\n\n{table(['', *flows], lines)}"
+    return f"{paragraph(text)}\n\n{table(['', *ways], lines)}"
 
 
 def _pace(row: Row | None) -> str:
