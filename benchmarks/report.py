@@ -21,8 +21,8 @@ from abft_fast.errors import UserError
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"
 COMMANDS = {"GPU": "make bench-gpu", "CPU": "make bench"}
-ONLY_IN_MEASUREMENTS = ("shared_prefix",)
-IN_README = ("train_step", "scaling")  # plots
+PLOTS_IN_README = ("train_step", "scaling")
+NOT_IN_README = {("large_models", "CPU"), ("shared_prefix", "CPU"), ("shared_prefix", "GPU")}
 
 Found = dict[tuple[str, str], list[Row]]
 
@@ -72,13 +72,11 @@ def performance(found: Found) -> str:
         )
     ]
     for name in SUMMARIES:
-        if name in ONLY_IN_MEASUREMENTS:
-            continue
         kind = next((kind for kind in KINDS if _summary(found, name, kind)), None)
-        if kind is None:
+        if kind is None or (name, kind) in NOT_IN_README:
             continue
         blocks.append(_summary(found, name, kind))
-        if name in IN_README:
+        if name in PLOTS_IN_README:
             blocks.append(_image(name, kind, "docs/plots"))
     blocks += missing(found)
     return "\n\n".join(blocks)

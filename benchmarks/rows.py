@@ -6,6 +6,7 @@ import csv
 import datetime
 import math
 import re
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +35,9 @@ class Question(NamedTuple):
         title: as the subject of "was not measured".
         case: columns that together say what was measured.
         contender: the column that says by which way.
-        numbers: columns that hold a number or nothing. A file without one of these columns, or of
-            those above, is of another version: not measured yet.
+        numbers: columns that hold a number or, unless they are of the case, nothing. A file
+            without one of these columns, or of those above, is of another version: not measured
+            yet.
         kinds: devices it is meant for.
     """
 
@@ -68,12 +70,12 @@ QUESTIONS = (
         "large_models", "large models", ("shape", "layers", "bits", "cap_gb", "prompts", "n"),
         "contender",
         (
-            *_spreads("seconds"), "layers", "bits", "cap_gb", "prompts", "n", "static_planned",
+            *_spreads("seconds"), "layers", "bits", "prompts", "n", "static_planned",
             "static_measured", "step_planned", "step_measured", "prompts_a_second",
         ),
     ),
     Question(
-        "evaluation", "evaluation", ("dataset", "prompts", "tokens"), "contender",
+        "evaluation", "evaluation", ("dataset", "prompts", "tokens", "clock"), "contender",
         (*TIMING, "prompts", "tokens"),
     ),
     Question(
@@ -82,8 +84,8 @@ QUESTIONS = (
     ),
     Question("end_to_end", "`abft-fast train` end to end", ("case",), "phase", ("seconds_p50",)),
     Question(
-        "loading", "loading", ("layers", "width", "vocabulary", "shards", "mmap_threshold"), "mode",
-        ("layers", "width", "vocabulary", "shards", "peak_anonymous_bytes"), ("CPU",),
+        "loading", "loading", ("layers", "width", "vocabulary", "shards", "mmap_threshold"),
+        "contender", ("layers", "width", "vocabulary", "shards", "peak_anonymous_bytes"), ("CPU",),
     ),
 )  # fmt: skip
 
@@ -139,7 +141,8 @@ def _rows_of(path: Path, question: Question) -> Iterable[Row]:
             row = Row(zip(columns, cells, strict=True))
             for column in columns:
                 numeric = column in question.numbers or column.endswith(_NUMERIC)
-                if numeric and not _is_number(row[column]):
+                empty_case = column in question.case and not row[column]
+                if numeric and (empty_case or not _is_number(row[column])):
                     _refuse(path, reader, f"{column} is {row[column]!r}, not a number")
             if not _is_date(row["date"]):
                 _refuse(path, reader, f"{row['date']!r} is no date")
@@ -191,6 +194,4 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
     points = [(math.log(x), math.log(y)) for x, y in zip(xs, ys, strict=True) if x > 0 and y > 0]
     if len({x for x, _ in points}) < 2:
         return math.nan
-    middle_x, middle_y = (math.fsum(values) / len(points) for values in zip(*points, strict=True))
-    across = math.fsum((x - middle_x) * (y - middle_y) for x, y in points)
-    return across / math.fsum((x - middle_x) ** 2 for x, _ in points)
+    return statistics.linear_regression(*zip(*points, strict=True)).slope

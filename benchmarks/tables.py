@@ -86,7 +86,7 @@ def of(rows: Iterable[Row], **cells: str) -> Row | None:
     return found[-1] if found else None
 
 
-# What README says of each question; an empty text where rows of some contender are missing.
+# What README says of each question; nothing where the rows it is about are missing.
 
 
 def train_step(rows: list[Row]) -> str:
@@ -235,36 +235,40 @@ def _pace(row: Row | None) -> str:
 
 def evaluation(rows: list[Row]) -> str:
     packed = [row for row in rows if row["contender"] == "packed"]
-    return _times_as_fast(
-        packed, "dataset", "**Evaluation**", "StaICC's prompts are answered", "by its own harness"
+    if not packed:
+        return ""
+    each = [
+        f"{spread(row.spread('speedup'))} on {row['dataset']}, {whole(row['prompts'])} prompts"
+        for row in packed
+    ]
+    return paragraph(
+        f"**Evaluation** ({origin(packed, 'threads')}), times as fast as StaICC's harness by "
+        f"{packed[0]['clock']} time: {'; '.join(each)}."
     )
 
 
 def shared_prefix(rows: list[Row]) -> str:
     shared = [row for row in rows if row["contender"] == "shared"]
-    return _times_as_fast(
-        shared, "dataset", "**Labelling a file**", "`predict` computes demonstrations once",
-        "with whole prompts",
-    )  # fmt: skip
-
-
-def _times_as_fast(rows: list[Row], case: str, title: str, what: str, than: str) -> str:
-    if not rows:
+    if not shared:
         return ""
-    each = [f"{row[case]} {spread(row.spread('speedup'))}" for row in rows]
+    each = [
+        f"{spread(row.spread('speedup'))} on {row['dataset']}, {row['k']} demonstrations, "
+        f"{whole(row['queries'])} queries"
+        for row in shared
+    ]
     return paragraph(
-        f"{title} ({origin(rows, 'threads')}): {what}, so many times as fast as {than}: "
-        f"{', '.join(each)}."
+        f"**Demonstrations computed once** ({origin(shared, 'threads')}), times as fast as whole "
+        f"prompts: {'; '.join(each)}."
     )
 
 
 def end_to_end(rows: list[Row]) -> str:
-    cases = [
-        f"{case}: " + ", ".join(f"{r['phase']} {seconds(r.number('seconds_p50'))}" for r in phases)
-        for (case,), phases in group(rows, "case").items()
-    ]
+    cases = []
+    for (case,), phases in group(rows, "case").items():
+        each = [f"{row['phase']} {seconds(row.number('seconds_p50'))}" for row in phases]
+        cases.append(f"{case}: {'; '.join(each)}.")
     return paragraph(
-        f"**`abft-fast train`** as a user runs it ({origin(rows, 'threads')}); {'; '.join(cases)}."
+        f"**`abft-fast train`** as a user runs it ({origin(rows, 'threads')}). {' '.join(cases)}"
     )
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import plots
 import pytest
@@ -146,6 +147,7 @@ def test_rows_of_other_columns_are_not_measured_yet(tmp_path):
     [
         ({"speedup_p50": "fast"}, "speedup_p50 is 'fast', not a number"),
         ({"peak_bytes": "inf"}, "peak_bytes is 'inf', not a number"),
+        ({"tokens": ""}, "tokens is '', not a number"),
         ({"date": "yesterday"}, "'yesterday' is no date"),
     ],
 )
@@ -216,6 +218,7 @@ def test_plots_are_text_and_the_same_bytes_in_another_process(drawn):
     images = {name: content for name, content in contents.items() if name.endswith(".svg")}
     assert len(images) == len(plots.PLOTS)
     for image in images.values():
+        assert ElementTree.fromstring(image).tag.endswith("svg")
         assert b"<text" in image and b"<dc:date>" not in image and len(image) < 60_000
     assert images["docs/plots/scaling-cpu.svg"].count(b">1.00</text>") == 2  # slopes
     code = (
