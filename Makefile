@@ -1,4 +1,4 @@
-.PHONY: install train test lint bench bench-gpu builtin-model options kernels-report clean
+.PHONY: install train test lint bench bench-gpu report builtin-model options kernels-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -47,6 +47,10 @@ builtin-model: install
 # The table of docs/options.md, from the definitions in abft_fast/config.py.
 options: install
 	$(BIN)/python -m abft_fast.options_table docs/options.md
+
+# README's performance section, docs/measurements.md and docs/plots/, from benchmarks/results/.
+report: install
+	$(BIN)/python benchmarks/report.py
 
 # Every variant of the kernels for every GPU target; no GPU needed, an hour on two cores.
 kernels-report: install

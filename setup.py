@@ -41,11 +41,11 @@ setup(
         "picl": ["bm25s>=0.2"],
         "mauve": ["mauve-text>=0.4"],
         "data": ["datasets>=3.0", "pyarrow>=17.0"],
+        "bench": ["matplotlib>=3.9", "pytest-benchmark>=5.0", "trl>=1.0"],
         "dev": [
-            "abft-fast[picl,mauve,data]",
+            "abft-fast[picl,mauve,data,bench]",
             "hypothesis>=6.100",
             "pytest>=8.3",
-            "pytest-benchmark>=5.0",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
         ],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from record import GPU
+from record import DEVICE
 
 T = TypeVar("T")
 
@@ -44,17 +44,17 @@ def peak_of(run: Callable[[], object]) -> int:
     return high_water_mark() - before
 
 
-def reset_high_water_mark() -> None:
+def reset_high_water_mark(device: str = DEVICE) -> None:
     """Begin to count the most memory held from here on."""
-    if GPU:
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def high_water_mark() -> int:
+def high_water_mark(device: str = DEVICE) -> int:
     """Most bytes held since: allocated on a GPU, resident in the process on a CPU (Linux)."""
-    if GPU:
+    if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024

@@ -11,15 +11,12 @@ about it are checked: linear in tokens in every mode, and flat in depth in `loca
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Mapping
-
 import pytest
 import torch
 from paired import compare
 from peak_memory import in_fresh_process, peak_of
 from record import GPU, append
+from rows import slope
 from step_contenders import ours
 from steps import Case, Contender, Step, relative_difference
 
@@ -84,12 +81,6 @@ def peaks(case: Case) -> dict[str, int]:
     return {name: peak_of(lambda mode=mode: step.run(mode)) for name, mode in MODES.items()}
 
 
-def slope(values: Mapping[int, float]) -> float:
-    """Of the logarithm of values over that of sizes."""
-    sizes, found = (list(map(math.log, column)) for column in zip(*values.items(), strict=True))
-    return statistics.linear_regression(sizes, found).slope
-
-
 @pytest.mark.parametrize("axis", SIZES)
 def bench_scaling(axis, benchmark, rounds):
     cases = {size: case_of(axis, size) for size in SIZES[axis]}
@@ -115,8 +106,9 @@ def bench_scaling(axis, benchmark, rounds):
         }  # fmt: skip
         append("scaling", row)
     for name in MODES:
-        seconds = slope({size: found[size, name].seconds.p50 for size in cases})
-        held = slope({size: memory[size][name] for size in cases})
+        sizes = list(cases)
+        seconds = slope(sizes, [found[size, name].seconds.p50 for size in sizes])
+        held = slope(sizes, [memory[size][name] for size in sizes])
         print(f"{axis}: {name:20} time ~ {axis}^{seconds:.2f}, memory ~ {axis}^{held:.2f}")
         if axis != "depth":
             assert 0.8 <= held <= 1.1, f"{name}: memory ~ {axis}^{held:.2f}, not linear"

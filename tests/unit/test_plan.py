@@ -80,7 +80,7 @@ from abft_fast.plan import FLOWS, Arithmetic, step_memory
 from abft_fast.synthetic import random_model
 from abft_fast.training import backward
 sys.path.insert(0, "benchmarks")
-from record import high_water_mark, reset_high_water_mark
+from peak_memory import high_water_mark, reset_high_water_mark
 
 torch.set_num_threads(1)
 bits = int(sys.argv[1]) or None

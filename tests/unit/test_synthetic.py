@@ -79,7 +79,7 @@ from transformers import LlamaConfig
 from abft_fast.simulation import bytes_of
 from abft_fast.synthetic import random_model
 sys.path.insert(0, "benchmarks")
-from record import high_water_mark, reset_high_water_mark
+from peak_memory import high_water_mark, reset_high_water_mark
 
 torch.set_num_threads(1)
 def make(layers):
