@@ -81,13 +81,13 @@ def measure(parent, folder: Path, mode: str, shard: str) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     dtype, bits, _ = MODES[mode]
     load(str(builtin_model_path()), torch.device("cpu"), BF16, 4)  # imports, workspaces
-    reset_high_water_mark()
-    before = high_water_mark()
+    reset_high_water_mark("cpu")
+    before = high_water_mark("cpu")
     parent.send("begin")
     began = time.perf_counter()
     model = load(str(folder), torch.device("cpu"), dtype, bits)
     seconds = time.perf_counter() - began
-    resident = high_water_mark() - before
+    resident = high_water_mark("cpu") - before
     changed = (p for p in model.parameters() if mode.startswith("to") and p.dtype != BF16)
     parent.send(
         {
