@@ -83,10 +83,11 @@ def compare(
     floor: str | Mapping[str, str],
     baseline: str | None = None,
     rounds: int,
+    warmup_rounds: int = 1,
     setups: Mapping[str, Callable[[], object]] | None = None,
     clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, Timing]:
-    """Time contenders in turns, after one untimed round.
+    """Time contenders in turns.
 
     Args:
         benchmark: pytest-benchmark's fixture; its JSON keeps every round of every contender.
@@ -94,6 +95,7 @@ def compare(
         floor: a contender's name, or for each contender that of its own.
         baseline: contender whose time over each other's is a speed-up.
         rounds: how often each runs.
+        warmup_rounds: how often each runs before, untimed; 0 where a check has run them all.
         setups: what to do before a contender, untimed.
         clock: seconds that a function takes; by default `wall_seconds`.
     """
@@ -108,8 +110,8 @@ def compare(
                 setups[name]()
             seconds[name].append((clock or wall_seconds)(contenders[name]))
 
-    benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1, iterations=1)
-    seconds = {name: values[1:] for name, values in seconds.items()}
+    benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=warmup_rounds, iterations=1)
+    seconds = {name: values[warmup_rounds:] for name, values in seconds.items()}
     benchmark.extra_info["seconds"] = seconds
     found = {}
     for name, values in seconds.items():

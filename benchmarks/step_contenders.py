@@ -134,7 +134,7 @@ def label_batch(prompts: list[TargetedPrompt]) -> dict[str, Tensor]:
 
 
 class TRL:
-    """TRL's SFTTrainer with packing: its dataset, collator and loss."""
+    """TRL's SFTTrainer with packing into its default length: its dataset, collator and loss."""
 
     def __init__(self):
         self.trainers: dict[int, tuple] = {}
@@ -142,8 +142,10 @@ class TRL:
     def __call__(self, step: Step) -> None:
         if id(step) not in self.trainers:
             self.trainers[id(step)] = self._trainer(step)
-        trainer, batch = self.trainers[id(step)]
-        trainer.compute_loss(step.model, dict(batch)).backward()
+        trainer, batches = self.trainers[id(step)]
+        for batch in batches:
+            share = (batch["labels"] != IGNORED).sum() / len(step.prompts)
+            (trainer.compute_loss(step.model, dict(batch)) * share).backward()
 
     def _trainer(self, step: Step) -> tuple:
         from datasets import Dataset
@@ -157,14 +159,14 @@ class TRL:
             model=step.model,
             args=SFTConfig(
                 output_dir=tempfile.mkdtemp(), packing=True, completion_only_loss=True,
-                max_length=sum(len(row["input_ids"]) for row in rows),
+                max_length=max(1024, *(len(row["input_ids"]) for row in rows)),
                 per_device_train_batch_size=1, gradient_checkpointing=False, report_to=[],
                 use_cpu=not GPU, bf16=False, disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(builtin_model_path()),
         )  # fmt: skip
-        return trainer, next(iter(trainer.get_train_dataloader()))
+        return trainer, list(trainer.get_train_dataloader())
 
 
 # What cannot be left out.
