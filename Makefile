@@ -30,7 +30,7 @@ lint: install
 BENCH := $(BIN)/pytest -m 'not long' --benchmark-json=benchmarks/results/last_run.json
 bench: install
 	$(BENCH) $(addprefix benchmarks/,train_step.py last_row_loss.py fused_attention.py scaling.py \
-		large_models.py evaluation.py shared_prefix.py end_to_end.py)
+		large_models.py evaluation.py end_to_end.py)
 
 # The most telling first.
 bench-gpu: install

@@ -29,7 +29,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from paired import Spread, Timing, compare
+from paired import UNKNOWN, Spread, Timing, compare
 from record import GPU, append, quick_first
 
 from abft_fast import data
@@ -210,20 +210,19 @@ def bench_end_to_end(case, benchmark, rounds, tmp_path):
 
     contenders = {LIBRARIES: libraries, "whole": one_run}
     found = compare(
-        benchmark, contenders, floor=LIBRARIES, rounds=rounds(1), clock=lambda seconds: seconds()
-    )
-    del runs[0]  # the untimed one
+        benchmark, contenders, floor=LIBRARIES, rounds=rounds(1), warmup_rounds=0,
+        clock=lambda seconds: seconds(),
+    )  # fmt: skip
     phases = [run.phases() for run in runs]
     spans = {name: [of_run[name] for of_run in phases] for name in phases[0]}
     spans["until the first step"] = [(0.0, of_run["first step"][1]) for of_run in phases]
     spans["whole"] = [(0.0, run.end) for run in runs]
     steps = [statistics.median(row["seconds"] for row in run.steps()[1:]) for run in runs]
     before, after = runs[-1].accuracies()
-    none = Spread(*[math.nan] * 3)
     for name in [*spans, "a step", LIBRARIES]:
         span = spans.get(name, [])
         timing = found.get(name) or Timing(
-            Spread.of([end - begin for begin, end in span] or steps), "", none, None
+            Spread.of([end - begin for begin, end in span] or steps), "", UNKNOWN, UNKNOWN
         )
         imports = [run.imports(*ends) for run, ends in zip(runs, span, strict=bool(span))]
         row = {

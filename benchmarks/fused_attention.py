@@ -18,6 +18,7 @@ from abft_kernels import choose_attention
 from layer import Layer, Shape
 from paired import compare
 from record import GPU, append, quick_first
+from torch import Tensor
 
 EAGER_LIMIT = 8192 if GPU else 4096  # tokens a prompt up to which a matrix is written out
 HEADS = (32, 8, 128) if GPU else (4, 1, 64)
@@ -26,47 +27,59 @@ SHAPES = [Shape(n, 32_768 if GPU else 4096, HEADS) for n in LENGTHS]
 QUICK = SHAPES if GPU else SHAPES[:3]
 
 
-def contenders_of(layer: Layer, part: str) -> dict:
-    """Functions by name, of a part: `forward` or `forward and backward`."""
-    gradient = part != "forward"
+def contenders_of(layer: Layer, gradient: bool) -> dict:
+    """Functions by name to output, losses and filter, those that can be followed by a backward."""
     ways = {"attention": layer.attention, "fused": layer.fused}
     if layer.length <= EAGER_LIMIT:
         ways["eager"] = layer.eager
     if GPU or not gradient:
         ways["flex"] = layer.flex
-    if not gradient:
-        return ways
-    return {name: partial(_there_and_back, way) for name, way in ways.items()}
+    return {name: partial(way, gradient) for name, way in ways.items()}
 
 
-def _there_and_back(way) -> None:
-    out, *loss_and_filter = way(gradient=True)
-    total = out.float().sum()
-    if loss_and_filter:
-        total = total + loss_and_filter[0].sum()
-    total.backward()
+def there_and_back(way) -> None:
+    """A forward and a backward."""
+    _total(*way()).backward()
 
 
-def check(layer: Layer, ways: dict) -> None:
-    """Nothing is timed unless it is right."""
+def _total(out: Tensor, loss: Tensor | None = None, *_) -> Tensor:
+    return out.float().sum() + (0.0 if loss is None else loss.sum())
+
+
+def _gradients(layer: Layer, way) -> tuple[Tensor, ...]:
+    """Of query, key and value."""
+    total = _total(*way())
+    return torch.autograd.grad(total, layer.inputs)
+
+
+def check(layer: Layer) -> None:
+    """Nothing is timed unless it is right, gradients too."""
+    tolerance = 5e-2 if GPU else 1e-4
+    ways = contenders_of(layer, gradient=False)
     expected, loss, filtered = ways["fused"]()
     torch.testing.assert_close(ways["attention"]()[0], expected)
     assert 0 < filtered.float().mean() <= 0.5, "no head, or nearly each, has a loss"
-    tolerance = 5e-2 if GPU else 1e-4
     for name in ways.keys() - {"attention", "fused"}:
         out, its_loss, its_filter = ways[name]()
         torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
         same = its_filter == filtered
         assert same.float().mean() >= 0.99, f"{name}: the filter picks other heads"
         torch.testing.assert_close(its_loss[same], loss[same], rtol=tolerance, atol=tolerance)
+    gradients = {name: _gradients(layer, way) for name, way in contenders_of(layer, True).items()}
+    for name in gradients.keys() - {"attention", "fused"}:
+        for found, wanted in zip(gradients[name], gradients["fused"], strict=True):
+            error = (found - wanted).norm() / wanted.norm()
+            assert error <= tolerance, f"{name}: a gradient differs by {error:.1e}"
 
 
 @pytest.mark.parametrize("part", ["forward and backward", "forward"])
 @pytest.mark.parametrize("shape", quick_first(SHAPES, QUICK))
 def bench_fused_attention(shape, part, benchmark, rounds):
     layer = Layer(shape)
-    check(layer, contenders_of(layer, "forward"))
-    contenders = contenders_of(layer, part)
+    check(layer)
+    contenders = contenders_of(layer, gradient=part != "forward")
+    if part != "forward":
+        contenders = {name: partial(there_and_back, way) for name, way in contenders.items()}
     found = compare(
         benchmark,
         contenders,

@@ -12,12 +12,16 @@ gradients must agree. What does not fit is a row too.
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import pytest
 import torch
 from paired import NOT_TIMED, Timing, compare
-from peak_memory import high_water_mark, in_fresh_process, peak_of
+from peak_memory import in_fresh_process, memory_held
 from record import DEVICE, GPU, append, quick_first
 from step_contenders import one_by_one, ours, packed_end_to_end
 from steps import Case, Contender, Step, relative_difference
@@ -63,6 +67,7 @@ CASES = (
     ]
     if GPU
     else [
+        Capped("qwen2.5-0.5b", 4, 150, layers=4, bits=4),
         Capped("qwen2.5-0.5b", 8, 150, layers=6, bits=4),
         Capped("qwen2.5-0.5b", 8, 150, bits=4),
         Capped("qwen2.5-0.5b", 8, 150, layers=6),
@@ -71,6 +76,7 @@ CASES = (
     ]
 )
 QUICK = CASES[:3] if GPU else CASES[:1]
+T = TypeVar("T")
 TOLERANCE = 5e-2 if GPU else 1e-4
 ARITHMETIC = Arithmetic(DEVICE, mixed=GPU)
 
@@ -119,30 +125,40 @@ def contender_of(method: str, flow: Flow, tokens: int) -> Contender:
     return Contender(NAME, packed_end_to_end, flow.checkpointing, tokens)
 
 
-EAGER = Contender("eager", one_by_one)
+EAGER = "eager, one by one"
+eager = Contender("eager", one_by_one)
 
 
-def fits(step: Step, way: Contender) -> bool:
-    """Whether it runs in the memory a GPU has; a CPU's system ends a process, so it must."""
-    if GPU:
-        try:
-            step.run(way)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return False
-    return True
+def loaded(case: Capped) -> tuple[Step | None, int]:
+    """The model and its bytes; None where not even it fits in a GPU."""
+    before = memory_held()
+    step = fitting(lambda: Step(case))
+    return step, memory_held() - before
+
+
+def fitting(run: Callable[[], T]) -> T | None:
+    """What a call returns; None where a GPU's memory was too little."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        pass  # its traceback keeps the failed attempt's tensors, so what follows has to be outside
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
+def runs(step: Step, way: Contender) -> bool:
+    """Whether a way's step fits."""
+    step.set_up(way)
+    found = fitting(lambda: step.run(way) or True)
+    step.model.zero_grad()
+    return bool(found)
 
 
 def memory(case: Capped, ways: dict[str, Contender]) -> tuple[int, dict[str, int]]:
     """Bytes of the model, and of each way's step; for a fresh process."""
-    empty = high_water_mark()
-    step = Step(case)
-    static = high_water_mark() - empty
-    prompts, step.prompts = step.prompts, step.prompts[:1]
-    for way in ways.values():
-        step.run(way)  # gradients, and what libraries take once
-    step.prompts = prompts
-    return static, {name: peak_of(lambda way=way: step.run(way)) for name, way in ways.items()}
+    step, static = loaded(case)
+    return static, step.peaks(ways)
 
 
 @pytest.mark.parametrize("case", quick_first(CASES, QUICK))
@@ -150,29 +166,28 @@ def bench_large_models(case, benchmark, rounds):
     # E2E needs the LM head that ABFT alone would not keep, and both run on one model.
     static = static_memory(case.config, configuration(case, "E2E"), ARITHMETIC)
     planned = plans(case, static.total)
-    ways = {name: plan.contender for name, plan in planned.items() if plan}
-    ways["eager, one by one"] = EAGER
-    if GPU:
+    ways = {name: plan.contender for name, plan in planned.items() if plan} | {EAGER: eager}
+    if GPU and case.cap_gb:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gb * 1e9 / total))
-    empty = high_water_mark()
-    step = Step(case)
-    static_measured = high_water_mark() - empty
-    running = {name: way for name, way in ways.items() if fits(step, way)}
-    check(step, running)
-    if GPU:
-        peaks = {name: peak_of(lambda way=way: step.run(way)) for name, way in running.items()}
-    else:
-        static_measured, peaks = in_fresh_process(memory, case, running)
-    timings = compare(
-        benchmark,
-        {name: lambda way=way: way.run(step) for name, way in running.items()},
-        floor="ABFT, local",
-        baseline="eager, one by one" if "eager, one by one" in running else None,
-        rounds=rounds(2),
-        setups={name: lambda way=way: step.set_up(way) for name, way in running.items()},
-    )
-    for name in [*planned, "eager, one by one"]:
+    step, static_measured = loaded(case)
+    running = {name: way for name, way in ways.items() if step and (not GPU or runs(step, way))}
+    peaks, timings = {}, {}
+    if running:
+        check(step, running)
+        if GPU:
+            peaks = step.peaks(running)
+        else:
+            static_measured, peaks = in_fresh_process(memory, case, running)
+        timings = compare(
+            benchmark,
+            {name: partial(step.run, way) for name, way in running.items()},
+            floor="ABFT, local" if "ABFT, local" in running else next(iter(running)),
+            baseline=EAGER if EAGER in running else None,
+            rounds=rounds(2),
+            setups={name: partial(step.set_up, way) for name, way in running.items()},
+        )
+    for name in [*planned, EAGER]:
         plan, timing = planned.get(name), timings.get(name)
         row = {
             "shape": case.model,
@@ -184,8 +199,8 @@ def bench_large_models(case, benchmark, rounds):
             "contender": name,
             "fits": timing is not None,
             "tokens_at_once": ways[name].tokens if name in ways else 0,
-            "static_planned": static.total - static.optimizer,
-            "static_measured": static_measured,
+            "static_planned": static.total - static.optimizer - static.gradients,
+            "static_measured": static_measured if step else "",
             "step_planned": plan.step if plan else "",
             "step_measured": peaks.get(name, ""),
             **(timing or NOT_TIMED).columns(),
@@ -197,15 +212,11 @@ def bench_large_models(case, benchmark, rounds):
 
 def check(step: Step, running: dict[str, Contender]) -> None:
     """Nothing is timed unless gradients are right."""
-    same = [
-        name
-        for name in ("ABFT, full", "ABFT, full, checkpointing", "eager, one by one")
-        if name in running
-    ]
-    first, *others = (step.gradient(running[name]) for name in same)
-    assert first.norm() > 0, f"{same[0]}: no gradient"
-    for name, other in zip(same[1:], others, strict=True):
-        error = relative_difference(other, first)
+    same = [name for name in ("ABFT, full", "ABFT, full, checkpointing", EAGER) if name in running]
+    found = {name: step.gradient(running[name]) for name in same}
+    for name, gradient in found.items():
+        assert gradient.norm() > 0, f"{name}: no gradient"
+        error = relative_difference(gradient, found[same[0]])
         assert error <= TOLERANCE, f"{name}: gradient differs from {same[0]} by {error:.1e}"
 
 

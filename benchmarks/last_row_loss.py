@@ -11,49 +11,66 @@ torch.compile. Most memory is that of forward and backward beyond the inputs.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from abft_kernels import choose_backend
+from abft_kernels.reference import LastRowLoss
 from layer import DTYPE, Layer, Shape
 from paired import compare
 from peak_memory import in_fresh_process, peak_of
 from record import GPU, append, quick_first
 
 TOKENS = 262_144 if GPU else 16_384
-LENGTHS = [16_384, 512, 131_072, 128, 4096, 65_536] if GPU else [512, 4096, 131_072, 128]
+LENGTHS = [16_384, 512, 131_072, 128, 4096, 65_536] if GPU else [512, 4096, 128, 131_072]
 SHAPES = [Shape(n, TOKENS) for n in LENGTHS]
 SHAPES += [Shape(4096, TOKENS, heads) for heads in ((32, 32, 128), (64, 8, 128))]
 SHAPES += [Shape(4096, TOKENS, heads) for heads in ((32, 8, 64), (16, 8, 256))]
-QUICK = SHAPES if GPU else SHAPES[:3]
+QUICK = SHAPES if GPU else SHAPES[:2]
 _compiled = torch.compile(Layer.plain_loss, dynamic=False)
 
 
 def check(layer: Layer) -> None:
-    """Nothing is timed unless it is right."""
-    truth, found = layer.specification(), layer.loss()
+    """Nothing is timed unless it is right, gradients too."""
+    query, key = (t.detach().requires_grad_() for t in (layer.last_query, layer.key))
+    truth, found = layer.specification(), layer.loss(query, key)
     ends = sorted({0, layer.rows - 1})
-    for name in ("label_mass", "correct_mass", "loss"):
-        mine = getattr(found, name)[ends].double()
-        same = found.is_induction[ends] == truth.is_induction
-        worst = torch.where(same, mine - getattr(truth, name), 0.0).abs().max().item()
-        assert worst <= 1e-3 * len(layer.label_positions), f"{name} is off by {worst:.1e}"
+    same = found.is_induction[ends] == truth.is_induction
     assert same.float().mean() >= 0.99, "the filter picks other heads"
     assert 0 < truth.is_induction.float().mean() <= 0.5, "no head, or nearly each, has a loss"
-    plain, _ = layer.plain_loss(layer.last_query, layer.key)
-    torch.testing.assert_close(
-        plain[ends][same], found.loss[ends][same], rtol=1e-2, atol=5e-2 if GPU else 1e-4
-    )
+    for name in ("label_mass", "correct_mass", "loss"):
+        error = (getattr(found, name)[ends].double() - getattr(truth, name))[same].abs().max()
+        assert error <= 1e-3 * len(layer.label_positions), f"{name} is off by {error:.1e}"
+    tolerance = 5e-2 if GPU else 1e-4
+    ours = torch.autograd.grad(found.loss.sum(), (query, key))
+    others = {"plain": layer.plain_loss, "compiled": partial(_compiled, layer)}
+    if GPU:
+        others["torch"] = lambda *leaves: layer.loss(*leaves, "torch")
+    for name, way in others.items():
+        loss, is_induction, *_ = _loss_and_filter(way(query, key))
+        kept = is_induction == found.is_induction
+        assert kept.float().mean() >= 0.99, f"{name}: the filter picks other heads"
+        torch.testing.assert_close(loss[kept], found.loss[kept], rtol=tolerance, atol=tolerance)
+        theirs = torch.autograd.grad(loss[kept].sum(), (query, key))
+        for gradient, expected in zip(theirs, ours, strict=True):
+            if kept.all():
+                error = (gradient - expected).norm() / expected.norm()
+                assert error <= tolerance, f"{name}: a gradient differs by {error:.1e}"
+
+
+def _loss_and_filter(found) -> tuple:
+    """Of ours, or of a pair as it is."""
+    return (found.loss, found.is_induction) if isinstance(found, LastRowLoss) else found
 
 
 def peak(shape: Shape, contender: str) -> int:
     """Bytes of a forward and backward."""
 
     def run(layer: Layer) -> None:
-        if contender == "plain":
-            query, key = (t.detach().requires_grad_() for t in (layer.last_query, layer.key))
-            layer.plain_loss(query, key)[0].sum().backward()
-        else:
-            layer.loss(gradient=True).loss.sum().backward()
+        leaves = [t.detach().requires_grad_() for t in (layer.last_query, layer.key)]
+        way = layer.plain_loss if contender == "plain" else layer.loss
+        torch.autograd.grad(_loss_and_filter(way(*leaves))[0].sum(), leaves)
 
     run(Layer(Shape(64, 64, shape.heads)))  # what libraries take once
     layer = Layer(shape)
@@ -64,25 +81,28 @@ def peak(shape: Shape, contender: str) -> int:
 def bench_last_row_loss(shape, benchmark, rounds):
     layer = Layer(shape)
     check(layer)
-    result = layer.loss(gradient=True).loss.sum()
     query, key = layer.last_query, layer.key
-    plain_query, plain_key = (t.detach().requires_grad_() for t in (query, key))
-    plain_result = layer.plain_loss(plain_query, plain_key)[0].sum()
+    copied = torch.empty_like(key)
+    leaves = [t.detach().requires_grad_() for t in (query, key)]
+    losses = {"ours": layer.loss(*leaves).loss.sum(), "plain": layer.plain_loss(*leaves)[0].sum()}
+
+    def backward(name: str) -> None:
+        torch.autograd.grad(losses[name], leaves, retain_graph=True)
+
     backend = choose_backend(query)
     contenders = {
-        "copy": key.clone,
-        f"forward, {backend}": layer.loss,
-        f"forward for gradient, {backend}": lambda: layer.loss(gradient=True),
-        f"backward, {backend}": lambda: result.backward(retain_graph=True),
+        "copy": lambda: copied.copy_(key),
+        f"forward, {backend}": lambda: layer.loss(query, key),
+        f"forward for gradient, {backend}": lambda: layer.loss(*leaves),
+        f"backward, {backend}": lambda: backward("ours"),
         "forward, plain": lambda: layer.plain_loss(query, key),
         "forward, compiled": lambda: _compiled(layer, query, key),
-        "backward, plain": lambda: plain_result.backward(retain_graph=True),
+        "backward, plain": lambda: backward("plain"),
     }
     if backend == "triton":
-        contenders["forward, torch"] = lambda: layer.loss("torch")
+        contenders["forward, torch"] = lambda: layer.loss(query, key, "torch")
     found = compare(
-        benchmark, contenders, floor="copy", baseline="forward, plain",
-        rounds=rounds(20 if GPU else 5),
+        benchmark, contenders, floor="copy", rounds=rounds(20 if GPU else 5),
     )  # fmt: skip
     peaks = {name: measured_peak(shape, name) for name in (backend, "plain")}
     key_bytes = key.numel() * DTYPE.itemsize

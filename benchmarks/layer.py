@@ -55,7 +55,7 @@ class Shape:
 class Layer:
     """Random queries, keys and values; one key head in eight, at least one, is an induction head's.
 
-    Every method takes `gradient`: whether a backward is to follow.
+    Those with an output take `gradient`: whether a backward is to follow.
     """
 
     def __init__(self, shape: Shape):
@@ -87,12 +87,14 @@ class Layer:
         return self.positions, self.offsets, self.correct
 
     def leaves(self, gradient: bool) -> list[Tensor]:
-        """Query, key and value as inputs of their own."""
-        return [t.detach().requires_grad_(gradient) for t in (self.query, self.key, self.value)]
+        """Query, key and value as inputs of their own; the last ones stay as `inputs`."""
+        self.inputs = [
+            t.detach().requires_grad_(gradient) for t in (self.query, self.key, self.value)
+        ]
+        return self.inputs
 
-    def loss(self, backend: str = "auto", gradient: bool = False) -> LastRowLoss:
-        """Ours, alone."""
-        query, key = (t.detach().requires_grad_(gradient) for t in (self.last_query, self.key))
+    def loss(self, query: Tensor, key: Tensor, backend: str = "auto") -> LastRowLoss:
+        """Ours, alone, of (prompts, Hq, D) last queries and all keys."""
         rows = self.bounds[:-1], self.bounds[1:]
         return last_row_loss(query, key, *rows, *self.labels(), **FACTORS, backend=backend)
 
@@ -185,7 +187,9 @@ class Layer:
                 return (prompt[query] == prompt[key]) & (query >= key)
 
             size = len(self.query)
-            self._block_mask = create_block_mask(same_prompt, None, None, size, size, device=DEVICE)
+            self._block_mask = create_block_mask(
+                same_prompt, None, None, size, size, device=DEVICE, _compile=GPU
+            )
         return self._block_mask
 
     def _prompts(self, tensors: list[Tensor]) -> zip:

@@ -15,7 +15,6 @@ unrelated ones it is 1.4).
 from __future__ import annotations
 
 import logging
-import math
 import multiprocessing
 import platform
 import re
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from paired import Spread, Timing
+from paired import UNKNOWN, Spread, Timing
 from peak_memory import high_water_mark, in_fresh_process, reset_high_water_mark
 from record import append, quick_first
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -139,7 +138,6 @@ def bench_loading(case, benchmark, tmp_path, monkeypatch):
 
 def load_all(case: Case, scratch: Path) -> None:
     """A row a mode, if the model computes what the stored one does."""
-    none = Spread(*[math.nan] * 3)
     for mode, (_, _, tolerance) in MODES.items():
         folder = scratch / ("nf4" if mode == "stored in NF4" else "bf16")
         shards = [path.stat().st_size for path in folder.glob("*.safetensors")]
@@ -159,7 +157,7 @@ def load_all(case: Case, scratch: Path) -> None:
             "checkpoint_bytes": sum(shards),
             "mmap_threshold": case.mmap_threshold,
             "contender": mode,
-            **Timing(Spread.of([found.pop("seconds")]), "", none, None).columns(),
+            **Timing(Spread.of([found.pop("seconds")]), "", UNKNOWN, UNKNOWN).columns(),
             **found,
             "anonymous_to_goal": round(found["peak_anonymous_bytes"] / goal, 3),
             "error": f"{error:.1e}",

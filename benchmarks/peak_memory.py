@@ -10,8 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
-from record import DEVICE
+from record import DEVICE, GPU
 
 T = TypeVar("T")
 
@@ -42,6 +43,11 @@ def peak_of(run: Callable[[], object]) -> int:
     before = high_water_mark()
     run()
     return high_water_mark() - before
+
+
+def memory_held() -> int:
+    """Bytes there are now: allocated on a GPU, resident in the process on a CPU."""
+    return torch.cuda.memory_allocated() if GPU else psutil.Process().memory_info().rss
 
 
 def reset_high_water_mark(device: str = DEVICE) -> None:

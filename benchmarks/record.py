@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import platform
 import subprocess
 from collections.abc import Collection, Sequence
@@ -27,15 +28,23 @@ def quick_first(cases: Sequence, quick: Collection) -> list:
     return [pytest.param(case, id=str(case), marks=marks[case in quick]) for case in ordered]
 
 
+@functools.cache
+def commit() -> str:
+    """The code's, `-dirty` where files other than results differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+
+
 def where() -> dict[str, object]:
     """Columns every row begins with."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=RESULTS.parent, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if GPU else platform.machine(),
         "threads": torch.get_num_threads(),
         **{name: versions()[name] for name in ("torch", "triton", "transformers")},

@@ -4,8 +4,8 @@
 
 Random Llamas; all sizes of an axis, in every mode, take turns in one process. `inference` is the
 packed pass without gradient or loss, the floor of each size. Before anything is timed, the modes
-that follow the whole gradient must agree, and those of blocks must in the first block's last layer,
-whose gradient is theirs alone. Slopes are of log-log fits. Memory is counted, not timed, so claims
+that follow the whole gradient must agree, and those of blocks must in the model's last layer, which
+only its own loss reaches. Slopes are of log-log fits. Memory is counted, not timed, so claims
 about it are checked: linear in tokens in every mode, and flat in depth in `local` and in N.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import pytest
 import torch
 from paired import compare
-from peak_memory import in_fresh_process, peak_of
+from peak_memory import in_fresh_process
 from record import GPU, append
 from rows import slope
 from step_contenders import ours
@@ -25,24 +25,25 @@ from abft_fast.attention import NAME, PackedForward
 from abft_fast.backbone import backbone
 from abft_fast.objective import run_packed
 
-WIDTH, BASE_PROMPTS, LENGTH = (2048, 64, 128) if GPU else (256, 8, 128)
+WIDTH = 2048 if GPU else 256
+PROMPTS, LENGTH, DEPTH = (64, 128, 8) if GPU else (8, 128, 8)  # where they are no axis
 SIZES = {
-    "prompts": [8 * BASE_PROMPTS, 4 * BASE_PROMPTS, 2 * BASE_PROMPTS, BASE_PROMPTS],
+    "prompts": [512, 256, 128, 64] if GPU else [32, 16, 8],
     "depth": [32, 16, 8, 4] if GPU else [16, 8, 4],
-    "length": [16_384, 4096, 1024, 256] if GPU else [2048, 1024, 512, 256],
+    "length": [16_384, 4096, 1024, 256] if GPU else [1024, 512, 256],
 }
 TOLERANCE = 5e-2 if GPU else 1e-4
 
 
 def case_of(axis: str, size: int) -> Case:
-    """An axis's case of one size; what is no axis stays."""
-    depth = size if axis == "depth" else 8
-    prompts = {"prompts": size, "length": 4}.get(axis, BASE_PROMPTS)
+    """An axis's case of one size."""
+    depth = size if axis == "depth" else DEPTH
+    prompts = {"prompts": size, "length": 4}.get(axis, PROMPTS)
     return Case(f"{depth}x{WIDTH}", prompts, size if axis == "length" else LENGTH)
 
 
 def inference(step: Step) -> None:
-    """The packed pass alone."""
+    """The packed pass alone, without gradients."""
     unlabeled = [EncodedPrompt(prompt.input_ids, [], []) for prompt in step.prompts]
     with torch.no_grad():
         forward = PackedForward(pack(unlabeled), {"penalty": 0.0, "reward": 0.0})
@@ -72,13 +73,8 @@ def check(step: Step) -> None:
 
 
 def peaks(case: Case) -> dict[str, int]:
-    """Bytes of each mode beyond model and prompts."""
-    step = Step(case)
-    prompts, step.prompts = step.prompts, step.prompts[:1]
-    for mode in MODES.values():
-        step.run(mode)  # gradients, and what libraries take once
-    step.prompts = prompts
-    return {name: peak_of(lambda mode=mode: step.run(mode)) for name, mode in MODES.items()}
+    """Bytes of each mode; for a fresh process."""
+    return Step(case).peaks(MODES)
 
 
 @pytest.mark.parametrize("axis", SIZES)
@@ -86,16 +82,28 @@ def bench_scaling(axis, benchmark, rounds):
     cases = {size: case_of(axis, size) for size in SIZES[axis]}
     steps = {size: Step(case) for size, case in cases.items()}
     check(steps[min(cases)])
-    ways = {(size, name): mode for size in cases for name, mode in MODES.items()}
-    found = compare(
+    ways = {f"{size}, {name}": (steps[size], MODES[name]) for size in cases for name in MODES}
+    timings = compare(
         benchmark,
-        {key: lambda key=key: ways[key].run(steps[key[0]]) for key in ways},
-        floor={(size, name): (size, "inference") for size, name in ways},
+        {
+            key: lambda step=step, name=name: step.run(MODES[name])
+            for key, (step, name) in ways.items()
+        },
+        floor={key: key.partition(", ")[0] + ", inference" for key in ways},
         rounds=rounds(5 if GPU else 3),
-        setups={key: lambda key=key: steps[key[0]].set_up(ways[key]) for key in ways},
+        setups={
+            key: lambda step=step, name=name: step.set_up(MODES[name])
+            for key, (step, name) in ways.items()
+        },
     )
+    found = {
+        (size, name): timings[f"{size}, {name}"]._replace(floor="inference")
+        for size in cases
+        for name in MODES
+    }
     memory = {
-        size: peaks(case) if GPU else in_fresh_process(peaks, case) for size, case in cases.items()
+        size: steps[size].peaks(MODES) if GPU else in_fresh_process(peaks, case)
+        for size, case in cases.items()
     }
     for (size, name), timing in found.items():
         case = cases[size]

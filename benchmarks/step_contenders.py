@@ -133,32 +133,20 @@ def label_batch(prompts: list[TargetedPrompt]) -> dict[str, Tensor]:
     return {**batch._asdict(), "labels": labels}
 
 
-class TRL:
+def trl(step: Step) -> Callable[[Step], None]:
     """TRL's SFTTrainer with packing into its default length: its dataset, collator and loss."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
-    def __init__(self):
-        self.trainers: dict[int, tuple] = {}
-
-    def __call__(self, step: Step) -> None:
-        if id(step) not in self.trainers:
-            self.trainers[id(step)] = self._trainer(step)
-        trainer, batches = self.trainers[id(step)]
-        for batch in batches:
-            share = (batch["labels"] != IGNORED).sum() / len(step.prompts)
-            (trainer.compute_loss(step.model, dict(batch)) * share).backward()
-
-    def _trainer(self, step: Step) -> tuple:
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
-
-        rows = [
-            {"input_ids": _with_label(p), "completion_mask": [0] * len(p) + [1]}
-            for p in step.prompts
-        ]
+    rows = [
+        {"input_ids": _with_label(prompt), "completion_mask": [0] * len(prompt) + [1]}
+        for prompt in step.prompts
+    ]
+    with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=step.model,
             args=SFTConfig(
-                output_dir=tempfile.mkdtemp(), packing=True, completion_only_loss=True,
+                output_dir=folder, packing=True, completion_only_loss=True,
                 max_length=max(1024, *(len(row["input_ids"]) for row in rows)),
                 per_device_train_batch_size=1, gradient_checkpointing=False, report_to=[],
                 use_cpu=not GPU, bf16=False, disable_tqdm=True,
@@ -166,28 +154,38 @@ class TRL:
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(builtin_model_path()),
         )  # fmt: skip
-        return trainer, list(trainer.get_train_dataloader())
+        batches = list(trainer.get_train_dataloader())
+
+    def run(step: Step) -> None:
+        for batch in batches:
+            share = (batch["labels"] != IGNORED).sum() / len(step.prompts)
+            (trainer.compute_loss(step.model, dict(batch)) * share).backward()
+
+    return run
 
 
 # What cannot be left out.
 
 
-def products(step: Step, backward: bool) -> Callable[[Step], None]:
+def products(step: Step, block: int) -> Callable[[Step], None]:
     """A function that does the matrix products of the frozen layers and nothing else.
 
     Forward: every linear layer on every token, but in the last decoder layer, of which the loss
-    needs W_K alone (and W_Q on last tokens). Backward: the gradient of every one's input, but of
-    the first layer's W_Q, W_K and W_V, whose input learns nothing.
+    needs W_K alone (and W_Q on last tokens). Backward, in blocks of so many layers: the gradient of
+    each one's input, but of what a block begins with, which nothing learnt comes before, and of
+    what follows its last scores.
     """
     layers = decoder_layers(backbone(step.model))
     pairs = []
     for index, layer in enumerate(layers):
+        first, last = index % block == 0, (index + 1) % block == 0 or index + 1 == len(layers)
         for name, module in layer.named_modules():
             if not isinstance(module, nn.Linear) or "lora" in name:
                 continue
-            is_input = any(part in name for part in ("q_proj", "k_proj", "v_proj"))
-            if index < len(layers) - 1 or "k_proj" in name:
-                pairs.append((module.weight.detach(), backward and (index > 0 or not is_input)))
+            query_key, value = ("q_proj" in name or "k_proj" in name), "v_proj" in name
+            returns = not ((query_key or value) and first) and (query_key or not last)
+            if index + 1 < len(layers) or "k_proj" in name:
+                pairs.append((module.weight.detach(), returns))
     widths = {size for weight, _ in pairs for size in weight.shape}
     tokens = sum(step.lengths)
     source, result = (
@@ -209,11 +207,10 @@ def products(step: Step, backward: bool) -> Callable[[Step], None]:
 
 def contenders(step: Step) -> dict[str, Contender]:
     """All of them by name; those of one prompt alone are not padded."""
-    with torch.no_grad():
-        there_and_back, there = (products(step, backward) for backward in (True, False))
+    layers = len(decoder_layers(backbone(step.model)))
+    blocks = {"products, local": 1, "products, N = 2": 2, "products, full": layers}
     found = {
-        "products, forward and backward": Contender("sdpa", there_and_back),
-        "products, forward": Contender("sdpa", there),
+        **{name: Contender("sdpa", products(step, block)) for name, block in blocks.items()},
         "ABFT, local": ours("local"),
         "ABFT, N = 2": ours(2),
         "ABFT, full": ours("full"),
@@ -222,12 +219,14 @@ def contenders(step: Step) -> dict[str, Contender]:
         "eager, one by one": Contender("eager", one_by_one),
         "E2E, packed": Contender(NAME, packed_end_to_end),
         "E2E, padded": Contender("sdpa", padded_end_to_end),
-        "E2E, TRL": Contender("sdpa", TRL()),
+        "E2E, TRL": Contender("sdpa", trl(step)),
     }
     if len(step.prompts) > 1:
         found["eager, padded"] = Contender("eager", padded)
     return found
 
 
-FLOOR = {"ABFT, local": "products, forward", "products, forward": "products, forward"}
-"""The floor of those that only go forward."""
+def floor_of(contender: str) -> str:
+    """The products of a contender's flow; of all that go the whole way, `full`'s."""
+    flow = contender.removeprefix("ABFT, ").removeprefix("products, ")
+    return f"products, {flow if flow in ('local', 'N = 2') else 'full'}"

@@ -6,11 +6,12 @@ of its loss, mean over prompts, in the LoRA's weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from peak_memory import peak_of
 from record import DEVICE, GPU, SEED
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
@@ -131,13 +132,27 @@ class Step:
         backbone(self.model).set_attn_implementation(contender.attention)
 
     def run(self, contender: Contender) -> None:
-        """A contender in its state."""
-        self.set_up(contender)
-        contender.run(self)
+        """A contender, once the model is in its state; on a GPU in bfloat16 as training is."""
+        with torch.autocast(DEVICE, DTYPE, enabled=GPU):
+            contender.run(self)
+
+    def peaks(self, contenders: Mapping[str, Contender]) -> dict[str, int]:
+        """Most bytes of each beyond model, prompts and gradients, after one prompt of each."""
+        prompts, self.prompts = self.prompts, self.prompts[:1]
+        for contender in contenders.values():
+            self.set_up(contender)
+            self.run(contender)  # gradients, and what libraries take once
+        self.prompts = prompts
+        found = {}
+        for name, contender in contenders.items():
+            self.set_up(contender)
+            found[name] = peak_of(lambda contender=contender: self.run(contender))
+        return found
 
     def gradient(self, contender: Contender) -> Tensor:
         """What a contender leaves, as one vector."""
         self.model.zero_grad()
+        self.set_up(contender)
         self.run(contender)
         return torch.cat([p.grad.flatten() for p in self.trained])
 

@@ -4,25 +4,26 @@
 
 Contenders are in step_contenders.py. Before anything is timed, those with the same loss must have
 the same gradient. The floor is the time of the matrix products that no packed pass can leave out,
-there and back, or only there for `local`; a speed-up is over eager attention one prompt at a time,
+as far back as a gradient goes; a speed-up is over eager attention one prompt at a time,
 the original's way. Most memory is beyond model and prompts.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
-import torch
 from paired import compare
-from peak_memory import in_fresh_process, peak_of
+from peak_memory import in_fresh_process
 from record import GPU, append, quick_first
-from step_contenders import FLOOR, contenders
+from step_contenders import contenders, floor_of
 from steps import Case, Step, relative_difference
 
 CASES = (
     [
         Case("llama3-8b", 32, 150),
-        Case("llama3-8b", 1, 8192, 64),
-        Case("llama3-8b", 32, 600, 16),
+        Case("llama3-8b", 1, 2048, 64),
+        Case("llama3-8b", 16, 600, 16),
         Case("qwen2.5-0.5b", 32, 150),
     ]
     if GPU
@@ -65,16 +66,9 @@ def check(step: Step, ways: dict) -> float:
 
 
 def peaks(case: Case) -> dict[str, int]:
-    """Bytes of every contender, one after the other, the smallest first."""
-    short = Step(Case(case.model, 1, case.length and 64, case.k))
-    for contender in contenders(short).values():
-        short.run(contender)  # what libraries take once
-    del short
+    """Bytes of every contender; for a fresh process."""
     step = Step(case)
-    ways = contenders(step)
-    for parameter in step.trained:
-        parameter.grad = torch.zeros_like(parameter)
-    return {name: peak_of(lambda way=way: step.run(way)) for name, way in ways.items()}
+    return step.peaks(contenders(step))
 
 
 @pytest.mark.parametrize("case", quick_first(CASES, QUICK))
@@ -84,15 +78,14 @@ def bench_train_step(case, benchmark, rounds):
     error = check(step, ways)
     found = compare(
         benchmark,
-        {name: lambda way=way: way.run(step) for name, way in ways.items()},
-        floor={name: FLOOR.get(name, "products, forward and backward") for name in ways},
+        {name: partial(step.run, way) for name, way in ways.items()},
+        floor={name: floor_of(name) for name in ways},
         baseline="eager, one by one",
         rounds=rounds(10 if GPU else 3),
-        warmup_rounds=0,
-        setups={name: lambda way=way: step.set_up(way) for name, way in ways.items()},
+        setups={name: partial(step.set_up, way) for name, way in ways.items()},
     )
     tokens = sum(step.lengths)
-    most = peaks(case) if GPU else in_fresh_process(peaks, case)
+    most = step.peaks(ways) if GPU else in_fresh_process(peaks, case)
     for name, timing in found.items():
         row = {
             "model": case.model,

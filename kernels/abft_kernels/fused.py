@@ -175,7 +175,7 @@ def _backward_op(
         )
     grad_query, grad_key, grad_value = (grad.contiguous() for grad in grads[:3])
     grad_sinks = grads[3]
-    if grad_loss is None:
+    if grad_loss is None or len(label_positions) == 0:
         no_sinks = query.new_empty(0)
         return grad_query, grad_key, grad_value, no_sinks if sinks is None else grad_sinks
     coefficient = loss_coefficient(grad_loss, is_induction, head_filter, scores)

@@ -87,6 +87,8 @@ def loss_forward(
     """All rows' losses. Given their normalizers, only heads with a loss have their keys read."""
     if backend == "torch" or query.device.type == "cpu":
         check_values(key.shape[0], rows)
+    if len(rows.label_positions) == 0:
+        return _without_labels(query, needs_grad)
     compute = _backend(backend)
     rows = Rows(*(index.contiguous() for index in rows))
     sinks = None if sinks is None else sinks.contiguous()
@@ -109,6 +111,15 @@ def loss_forward(
             )
         key_sum = torch.addcmul(found.label_key, found.mean_weight[..., None], mean_key, value=-1)
     return found, Residuals(*normalizer, found.mean_weight, key_sum)
+
+
+def _without_labels(query: Tensor, needs_grad: bool) -> tuple[LabelLoss, Residuals]:
+    """Losses of 0, no key read; the largest score is infinite, so that every alpha is 0."""
+    loss, *masses, is_induction, peak, total, mean_weight, key_sum = (
+        t.zero_() for t in fake_loss(query, needs_grad)
+    )
+    residuals = Residuals(peak.fill_(torch.inf), total.fill_(1), mean_weight, key_sum)
+    return LabelLoss(loss, *masses, is_induction, mean_weight, key_sum), residuals
 
 
 def loss_coefficient(

@@ -272,9 +272,11 @@ def test_attention_alone_when_there_are_no_labels():
         "label_offsets": torch.zeros_like(case["label_offsets"]),
         "label_is_correct": case["label_is_correct"][:0],
     }
-    out, result, grads = run(fused, {**case, **empty}, use=("loss",))
-    assert torch.equal(out, expected) and (result.loss == 0).all()
-    assert all(grad is None or not grad.any() for grad in grads.values())
+    for head_filter in (True, False):
+        unlabeled = {**case, **empty, "head_filter": head_filter}
+        out, result, grads = run(fused, unlabeled, use=("loss",))
+        assert torch.equal(out, expected) and (result.loss == 0).all()
+        assert all(grad is None or not grad.any() for grad in grads.values())
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU does not wait to look at values")
