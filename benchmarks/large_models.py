@@ -29,7 +29,6 @@ from steps import Case, Contender, Step, relative_difference
 from abft_fast.attention import NAME
 from abft_fast.config import TrainConfig
 from abft_fast.plan import (
-    FLOWS,
     GPU_RESERVE,
     Arithmetic,
     Flow,
@@ -102,13 +101,15 @@ class Planned:
 
 def plans(case: Capped, static: int) -> dict[str, Planned | None]:
     """By name: every way that gradients flow, and E2E's; None where no prompt fits."""
-    room = case.cap_gb * 1e9 - static - GPU_RESERVE if GPU else float("inf")
     found = {}
     for method in ("ABFT", "E2E"):
         config = configuration(case, method)
-        for flow in flows_of(config) if method == "E2E" else FLOWS:
+        for flow in flows_of(config):
             step = step_memory(case.config, config, ARITHMETIC, flow, case.length)
-            prompts = min(case.prompts, step.most_tokens(room) // case.length if GPU else 10**9)
+            prompts = case.prompts
+            if case.cap_gb:
+                room = case.cap_gb * 1e9 - static - GPU_RESERVE
+                prompts = min(prompts, step.most_tokens(room) // case.length)
             name = f"{method}, {flow.options.removeprefix('--gradient ').replace(' --', ', ')}"
             if prompts == 0:
                 found[name] = None
@@ -167,7 +168,7 @@ def bench_large_models(case, benchmark, rounds):
     static = static_memory(case.config, configuration(case, "E2E"), ARITHMETIC)
     planned = plans(case, static.total)
     ways = {name: plan.contender for name, plan in planned.items() if plan} | {EAGER: eager}
-    if GPU and case.cap_gb:
+    if case.cap_gb:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gb * 1e9 / total))
     step, static_measured = loaded(case)

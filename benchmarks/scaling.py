@@ -11,6 +11,8 @@ about it are checked: linear in tokens in every mode, and flat in depth in `loca
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from paired import compare
@@ -85,16 +87,10 @@ def bench_scaling(axis, benchmark, rounds):
     ways = {f"{size}, {name}": (steps[size], MODES[name]) for size in cases for name in MODES}
     timings = compare(
         benchmark,
-        {
-            key: lambda step=step, name=name: step.run(MODES[name])
-            for key, (step, name) in ways.items()
-        },
+        {key: partial(step.run, mode) for key, (step, mode) in ways.items()},
         floor={key: key.partition(", ")[0] + ", inference" for key in ways},
         rounds=rounds(5 if GPU else 3),
-        setups={
-            key: lambda step=step, name=name: step.set_up(MODES[name])
-            for key, (step, name) in ways.items()
-        },
+        setups={key: partial(step.set_up, mode) for key, (step, mode) in ways.items()},
     )
     found = {
         (size, name): timings[f"{size}, {name}"]._replace(floor="inference")
@@ -113,8 +109,8 @@ def bench_scaling(axis, benchmark, rounds):
             "peak_bytes": memory[size][name],
         }  # fmt: skip
         append("scaling", row)
+    sizes = list(cases)
     for name in MODES:
-        sizes = list(cases)
         seconds = slope(sizes, [found[size, name].seconds.p50 for size in sizes])
         held = slope(sizes, [memory[size][name] for size in sizes])
         print(f"{axis}: {name:20} time ~ {axis}^{seconds:.2f}, memory ~ {axis}^{held:.2f}")
