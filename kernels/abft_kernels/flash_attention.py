@@ -252,12 +252,10 @@ def _cpu_unable(q: Tensor, softcap: float | None) -> str | None:
 
 def _cpu_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, Tensor]:
     outs, lses = [], []
+    q, k, v = _unit_stride(q, k, v)
     bounds = (itertools.pairwise(t.tolist()) for t in (prompts.cu_seqlens, prompts.key_bounds))
     for (a, b), (c, d) in zip(*bounds, strict=True):
-        query, (key, value) = (
-            one_prompt(a, b, *_unit_stride(q)),
-            one_prompt(c, d, *_unit_stride(k, v)),
-        )
+        query, (key, value) = one_prompt(a, b, q), one_prompt(c, d, k, v)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *query, key, value, **_cpu_mask(b - a, q, scores, prompts.causal)
         )
@@ -268,10 +266,11 @@ def _cpu_forward(q, k, v, prompts: Prompts, scores: Scores) -> tuple[Tensor, Ten
 
 def _cpu_backward(grad_out, q, k, v, out, lse, prompts: Prompts, scores: Scores):
     grads = []
+    tensors = _unit_stride(grad_out, q, k, v, out)
     for a, b in itertools.pairwise(prompts.cu_seqlens.tolist()):
         grads.append(
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *one_prompt(a, b, *_unit_stride(grad_out, q, k, v, out)),
+                *one_prompt(a, b, *tensors),
                 lse[None, :, a:b],
                 dropout_p=0.0,
                 **_cpu_mask(b - a, q, scores),
