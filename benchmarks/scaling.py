@@ -19,13 +19,10 @@ from paired import compare
 from peak_memory import in_fresh_process
 from record import GPU, append
 from rows import slope
-from step_contenders import ours
+from step_contenders import ours, packed_pass
 from steps import Case, Contender, Step, relative_difference
 
-from abft_fast import EncodedPrompt, pack
-from abft_fast.attention import NAME, PackedForward
-from abft_fast.backbone import backbone
-from abft_fast.objective import run_packed
+from abft_fast.attention import NAME
 
 WIDTH = 2048 if GPU else 256
 PROMPTS, LENGTH, DEPTH = (64, 128, 8) if GPU else (8, 128, 8)  # where they are no axis
@@ -46,10 +43,8 @@ def case_of(axis: str, size: int) -> Case:
 
 def inference(step: Step) -> None:
     """The packed pass alone, without gradients."""
-    unlabeled = [EncodedPrompt(prompt.input_ids, [], []) for prompt in step.prompts]
     with torch.no_grad():
-        forward = PackedForward(pack(unlabeled), {"penalty": 0.0, "reward": 0.0})
-        run_packed(backbone(step.model), forward)
+        packed_pass(step)
 
 
 MODES = {

@@ -102,9 +102,14 @@ def ours(gradient: str | int, checkpointing: bool = False, tokens: int = 0) -> C
 
 def packed_without_loss(step: Step) -> None:
     """The packed pass with nothing of ours in it but the packing."""
+    packed_pass(step).mean().backward()
+
+
+def packed_pass(step: Step) -> Tensor:
+    """The packed forward alone: last hidden states."""
     unlabeled = [EncodedPrompt(prompt.input_ids, [], []) for prompt in step.prompts]
     forward = PackedForward(pack(unlabeled), {"penalty": 0.0, "reward": 0.0})
-    run_packed(backbone(step.model), forward).last_hidden_state.mean().backward()
+    return run_packed(backbone(step.model), forward).last_hidden_state
 
 
 def packed_end_to_end(step: Step) -> None:

@@ -234,31 +234,32 @@ def _pace(row: Row | None) -> str:
 
 
 def evaluation(rows: list[Row]) -> str:
-    packed = [row for row in rows if row["contender"] == "packed"]
-    if not packed:
-        return ""
-    each = [
-        f"{spread(row.spread('speedup'))} on {row['dataset']}, {whole(row['prompts'])} prompts"
-        for row in packed
-    ]
-    return paragraph(
-        f"**Evaluation** ({origin(packed, 'threads')}), times as fast as StaICC's harness by "
-        f"{packed[0]['clock']} time: {'; '.join(each)}."
+    return _speedups(
+        [row for row in rows if row["contender"] == "packed"],
+        "Evaluation",
+        lambda row: f"StaICC's harness by {row['clock']} time",
+        lambda row: f"{row['dataset']}, {whole(row['prompts'])} prompts",
     )
 
 
 def shared_prefix(rows: list[Row]) -> str:
-    shared = [row for row in rows if row["contender"] == "shared"]
-    if not shared:
+    return _speedups(
+        [row for row in rows if row["contender"] == "shared"],
+        "Demonstrations computed once",
+        lambda row: "whole prompts",
+        lambda row: f"{row['dataset']}, {row['k']} demonstrations, {whole(row['queries'])} queries",
+    )
+
+
+def _speedups(
+    rows: list[Row], title: str, other: Callable[[Row], str], case: Callable[[Row], str]
+) -> str:
+    """How many times as fast as another way, case by case."""
+    if not rows:
         return ""
-    each = [
-        f"{spread(row.spread('speedup'))} on {row['dataset']}, {row['k']} demonstrations, "
-        f"{whole(row['queries'])} queries"
-        for row in shared
-    ]
+    each = "; ".join(f"{spread(row.spread('speedup'))} on {case(row)}" for row in rows)
     return paragraph(
-        f"**Demonstrations computed once** ({origin(shared, 'threads')}), times as fast as whole "
-        f"prompts: {'; '.join(each)}."
+        f"**{title}** ({origin(rows, 'threads')}), times as fast as {other(rows[0])}: {each}."
     )
 
 

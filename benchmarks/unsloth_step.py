@@ -18,7 +18,7 @@ import pytest
 import torch
 from paired import wall_seconds
 from peak_memory import in_fresh_process
-from record import DEVICE, GPU, append
+from record import DEVICE, GPU, SEED, append
 from step_contenders import label_batch
 from steps import DTYPE, Case, random_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,7 +32,7 @@ CASE = Case("llama3-8b", 32, 150) if GPU else Case("6x512", 32, 150)
 
 def write_checkpoint(folder: str) -> None:
     """The case's random model with a tokenizer, as a loader expects them."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     random_model(CASE.config, torch.device(DEVICE), DTYPE, None).save_pretrained(folder)
     AutoTokenizer.from_pretrained(builtin_model_path()).save_pretrained(folder)
 
