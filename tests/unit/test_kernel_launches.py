@@ -73,6 +73,15 @@ def test_launches(losses, dtype, without_grad, forward, size):
     check(launches, GRADIENT, "backward")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_without_labels_attention_launches_nothing_more(dtype):
+    case = make_case([40, 9], [0, 0], 2, 2, head_dim=16, dtype=dtype)
+    with counted_launches() as launches:
+        loss, leaves = losses_fused(case, grad=True)
+        torch.autograd.grad(loss, leaves)
+    check(launches, {}, "forward and backward")
+
+
 # On a CPU alone: indices are checked, and attention goes prompt by prompt.
 CHECKS = {"is_nonzero": 8, "cpu": 4, "repeat_interleave": 2}
 CHECKS_OF_FUSED = {**CHECKS, "is_nonzero": 10, "tolist": 3}
