@@ -77,6 +77,9 @@ CASES = (
 QUICK = CASES[:3] if GPU else CASES[:1]
 T = TypeVar("T")
 TOLERANCE = 5e-2 if GPU else 1e-4
+# bitsandbytes picks the columns it leaves unquantized by all rows of a product, and on a CPU, in
+# training mode, which checkpointing needs, it quantizes no activations at all.
+TOLERANCE_OF_8_BITS = 1e-1
 ARITHMETIC = Arithmetic(DEVICE, mixed=GPU)
 
 
@@ -213,12 +216,13 @@ def bench_large_models(case, benchmark, rounds):
 
 def check(step: Step, running: dict[str, Contender]) -> None:
     """Nothing is timed unless gradients are right."""
+    tolerance = TOLERANCE_OF_8_BITS if step.case.bits == 8 else TOLERANCE
     same = [name for name in ("ABFT, full", "ABFT, full, checkpointing", EAGER) if name in running]
     found = {name: step.gradient(running[name]) for name in same}
     for name, gradient in found.items():
         assert gradient.norm() > 0, f"{name}: no gradient"
         error = relative_difference(gradient, found[same[0]])
-        assert error <= TOLERANCE, f"{name}: gradient differs from {same[0]} by {error:.1e}"
+        assert error <= tolerance, f"{name}: gradient differs from {same[0]} by {error:.1e}"
 
 
 def said(plan: Planned | None, timing: Timing | None, peak: int | None) -> str:
