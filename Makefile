@@ -35,7 +35,8 @@ bench: install
 # The most telling first.
 bench-gpu: install
 	$(BENCH) $(addprefix benchmarks/,train_step.py large_models.py last_row_loss.py \
-		fused_attention.py scaling.py evaluation.py end_to_end.py unsloth_step.py)
+		fused_attention.py scaling.py evaluation.py shared_prefix.py end_to_end.py \
+		unsloth_step.py)
 
 # About half an hour on two cores; replaces abft_fast/builtin/model. Memory freed between steps is
 # kept by the process: giving it back and faulting it in again took up to half of the time.

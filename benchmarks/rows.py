@@ -82,6 +82,10 @@ QUESTIONS = (
         "shared_prefix", "a shared prefix", ("dataset", "k", "queries"), "contender",
         (*TIMING, "k", "queries", "tokens"),
     ),
+    Question(
+        "unsloth_step", "E2E by unsloth", ("model", "prompts", "n"), "contender",
+        (*_spreads("seconds"), "prompts", "n"), ("GPU",),
+    ),
     Question("end_to_end", "`abft-fast train` end to end", ("case",), "phase", ("seconds_p50",)),
     Question(
         "loading", "loading", ("layers", "width", "vocabulary", "shards", "mmap_threshold"),

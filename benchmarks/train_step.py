@@ -33,7 +33,7 @@ CASES = (
         Case("6x512", 1, 4096),
         Case("6x512", 8, 600, 16),
         Case("24x512", 8, 150),
-        Case("6x512", 128, 150),
+        Case("6x512", 8, 150),
     ]
 )
 QUICK = CASES if GPU else CASES[:2]

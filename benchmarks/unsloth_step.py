@@ -11,12 +11,11 @@ LoRA has learnt anything the two losses must agree.
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import tempfile
 
 import pytest
 import torch
-from paired import wall_seconds
+from paired import UNKNOWN, Spread, Timing, wall_seconds
 from peak_memory import in_fresh_process
 from record import DEVICE, GPU, SEED, append
 from step_contenders import label_batch
@@ -86,10 +85,8 @@ def bench_unsloth_step(benchmark, rounds):
     expected, seconds = found["plain"]
     loss, its_seconds = found["unsloth"]
     assert abs(loss - expected) <= 2e-2 * expected, f"unsloth's loss is {loss}, not {expected}"
-    row = {
-        "model": CASE.model, "prompts": CASE.prompts, "n": CASE.length,
-        "plain_seconds": f"{statistics.median(seconds):.4g}",
-        "unsloth_seconds": f"{statistics.median(its_seconds):.4g}",
-    }  # fmt: skip
-    append("unsloth_step", row)
-    print(row)
+    for name, taken in {"plain": seconds, "unsloth": its_seconds}.items():
+        timing = Timing(Spread.of(taken), "", UNKNOWN, UNKNOWN)
+        case = {"model": CASE.model, "prompts": CASE.prompts, "n": CASE.length}
+        append("unsloth_step", {**case, "contender": name, **timing.columns()})
+        print(f"{CASE} {name:8} {timing.seconds.p50:7.3f} s")

@@ -1,17 +1,22 @@
 """What the kernels compute, in plain torch: for CPUs, float64, and platforms without Triton.
 
 Same functions and results as `triton_kernels`. Rows are taken one after the other, all their heads
-at once, so memory is linear in the longest row. Arithmetic is float64: in float32 a label's score
-and the same score inside its row's sum would be rounded differently, as matrix products of
-different shapes are. Autocast must be off.
+at once, and keys in blocks, so that their float64 copies stay in the caches; beyond results only
+scores are as long as a row. Arithmetic is float64: in float32 a label's score and the same score
+inside its row's sum would be rounded differently, as matrix products of different shapes are.
+Autocast must be off.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from abft_kernels.problem import LabelLoss, Normalizer, Rows, Scores
+
+_KEYS_AT_ONCE = 512
 
 
 def scan_keys(
@@ -37,8 +42,8 @@ def scan_keys(
     for row in wanted:
         first, end = _visible(rows, scores, row)
         heads = slice(None) if active is None else active[row].view(groups).any(dim=1)
-        keys = key[first:end, heads].to(grouped.dtype)
-        row_scores, slope = _cap(torch.einsum("hgd,nhd->hgn", grouped[row, heads], keys), scores)
+        keys = key[first:end]
+        row_scores, slope = _cap(_products(grouped[row, heads], keys, heads), scores)
         peak = row_scores.amax(dim=-1).to(dtype).to(row_scores.dtype)
         weight = torch.exp(row_scores - peak[..., None])
         total = weight.sum(dim=-1)
@@ -48,8 +53,11 @@ def scan_keys(
         normalizer.total[row].view(groups)[heads] = total.to(dtype)
         if sum_keys:
             weight *= slope / total[..., None]
-            found = torch.einsum("hgn,nhd->hgd", weight, keys).to(dtype)
-            mean_key[row].unflatten(0, groups)[heads] = found
+            blocks = zip(
+                weight.split(_KEYS_AT_ONCE, dim=-1), _blocks(keys, heads, weight.dtype), strict=True
+            )
+            found = sum(torch.einsum("hgn,nhd->hgd", *block) for block in blocks)
+            mean_key[row].unflatten(0, groups)[heads] = found.to(dtype)
     return normalizer, mean_key
 
 
@@ -128,8 +136,8 @@ def grad_key(
     for row in (coefficient != 0).any(dim=1).nonzero()[:, 0].tolist():
         first, end = _visible(rows, scores, row)
         heads = (coefficient[row] != 0).view(groups).any(dim=1)
-        keys, queries = key[first:end, heads].to(grouped.dtype), grouped[row, heads]
-        row_scores, slope = _cap(torch.einsum("hgd,nhd->hgn", queries, keys), scores)
+        queries = grouped[row, heads]
+        row_scores, slope = _cap(_products(queries, key[first:end], heads), scores)
         peak, total = (part[row].view(groups)[heads, :, None] for part in normalizer)
         alpha = torch.exp(row_scores - peak) / total
         owned = slice(offsets[row], offsets[row + 1])
@@ -139,9 +147,22 @@ def grad_key(
         weight.index_add_(0, column[inside], label_weight[owned][inside])
         grad_scores = alpha * (weight - mean_weight[row].view(groups)[heads, :, None]) * slope
         grad_scores *= coefficient[row].view(groups)[heads, :, None]
-        found = torch.einsum("hgn,hgd->nhd", grad_scores, queries)
-        grad[first:end, heads] += found.to(grad.dtype)
+        for part in grad_scores.split(_KEYS_AT_ONCE, dim=-1):
+            found = torch.einsum("hgn,hgd->nhd", part, queries)
+            grad[first : first + len(found), heads] += found.to(grad.dtype)
+            first += len(found)
     return grad
+
+
+def _blocks(keys: Tensor, heads: slice | Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Keys of some heads, a block after the other, in the dtype of the arithmetic."""
+    return (block[:, heads].to(dtype) for block in keys.split(_KEYS_AT_ONCE))
+
+
+def _products(queries: Tensor, keys: Tensor, heads: slice | Tensor) -> Tensor:
+    """Queries (H, group, D) on keys (n, Hkv, D), of which `heads` are theirs: (H, group, n)."""
+    blocks = _blocks(keys, heads, queries.dtype)
+    return torch.cat([torch.einsum("hgd,nhd->hgn", queries, block) for block in blocks], dim=-1)
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:
