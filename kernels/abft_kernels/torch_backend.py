@@ -135,7 +135,7 @@ def grad_key(
     label_weight = torch.where(rows.label_is_correct, -reward, penalty).to(grouped.dtype)
     for row in (coefficient != 0).any(dim=1).nonzero()[:, 0].tolist():
         first, end = _visible(rows, scores, row)
-        heads = (coefficient[row] != 0).view(groups).any(dim=1)
+        heads = (coefficient[row] != 0).view(groups).any(dim=1).nonzero()[:, 0]
         queries = grouped[row, heads]
         row_scores, slope = _cap(_products(queries, key[first:end], heads), scores)
         peak, total = (part[row].view(groups)[heads, :, None] for part in normalizer)
@@ -148,8 +148,8 @@ def grad_key(
         grad_scores = alpha * (weight - mean_weight[row].view(groups)[heads, :, None]) * slope
         grad_scores *= coefficient[row].view(groups)[heads, :, None]
         for part in grad_scores.split(_KEYS_AT_ONCE, dim=-1):
-            found = torch.einsum("hgn,hgd->nhd", part, queries)
-            grad[first : first + len(found), heads] += found.to(grad.dtype)
+            found = torch.einsum("hgn,hgd->nhd", part, queries).to(grad.dtype)
+            grad[first : first + len(found)].index_add_(1, heads, found)
             first += len(found)
     return grad
 
