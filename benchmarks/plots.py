@@ -51,7 +51,8 @@ def _plain(value: float, _: int = 0) -> str:
 
 def _logarithmic(axis) -> None:
     axis.axes.grid(True, axis=axis.axis_name, linewidth=0.6)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_data_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high <= 1e3 * low else (1,)))
     axis.set_major_formatter(FuncFormatter(_plain))
     axis.set_minor_locator(NullLocator())
 
