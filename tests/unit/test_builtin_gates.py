@@ -1,0 +1,110 @@
+"""What the built-in model has to show before ABFT: it reads its context, not its weights.
+
+On all of StaICC's 1,024 test prompts at k = 4: a standard error is at most 1.6 points.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from abft_fast import builtin_model_path, data
+from abft_fast.evaluation import Behavior, predict
+from abft_fast.prompts import PromptEncoder
+from abft_fast.token_budget import CPU_TOKENS
+
+pytestmark = pytest.mark.unit
+DATASETS = data.PAPER_DATASETS
+
+
+class Answers(NamedTuple):
+    """To the test prompts of a dataset.
+
+    Attributes:
+        accuracy: share that is right.
+        by_luck: what as many of each answer would have right if texts had no part in it. With
+            65 % of one class, as in fp, it is more than one over the number of classes.
+        heads: what the heads did, where labels are as they are.
+    """
+
+    accuracy: float
+    by_luck: float
+    heads: Behavior
+
+
+@pytest.fixture(scope="module")
+def ask():
+    """Answers to a dataset's test prompts, the labels of their demonstrations changed."""
+    path = builtin_model_path()
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(path),
+        AutoTokenizer.from_pretrained(path),
+    )
+
+    def changed(prompt, relabel):
+        shown = (
+            replace(example, label=relabel(example.label)) for example in prompt.demonstrations
+        )
+        return replace(prompt, demonstrations=tuple(shown))
+
+    def answer(dataset, relabel=None):
+        prompts = dataset.test_prompts(4)
+        if relabel is not None:
+            prompts = [changed(prompt, relabel) for prompt in prompts]
+        encoded = PromptEncoder(tokenizer, dataset).encode(prompts)
+        logits, heads = predict(model, encoded, CPU_TOKENS, behavior=relabel is None)
+        found, truth = logits.argmax(dim=1).numpy(), np.array(encoded.labels)
+        assert len(truth) == 1024
+        classes = range(logits.shape[1])
+        by_luck = sum((found == c).mean() * (truth == c).mean() for c in classes)
+        return Answers((found == truth).mean(), by_luck, heads.result())
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def as_they_are(ask):
+    """By dataset."""
+    return {name: ask(data.load(name)) for name in DATASETS}
+
+
+def standard_error(share: float) -> float:
+    return (share * (1 - share) / 1024) ** 0.5
+
+
+def test_it_is_above_chance_on_three_datasets(as_they_are):
+    above = []
+    for name, found in as_they_are.items():
+        chance = max(found.by_luck, 1 / len(data.load(name).label_words))
+        if found.accuracy - chance > 2 * standard_error(chance):
+            above.append(name)
+    assert len(above) >= 3, above
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_random_labels_leave_it_at_chance(ask, name):
+    """Two draws, so that 3 points are more than two and a half standard errors."""
+    dataset, random = data.load(name), np.random.default_rng(0)
+    found = [
+        ask(dataset, lambda label: int(random.integers(len(dataset.label_words)))) for _ in range(2)
+    ]
+    assert abs(np.mean([each.accuracy - each.by_luck for each in found])) <= 0.03
+
+
+@pytest.mark.parametrize("name", [n for n in DATASETS if len(data.load(n).label_words) == 2])
+def test_swapped_labels_are_followed(ask, as_they_are, name):
+    """Where it is above chance it falls below; elsewhere there is nothing to turn around."""
+    swapped = ask(data.load(name), lambda label: 1 - label).accuracy
+    error = standard_error(0.5)
+    if as_they_are[name].accuracy > 0.5 + 2 * error:
+        assert swapped < 0.5
+    else:
+        assert abs(swapped - 0.5) <= 3 * error
+
+
+def test_its_induction_heads_prefer_correct_labels(as_they_are):
+    heads = [found.heads for found in as_they_are.values()]
+    assert all(each.induction_heads > 1 for each in heads)
+    assert np.mean([each.correct_share_above_chance for each in heads]) > 0
