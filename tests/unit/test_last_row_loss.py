@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from abft_kernels import last_row_loss, reference
+from abft_kernels.torch_backend import _KEYS_AT_ONCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,20 @@ pytestmark = pytest.mark.unit
     ids=["ragged", "one-token", "only-a-label", "all-labels"],
 )
 def test_matches_the_specification(lengths, labels, options):
-    case = make_case(lengths, labels, **options)
+    assert_matches_the_specification(make_case(lengths, labels, **options))
+
+
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize("head_filter", [True, False])
+def test_keys_of_several_blocks_match_the_specification(head_filter, window):
+    lengths = [2 * _KEYS_AT_ONCE + 77, 3, _KEYS_AT_ONCE + 1]
+    case = make_case(lengths, [40, 1, 9], sharpness=2.0, head_filter=head_filter, window=window)
+    found = last_row_loss(**case).is_induction
+    assert found[[0, 2]].any() and not found.all()
+    assert_matches_the_specification(case)
+
+
+def assert_matches_the_specification(case):
     expected, expected_grads = gradients(reference.last_row_loss, case)
     actual, actual_grads = gradients(last_row_loss, case)
     for name in ("loss", "label_mass", "correct_mass", "is_induction"):
