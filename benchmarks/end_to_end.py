@@ -29,7 +29,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from paired import UNKNOWN, Spread, Timing, compare
+from paired import Timing, compare
 from record import GPU, append, quick_first
 
 from abft_fast import data
@@ -221,9 +221,7 @@ def bench_end_to_end(case, benchmark, rounds, tmp_path):
     before, after = runs[-1].accuracies()
     for name in [*spans, "a step", LIBRARIES]:
         span = spans.get(name, [])
-        timing = found.get(name) or Timing(
-            Spread.of([end - begin for begin, end in span] or steps), "", UNKNOWN, UNKNOWN
-        )
+        timing = found.get(name) or Timing.alone([end - begin for begin, end in span] or steps)
         imports = [run.imports(*ends) for run, ends in zip(runs, span, strict=bool(span))]
         row = {
             "case": str(case), "dataset": "subj", "prompts": case.prompts, "steps": case.steps,

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from paired import UNKNOWN, Spread, Timing
+from paired import Timing
 from peak_memory import high_water_mark, in_fresh_process, reset_high_water_mark
 from record import append, quick_first
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -157,7 +157,7 @@ def load_all(case: Case, scratch: Path) -> None:
             "checkpoint_bytes": sum(shards),
             "mmap_threshold": case.mmap_threshold,
             "contender": mode,
-            **Timing(Spread.of([found.pop("seconds")]), "", UNKNOWN, UNKNOWN).columns(),
+            **Timing.alone([found.pop("seconds")]).columns(),
             **found,
             "anonymous_to_goal": round(found["peak_anonymous_bytes"] / goal, 3),
             "error": f"{error:.1e}",

@@ -59,6 +59,11 @@ class Timing(NamedTuple):
     to_floor: Spread
     speedup: Spread
 
+    @classmethod
+    def alone(cls, seconds: Sequence[float]) -> Timing:
+        """Of what took no turns with others."""
+        return cls(Spread.of(seconds), "", UNKNOWN, UNKNOWN)
+
     def over_part(self, name: str, times: float) -> Timing:
         """Held against a floor of another name: the contender's, divided by a known number."""
         return self._replace(floor=name, to_floor=Spread(*(times * r for r in self.to_floor)))

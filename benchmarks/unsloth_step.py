@@ -15,7 +15,7 @@ import tempfile
 
 import pytest
 import torch
-from paired import UNKNOWN, Spread, Timing, wall_seconds
+from paired import Timing, wall_seconds
 from peak_memory import in_fresh_process
 from record import DEVICE, GPU, SEED, append
 from step_contenders import label_batch
@@ -86,7 +86,7 @@ def bench_unsloth_step(benchmark, rounds):
     loss, its_seconds = found["unsloth"]
     assert abs(loss - expected) <= 2e-2 * expected, f"unsloth's loss is {loss}, not {expected}"
     for name, taken in {"plain": seconds, "unsloth": its_seconds}.items():
-        timing = Timing(Spread.of(taken), "", UNKNOWN, UNKNOWN)
+        timing = Timing.alone(taken)
         case = {"model": CASE.model, "prompts": CASE.prompts, "n": CASE.length}
         append("unsloth_step", {**case, "contender": name, **timing.columns()})
         print(f"{CASE} {name:8} {timing.seconds.p50:7.3f} s")
