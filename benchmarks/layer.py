@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from abft_kernels import flash_attention_with_last_row_loss, last_row_loss, reference
@@ -147,10 +148,10 @@ class Layer:
         if GPU:
             from torch.nn.attention.varlen import varlen_attn
 
-            out = varlen_attn(
-                *leaves, self.bounds, self.bounds, self.length, self.length,
-                window_size=(-1, 0), enable_gqa=True,
-            )  # fmt: skip
+            # Older versions take fewer key heads without being told.
+            told = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+            bounds = self.bounds, self.bounds, self.length, self.length
+            out = varlen_attn(*leaves, *bounds, window_size=(-1, 0), **told)
             return (out,)
         outs = [
             F.scaled_dot_product_attention(*prompt, is_causal=True, enable_gqa=True)
