@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BUILTIN_LEARNING_RATES = {"lora": 3e-3, "full": 5e-4, "model": 5e-4}
+BUILTIN_LEARNING_RATES = {"lora": 3e-3, "full": 1e-3, "model": 5e-4}
 """The built-in model's own, by what is trained; its model card says where they come from."""
 
 
