@@ -1,9 +1,12 @@
-"""What the built-in model has to show before ABFT: it reads its context, not its weights.
+"""What the built-in model has to show: it reads its context, not its weights, and ABFT helps it.
 
-On all of StaICC's 1,024 test prompts at k = 4: a standard error is at most 1.6 points.
+On all of StaICC's 1,024 test prompts at k = 4: a standard error is at most 1.6 points. What it does
+after ABFT is from the rows of a sweep.
 """
 
+from collections import Counter
 from dataclasses import replace
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +14,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path, data
+from abft_fast.config import TrainConfig
 from abft_fast.evaluation import Behavior, predict
 from abft_fast.prompts import PromptEncoder
 from abft_fast.token_budget import CPU_TOKENS
+from tests.study_rows import rows_of
 
 pytestmark = pytest.mark.unit
 DATASETS = data.PAPER_DATASETS
@@ -108,3 +113,38 @@ def test_its_induction_heads_prefer_correct_labels(as_they_are):
     heads = [found.heads for found in as_they_are.values()]
     assert all(each.induction_heads > 1 for each in heads)
     assert np.mean([each.correct_share_above_chance for each in heads]) > 0
+
+
+@pytest.fixture(scope="module")
+def after():
+    """Rows of ABFT with the defaults, by dataset: three seeds."""
+    found = {}
+    for row in rows_of("table1_builtin"):
+        if row["method"] == "ABFT":
+            found.setdefault(row["dataset"], []).append(row)
+    assert all({row["seed"] for row in rows} == {"0", "1", "2"} for rows in found.values())
+    return found
+
+
+def test_after_abft_it_is_above_chance_on_five_datasets(after):
+    """Above the share of the largest class, which no way of guessing exceeds."""
+    above = []
+    for name in DATASETS:
+        counts = Counter(prompt.query.label for prompt in data.load(name).test_prompts(4))
+        chance = max(counts.values()) / counts.total()
+        accuracy = fmean(float(row["accuracy"]) for row in after[name])
+        if accuracy - chance > 2 * standard_error(chance):
+            above.append(name)
+    assert len(above) >= 5, above
+
+
+def test_the_default_job_shows_the_method(as_they_are, after):
+    """Of every seed: more right answers, more attention on correct labels, as many heads."""
+    name = TrainConfig().dataset
+    before, rows = as_they_are[name], after[name]
+    gains = [float(row["accuracy"]) - before.accuracy for row in rows]
+    assert fmean(gains) >= max(0.03, 2 * stdev(gains))
+    for row in rows:
+        share = float(row["correct_share_above_chance"])
+        assert share > before.heads.correct_share_above_chance
+        assert abs(float(row["induction_heads"]) / before.heads.induction_heads - 1) < 0.1
