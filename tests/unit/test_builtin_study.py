@@ -8,12 +8,14 @@ import pytest
 
 from abft_fast.builtin import builtin_model_path
 from abft_fast.data import PAPER_DATASETS
+from abft_fast.grid import read_cells
 from tests.study_rows import rows_of
 
 pytestmark = pytest.mark.unit
 
 WEIGHTS = "9ef8d1cd07a50bae04d148bcdfb44ef2100d9b47bdeaa3c2e7850661a4fe79b0"
-SCIENCE = (Path(__file__).parents[2] / "docs" / "science.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+SCIENCE = (ROOT / "docs" / "science.md").read_text(encoding="utf-8")
 UNTRAINED = {"Vanilla": "vanilla", "Calibrate (contextual)": "contextual"}
 
 
@@ -26,6 +28,12 @@ def test_the_rows_are_of_the_committed_weights():
     """With others, run the sweeps of configs/builtin/ again and commit their rows."""
     weights = (builtin_model_path() / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == WEIGHTS
+
+
+@pytest.mark.parametrize("name", ["learning_rates", "study", "wrong_labels"])
+def test_the_rows_are_of_cells_of_its_sweeps(name):
+    cells = {cell.name for cell in read_cells(ROOT / "configs" / "builtin" / f"{name}.yaml", {})}
+    assert {row["cell"] for row in rows_of(f"builtin_{name}")} <= cells
 
 
 def table(titles):
