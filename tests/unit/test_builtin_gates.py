@@ -1,7 +1,7 @@
 """What the built-in model has to show: it reads its context, not its weights, and ABFT helps it.
 
 On all of StaICC's 1,024 test prompts at k = 4: a standard error is at most 1.6 points. What it does
-after ABFT is from the rows of a sweep.
+after ABFT is from the rows of a sweep; as it then depends on the query alone, it is of 512 queries.
 """
 
 from collections import Counter
@@ -75,8 +75,8 @@ def as_they_are(ask):
     return {name: ask(data.load(name)) for name in DATASETS}
 
 
-def standard_error(share: float) -> float:
-    return (share * (1 - share) / 1024) ** 0.5
+def standard_error(share: float, answers: int = 1024) -> float:
+    return (share * (1 - share) / answers) ** 0.5
 
 
 def test_it_is_above_chance_on_three_datasets(as_they_are):
@@ -133,7 +133,7 @@ def test_after_abft_it_is_above_chance_on_five_datasets(after):
         counts = Counter(prompt.query.label for prompt in data.load(name).test_prompts(4))
         chance = max(counts.values()) / counts.total()
         accuracy = fmean(float(row["accuracy"]) for row in after[name])
-        if accuracy - chance > 2 * standard_error(chance):
+        if accuracy - chance > 2 * standard_error(chance, answers=512):
             above.append(name)
     assert len(above) >= 5, above
 
@@ -143,7 +143,7 @@ def test_the_default_job_shows_the_method(as_they_are, after):
     name = TrainConfig().dataset
     before, rows = as_they_are[name], after[name]
     gains = [float(row["accuracy"]) - before.accuracy for row in rows]
-    assert fmean(gains) >= max(0.03, 2 * stdev(gains))
+    assert fmean(gains) >= max(0.03, 2 * stdev(gains)) and min(gains) > 0
     for row in rows:
         share = float(row["correct_share_above_chance"])
         assert share > before.heads.correct_share_above_chance
