@@ -20,7 +20,7 @@ def test_it_makes_the_builtin_model_better_on_test_prompts(tmp_path):
         }
         for side in ("before", "after")
     )
-    assert after["accuracy"] - before["accuracy"] >= 0.1  # 0.195, 0.186 and 0.2 in three seeds
+    assert after["accuracy"] - before["accuracy"] >= 0.1  # 0.19 to 0.20 in three seeds
     share, heads = "correct_share_above_chance", "induction_heads"
     assert after[share] > before[share] > 0
     assert abs(after[heads] / before[heads] - 1) < 0.1
