@@ -16,6 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+if GPU:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Older versions take fewer key heads without being told.
+    _GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+
 DTYPE = torch.bfloat16 if GPU else torch.float32
 LABELS = 16
 FACTORS = {"penalty": 0.5, "reward": 1.0}
@@ -146,13 +152,8 @@ class Layer:
         """The same flash attention by its public entry, with nothing of ours: output alone."""
         leaves = self.leaves(gradient)
         if GPU:
-            from torch.nn.attention.varlen import varlen_attn
-
-            # Older versions take fewer key heads without being told.
-            told = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
             bounds = self.bounds, self.bounds, self.length, self.length
-            out = varlen_attn(*leaves, *bounds, window_size=(-1, 0), **told)
-            return (out,)
+            return (varlen_attn(*leaves, *bounds, window_size=(-1, 0), **_GROUPED),)
         outs = [
             F.scaled_dot_product_attention(*prompt, is_causal=True, enable_gqa=True)
             for prompt in self._prompts(leaves)
