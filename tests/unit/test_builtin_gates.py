@@ -4,7 +4,6 @@ On all of StaICC's 1,024 test prompts at k = 4: a standard error is at most 1.6 
 after ABFT is from the rows of a sweep; as it then depends on the query alone, it is of 512 queries.
 """
 
-from collections import Counter
 from dataclasses import replace
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from abft_fast.config import TrainConfig
 from abft_fast.evaluation import Behavior, predict
 from abft_fast.prompts import PromptEncoder
 from abft_fast.token_budget import CPU_TOKENS
-from tests.study_rows import rows_of
+from tests.study_rows import largest_class, rows_of
 
 pytestmark = pytest.mark.unit
 DATASETS = data.PAPER_DATASETS
@@ -130,8 +129,7 @@ def test_after_abft_it_is_above_chance_on_five_datasets(after):
     """Above the share of the largest class, which no way of guessing exceeds."""
     above = []
     for name in DATASETS:
-        counts = Counter(prompt.query.label for prompt in data.load(name).test_prompts(4))
-        chance = max(counts.values()) / counts.total()
+        chance = largest_class(name)
         accuracy = fmean(float(row["accuracy"]) for row in after[name])
         if accuracy - chance > 2 * standard_error(chance, answers=512):
             above.append(name)
