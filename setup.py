@@ -19,8 +19,8 @@ setup(
         "abft_fast.builtin": ["model/*"],
     },
     install_requires=[
-        "torch>=2.8",
-        "triton>=3.4; sys_platform == 'linux'",
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
         "transformers>=5.17",
         "peft>=0.19",
         "accelerate>=1.10",

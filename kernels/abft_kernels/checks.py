@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,13 @@ def check_tensors(query: Tensor, key: Tensor, query_rows: int, rows: Rows, sinks
             raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on query's device {query.device}")
+
+
+def check_bounds(bounds: list[int], tokens: int) -> None:
+    """Prompts lie end to end, none of them empty."""
+    rising = all(a < b for a, b in itertools.pairwise(bounds))
+    if bounds[0] != 0 or bounds[-1] != tokens or not rising:
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}")
 
 
 def check_options(penalty, reward, scale, softcap, window) -> None:

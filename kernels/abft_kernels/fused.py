@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abft_kernels.checks import check_options, check_tensors
+from abft_kernels.checks import check_bounds, check_options, check_tensors
 from abft_kernels.flash_attention import (
     FLASH_ATTENTIONS,
     Prompts,
@@ -97,8 +97,8 @@ def _forward_op(
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
-    if cu_seqlens.device.type == "cpu" and (cu_seqlens[0] != 0 or cu_seqlens[-1] != len(query)):
-        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {len(query)}")
+    if cu_seqlens.device.type == "cpu":
+        check_bounds(cu_seqlens.tolist(), len(query))
     prompts, scores = Prompts(cu_seqlens, longest), Scores(scale, softcap, window)
     out, lse = attention_forward(attention, query, key, value, sinks, prompts, scores)
     last = cu_seqlens[1:].long() - 1
@@ -271,6 +271,11 @@ def flash_attention_with_last_row_loss(
     Raises:
         ValueError: an argument is malformed; the message names it.
     """
+    if (cu_seqlens.ndim, cu_seqlens.dtype, cu_seqlens.device) != (1, torch.int32, q.device):
+        raise ValueError(
+            f"cu_seqlens must be (R + 1,) torch.int32 on {q.device}, not "
+            f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype} on {cu_seqlens.device}"
+        )
     rows = _rows(cu_seqlens, label_positions, label_offsets, label_is_correct)
     check_tensors(q, k, len(cu_seqlens) - 1, rows, sinks)
     check_options(penalty, reward, scale, softcap, window)
@@ -282,6 +287,7 @@ def flash_attention_with_last_row_loss(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen, _ = choose_attention(q, softcap=softcap, dropout=dropout, requested=attention)
     if chosen == "separate":
+        check_bounds(cu_seqlens.tolist(), len(q))
         result = last_row_loss(
             q[cu_seqlens[1:].long() - 1], k, *rows, penalty=penalty, reward=reward, scale=scale,
             head_filter=head_filter, softcap=softcap, window=window, sinks=sinks, backend=backend,

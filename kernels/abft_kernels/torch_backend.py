@@ -44,11 +44,15 @@ def scan_keys(
         heads = slice(None) if active is None else active[row].view(groups).any(dim=1)
         keys = key[first:end]
         row_scores, slope = _cap(_products(grouped[row, heads], keys, heads), scores)
-        peak = row_scores.amax(dim=-1).to(dtype).to(row_scores.dtype)
+        peak = row_scores.amax(dim=-1)
+        if sinks is not None:
+            sink = sinks.to(peak.dtype).view(groups)[heads]
+            peak = torch.maximum(peak, sink)
+        peak = peak.to(dtype).to(row_scores.dtype)
         weight = torch.exp(row_scores - peak[..., None])
         total = weight.sum(dim=-1)
         if sinks is not None:
-            total += torch.exp(sinks.to(total.dtype).view(groups)[heads] - peak)
+            total += torch.exp(sink - peak)
         normalizer.peak[row].view(groups)[heads] = peak.to(dtype)
         normalizer.total[row].view(groups)[heads] = total.to(dtype)
         if sum_keys:

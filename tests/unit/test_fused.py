@@ -280,11 +280,23 @@ def test_attention_alone_when_there_are_no_labels():
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU does not wait to look at values")
-@pytest.mark.parametrize("bounds", [[0, 23, 24, 33, 70], [1, 23, 24, 33, 73]], ids=["end", "start"])
-def test_prompts_must_cover_all_tokens(bounds):
+@pytest.mark.parametrize("attention", ["auto", "separate"])
+@pytest.mark.parametrize(
+    "bounds",
+    [[0, 23, 24, 33, 70], [1, 23, 24, 33, 73], [0, 24, 24, 33, 73]],
+    ids=["end", "start", "empty"],
+)
+def test_prompts_must_cover_all_tokens(bounds, attention):
     case = {**make_fused(torch.float32), "cu_seqlens": torch.tensor(bounds, dtype=torch.int32)}
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the number of tokens, 73"):
-        fused(**case)
+        fused(**case, attention=attention)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.long, torch.Tensor.float, lambda t: t[None]])
+def test_bounds_of_another_kind_are_named(change):
+    case = make_fused(torch.float32)
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \(R \+ 1,\) torch.int32"):
+        fused(**{**case, "cu_seqlens": change(case["cu_seqlens"])})
 
 
 @pytest.mark.parametrize("use", [("out", "loss"), ("loss",)], ids="+".join)

@@ -87,6 +87,16 @@ def test_error_is_at_most_twice_eagers(options, dtype):
     assert_as_good_as_eager(last_row_loss, case, backend="torch")
 
 
+@pytest.mark.parametrize("sink", [200.0, -200.0])
+def test_sinks_far_from_all_scores(sink):
+    case = make_case([11, 6], [3, 2], dtype=torch.float32, sinks=True, head_filter=False)
+    case["sinks"].fill_(sink)
+    expected, expected_grads = gradients(reference.last_row_loss, case)
+    actual, actual_grads = gradients(last_row_loss, case)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual_grads, expected_grads)
+
+
 def test_rows_may_share_keys():
     case = make_case([12, 12], [3, 3])
     case["key"] = case["key"][:12]
