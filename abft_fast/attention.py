@@ -31,6 +31,7 @@ from transformers.masking_utils import sdpa_mask
 from abft_fast.packing import PackedPrompts
 
 NAME = "abft"
+NO_LOSS = {"penalty": 0.0, "reward": 0.0}  # options of a forward that asks for attention alone
 
 
 class AttentionBehavior(NamedTuple):

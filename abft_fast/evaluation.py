@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from abft_fast import processes
-from abft_fast.attention import AttentionBehavior, PackedForward
+from abft_fast.attention import NO_LOSS, AttentionBehavior, PackedForward
 from abft_fast.backbone import must_run_alone, prepare
 from abft_fast.label_head import label_columns
 from abft_fast.objective import join, run_packed
@@ -140,7 +140,7 @@ def label_logits(
 ) -> tuple[Tensor, AttentionBehavior, PackedPrompts]:
     """Logits of the label words after each prompt, (R, labels), and the heads on the way."""
     packed = pack(prompts)
-    forward = PackedForward(packed, {"penalty": 0.0, "reward": 0.0}, attention)
+    forward = PackedForward(packed, NO_LOSS, attention)
     if len(prompts) > 1 and must_run_alone(prepare(model), forward.longest):
         alone = [label_logits(model, [prompt], label_ids, attention) for prompt in prompts]
         behaviors = [behavior for _, behavior, _ in alone]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from abft_fast.attention import AttentionBehavior, PackedForward
+from abft_fast.attention import NO_LOSS, AttentionBehavior, PackedForward
 from abft_fast.backbone import must_run_alone, prepare
 from abft_fast.objective import join, run_packed
 from abft_fast.packing import EncodedPrompt, pack
@@ -72,7 +72,7 @@ def _packed_loss(
     model: nn.Module, prompts: Sequence[TargetedPrompt], attention: str
 ) -> AttentionBehavior:
     packed = pack(prompts)
-    forward = PackedForward(packed, {"penalty": 0.0, "reward": 0.0}, attention)
+    forward = PackedForward(packed, NO_LOSS, attention)
     device = model.get_input_embeddings().weight.device
     starts = packed.cu_seqlens.tolist()
     positions = [

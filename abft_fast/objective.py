@@ -6,6 +6,7 @@ Source: Cho et al. 2025, section 3. This is the piece for a training loop of one
 from __future__ import annotations
 
 import torch
+from abft_kernels.checks import check_options
 from torch import Tensor, nn
 
 from abft_fast.attention import AttentionBehavior, LossComplete, PackedForward
@@ -31,8 +32,8 @@ def attention_behavior_loss(
     Args:
         model: a transformers decoder, with or without LM head, quantized or not, LoRA or not.
         packed: prompts from `abft_fast.pack`, on any device.
-        penalty: A in the paper, on attention to wrong labels; a float or a 0-d tensor.
-        reward: B in the paper, on attention missing from right labels; a float or a 0-d tensor.
+        penalty: A in the paper, on attention to wrong labels; a float >= 0 or a 0-d tensor.
+        reward: B in the paper, on attention missing from right labels; the same.
         head_filter: count induction heads only (paper, section 3).
         gradient: `"full"` lets a layer's loss train every earlier layer; `"local"` trains that
             layer alone; an int N trains its own block of N consecutive layers. The last two train
@@ -45,11 +46,13 @@ def attention_behavior_loss(
         AttentionBehavior; `layers` counts the layers that have attention.
 
     Raises:
-        ValueError: gradient is malformed, a token id is outside the vocabulary, the model's
-            attention does not reach this library, or the attention asked for cannot run.
+        ValueError: an option is malformed, a token id is outside the vocabulary (told on a CPU
+            alone), the model's attention does not reach this library, or the attention asked for
+            cannot run.
         RuntimeError: a parameter is trained but the loss has no gradient, as under reentrant
             checkpointing.
     """
+    check_options(penalty, reward, None, None, None)
     block = _block_size(gradient)
     options = {"penalty": penalty, "reward": reward, "head_filter": head_filter}
     inner = prepare(model)
@@ -89,8 +92,8 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
         transformers' own output; None where `forward.stop_after` ended it.
 
     Raises:
-        ValueError: a token id is outside the vocabulary, a layer's attention did not reach this
-            library, or the model cannot keep these prompts apart.
+        ValueError: a token id is outside the vocabulary (told on a CPU alone), a layer's attention
+            did not reach this library, or the model cannot keep these prompts apart.
     """
     inner = prepare(model)
     alone = len(forward.packed) == 1 and forward.prefix is None
@@ -98,11 +101,12 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
         raise ValueError(f"{inner.config.model_type}: prompts must be run one at a time")
     embedding = inner.get_input_embeddings().weight
     packed = forward.on(embedding.device)
-    if embedding.device.type == "cpu" and int(packed.input_ids.max()) >= len(embedding):
-        raise ValueError(
-            f"input_ids holds {int(packed.input_ids.max())}, "
-            f"the model's vocabulary ends at {len(embedding) - 1}"
-        )
+    if embedding.device.type == "cpu":
+        for id_ in map(int, packed.input_ids.aminmax()):
+            if not 0 <= id_ < len(embedding):
+                raise ValueError(
+                    f"input_ids holds {id_}, the model's vocabulary is 0 to {len(embedding) - 1}"
+                )
     output = None
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # blocks switch it off and on

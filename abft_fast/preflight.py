@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from abft_fast import attention
-from abft_fast.attention import PackedForward
+from abft_fast.attention import NO_LOSS, PackedForward
 from abft_fast.backbone import backbone, must_run_alone, prepare, without_peft
 from abft_fast.checkpoint_files import shards
 from abft_fast.errors import UserError
@@ -18,7 +18,7 @@ from abft_fast.objective import run_packed
 from abft_fast.packing import EncodedPrompt, pack
 from abft_fast.shared_prefix import SharedPrefix
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _QUANTIZED_TOLERANCE = 3e-2  # their products depend on how many rows are multiplied at once
 _GRADIENT_TOLERANCE = 1e-1  # formats that also round inputs; without a backward it is 1
 _LONGEST = 2048  # eager attention keeps n x n scores a head
@@ -38,6 +38,7 @@ def check_attention(
     Raises:
         UserError: they differ: the family does something in its attention that the packed one
             does not know; or the model's own are not finite.
+        ValueError: as in `run_packed`, or the attention asked for cannot run.
     """
     ordered = sorted(prompts, key=len)
     longest = next((p for p in reversed(ordered) if len(p) <= _LONGEST), ordered[0])
@@ -49,7 +50,7 @@ def check_attention(
     with torch.no_grad(), autocast():
         packed, attentions = [], {}
         for batch in batches:
-            forward = PackedForward(pack(batch), {"penalty": 0.0, "reward": 0.0}, attention_backend)
+            forward = PackedForward(pack(batch), NO_LOSS, attention_backend)
             packed.append(run_packed(inner, forward).last_hidden_state[0])
             attentions |= forward.attentions
         arithmetic = _arithmetic(packed[0])

@@ -9,14 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from abft_fast.attention import PackedForward
+from abft_fast.attention import NO_LOSS, PackedForward
 from abft_fast.backbone import attention_layers, must_run_alone, prepare
 from abft_fast.evaluation import label_logits
 from abft_fast.label_head import label_columns
 from abft_fast.objective import run_packed
 from abft_fast.packing import EncodedPrompt, PackedPrompts, pack
-
-_NO_LOSS = {"penalty": 0.0, "reward": 0.0}
 
 
 class SharedPrefix:
@@ -92,14 +90,14 @@ class SharedPrefix:
         if self.ids and not self._kept:
             self._kept = self._compute()
         self.computed += len(own.input_ids)
-        forward = PackedForward(own, _NO_LOSS, self.attention, prefix=self._kept or None)
+        forward = PackedForward(own, NO_LOSS, self.attention, prefix=self._kept or None)
         return run_packed(model, forward, **kwargs)
 
     def _compute(self) -> dict[int, tuple[Tensor, Tensor]]:
         last = max(attention_layers(self.model))
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         packed = pack([EncodedPrompt(self.ids, [], [])])
-        forward = PackedForward(packed, _NO_LOSS, self.attention, stop_after=last, keep=kept)
+        forward = PackedForward(packed, NO_LOSS, self.attention, stop_after=last, keep=kept)
         run_packed(prepare(self.model), forward)
         self.computed += len(self.ids)
         return kept

@@ -114,7 +114,7 @@ def find_token_budget(lengths: Sequence[int], run: Callable[[list[int]], None], 
             good = tokens
         else:
             bad = tokens
-    while bad is not None and bad - good > good // 10:
+    while bad is not None and bad - good > max(good // 10, 1):
         middle = (good + bad) // 2
         if fits(middle):
             good = middle

@@ -392,9 +392,17 @@ def test_a_malformed_gradient_is_refused(gradient):
         attention_behavior_loss(tiny_model("llama"), pack(make_prompts()), gradient=gradient)
 
 
-def test_a_token_outside_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="vocabulary"):
-        attention_behavior_loss(tiny_model("llama"), pack([EncodedPrompt([3, 97, 4], [1], [True])]))
+@pytest.mark.parametrize("penalty", [-1.0, float("nan")])
+def test_a_penalty_that_rewards_is_refused(penalty):
+    with pytest.raises(ValueError, match="penalty must be at least 0"):
+        attention_behavior_loss(tiny_model("llama"), pack(make_prompts()), penalty=penalty)
+
+
+@pytest.mark.parametrize("token", [97, -1])
+def test_a_token_outside_the_vocabulary_is_refused(token):
+    prompt = EncodedPrompt([3, token, 4], [1], [True])
+    with pytest.raises(ValueError, match=f"input_ids holds {token}, the model's vocabulary"):
+        attention_behavior_loss(tiny_model("llama"), pack([prompt]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])

@@ -33,6 +33,11 @@ def test_the_largest_budget_is_found(fits):
     assert found >= min(3000, fits) / 1.25  # a tenth, and what a batch leaves free
 
 
+def test_the_largest_budget_of_tiny_prompts_is_found():
+    lengths = [3] * 9
+    assert find_token_budget(lengths, out_of_memory_above(4, lengths), most=9) in (3, 4, 5)
+
+
 @pytest.mark.parametrize("lengths", [[100, 20], [100, 20, 20], [100, 5, 5]], ids=str)
 @pytest.mark.parametrize("tokens", [10, 1000])
 def test_what_never_fits_is_said(lengths, tokens):

@@ -142,6 +142,7 @@ def test_runs_that_would_go_wrong_stop(step, loss, norm, heads, message):
 
 
 def test_the_preflight_lets_a_good_family_pass_and_stops_a_wrong_one(monkeypatch):
+    check_attention(tiny_model("gemma2").double(), make_prompts(4))
     model = tiny_model("gemma2")
     check_attention(model, make_prompts(4))
     assert model.config._attn_implementation == "abft"
