@@ -25,22 +25,34 @@ _DIGITS = 7  # of a probability, about what float32 has
 
 
 def check_files(config: PredictConfig) -> None:
-    """Say at once what is wrong with paths, and with the first query.
+    """Say at once what is wrong with paths.
 
     Raises:
         UserError: what is to be written is in no folder or would replace what is read; the adapter
-            is none; or as `read_queries`.
+            is none; or the input cannot be read.
     """
     output = config.output
     if config.adapter is not None:
         check_adapter(config.adapter)
     if output is not None:
-        check_output(output)
-        for path in (config.input, config.demonstrations):
-            if output.resolve() == path.resolve():
-                raise UserError(f"--output {output} is what is read: name another file")
+        check_output(output, read=(config.input, config.demonstrations))
     next(data_files.read_rows(config.input, (config.text_column,)))  # says it of the header
-    next(read_queries(config, ()))
+
+
+def check_queries(config: PredictConfig, label_words: Sequence[str]) -> None:
+    """Read the whole input once, as its last row may be the one that cannot be used.
+
+    Raises:
+        UserError: as `read_queries`; or CSV is to be written and rows differ in their columns.
+    """
+    columns = None
+    for row, _ in read_queries(config, label_words):
+        columns = columns or row.cells.keys()
+        if not _writes_json(config) and row.cells.keys() != columns:
+            odd = sorted(row.cells.keys() ^ columns)[0]
+            raise UserError(
+                f"{row.place()}: column {odd!r} is not in all rows, as CSV needs it: write .jsonl"
+            )
 
 
 def read_demonstrations(config: PredictConfig) -> Dataset:
@@ -112,11 +124,7 @@ class PredictionWriter:
         self._columns: list[str] | None = None
 
     def write(self, row: Row, probabilities: Sequence[float] | None) -> None:
-        """One row; without probabilities its prediction stays empty.
-
-        Raises:
-            UserError: in CSV, the row has other columns than the first one.
-        """
+        """One row, with the columns of those before; without probabilities they stay empty."""
         found: list[Any] = [None] * len(self._written)
         if probabilities is not None:
             word = self._words[max(range(len(self._words)), key=probabilities.__getitem__)]
@@ -129,11 +137,6 @@ class PredictionWriter:
         if self._columns is None:
             self._columns = list(cells)
             self._file.write(_csv_line(self._columns))
-        if cells.keys() != set(self._columns):
-            odd = sorted(cells.keys() ^ set(self._columns))[0]
-            raise UserError(
-                f"{row.place()}: column {odd!r} is not in all rows, as CSV needs it: write .jsonl"
-            )
         self._file.write(_csv_line([_csv_cell(cells[name]) for name in self._columns]))
 
 
@@ -146,7 +149,7 @@ def open_output(config: PredictConfig, label_words: Sequence[str]) -> Iterator[P
     """
     if config.output is not None:
         with atomic_file(config.output) as file:
-            yield PredictionWriter(file, label_words, config.output.suffix.lower() == ".jsonl")
+            yield PredictionWriter(file, label_words, _writes_json(config))
         return
     try:
         yield PredictionWriter(sys.stdout, label_words, as_json=False)
@@ -154,6 +157,10 @@ def open_output(config: PredictConfig, label_words: Sequence[str]) -> Iterator[P
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again
         raise RunError("standard output was closed before all was written") from None
+
+
+def _writes_json(config: PredictConfig) -> bool:
+    return config.output is not None and config.output.suffix.lower() == ".jsonl"
 
 
 def _columns(label_words: Sequence[str]) -> list[str]:

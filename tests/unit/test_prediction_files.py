@@ -12,6 +12,7 @@ from abft_fast.data_files import Row
 from abft_fast.errors import UserError
 from abft_fast.prediction_files import (
     check_files,
+    check_queries,
     open_output,
     read_demonstrations,
     read_queries,
@@ -128,11 +129,20 @@ def test_csv(folder):
 
 
 def test_csv_needs_the_same_columns(folder):
+    (folder / "queries.jsonl").write_text('{"text": "a"}\n{"text": "b", "note": 1}\n')
+    for output in ("out.csv", "-"):
+        with pytest.raises(UserError, match=r"jsonl, row 2: column 'note' is not in all rows"):
+            check_queries(options(input="queries.jsonl", output=output), WORDS)
+    check_queries(options(input="queries.jsonl", output="out.jsonl"), WORDS)
     rows = [({"text": "a"}, None), ({"text": "b", "note": 1}, None)]
-    with pytest.raises(UserError, match=r"in.csv, row 3: column 'note' is not in all rows"):
-        written("out.csv", rows)
-    assert not Path("out.csv").exists()
     assert json.loads(written("out.jsonl", rows).splitlines()[1])["note"] == 1
+
+
+def test_the_last_query_is_checked_as_the_first(folder):
+    with (folder / "queries.csv").open("a") as file:
+        file.write("9,well\n" * 3000 + "10,\n")
+    with pytest.raises(UserError, match=r"queries.csv, row 3004, column 'text': the text is empty"):
+        check_queries(options(), WORDS)
 
 
 def test_json_lines(folder):
