@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abft_fast.config import flag
 from abft_fast.errors import UserError
 from abft_fast.files import write_json
 from abft_fast.grid import WHERE, Cell
@@ -97,7 +98,8 @@ class CellFolder:
         if self.labels["command"] == "eval":
             return [*program, "eval", *options, "--output", str(self.metrics)]
         if (self.run / "config.yaml").is_file():
-            return [*program, "train", "--resume", str(self.run)]
+            here = [part for name in sorted(WHERE) for part in (flag(name), self.options[name])]
+            return [*program, "train", "--resume", str(self.run), *here]
         shutil.rmtree(self.run, ignore_errors=True)  # killed before it held anything
         return [*program, "train", *options, "--output-dir", str(self.run)]
 

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 
-from abft_fast import launch, mauve_prefixes, own_data, picl
+from abft_fast import adapter_origin, launch, mauve_prefixes, own_data, picl
 from abft_fast.adapter_folder import check_adapter
 from abft_fast.config import (
     CommandOptions,
@@ -122,11 +122,15 @@ def _check_data(config: Options) -> None:
         mauve_prefixes.check_installed()
 
 
+_OF_THIS_CALL = ("force", "device", "device_map")
+"""Options that a resumed run may be given anew."""
+
+
 @_command(TrainConfig)
 def train_(flags: dict[str, Any]) -> None:
     """Fine-tune attention behavior on a dataset, evaluating before and after."""
     config = resolve(TrainConfig, flags)
-    extra = sorted(set(flags) - {"resume", "debug", "force"})
+    extra = sorted(set(flags) - {"resume", "debug", *_OF_THIS_CALL})
     if config.resume is not None and extra:
         extra = ", ".join(map(flag, extra))
         raise UserError(f"--resume goes on with the run's own options: leave out {extra}")
@@ -137,7 +141,8 @@ def train_(flags: dict[str, Any]) -> None:
         _check_data(config)
     else:
         run, options = Run.open(config.resume)
-        config = options.model_copy(update={"force": config.force})
+        here = {name: getattr(config, name) for name in _OF_THIS_CALL if name in flags}
+        config = options.model_copy(update=here)
         run.check_data(own_data.file_hashes(config))
     check_model(config.model)
     from abft_fast.environment import uses_cpu
@@ -150,7 +155,13 @@ def train_(flags: dict[str, Any]) -> None:
 
     with processes.running(cpu):
         run = Run(processes.of_main(run.folder))  # its name has the time
-        train(config, run, Progress(), new="resume" not in flags)
+        try:
+            train(config, run, Progress(), new="resume" not in flags)
+        except KeyboardInterrupt:
+            if config.no_save or not run.is_begun:
+                raise
+            line = f"interrupted; continue with `abft-fast train --resume {run.folder}`"
+            raise Interrupted(line) from None
     if launch.is_main():
         print_run(run)
 
@@ -160,11 +171,13 @@ def eval_(flags: dict[str, Any]) -> None:
     """Evaluate a model, with or without an adapter, on a dataset's test prompts."""
     config = resolve(EvalConfig, flags)
     if config.output is not None:
-        check_output(config.output)
+        check_output(config.output, read=own_data.paths(config))
     if config.adapter is not None:
         check_adapter(config.adapter)
     check_model(config.model)
     _check_data(config)
+    if config.adapter is not None:
+        adapter_origin.check_tested_apart(config)
     from abft_fast.environment import uses_cpu
 
     cpu = uses_cpu(config.device)  # needs torch alone
@@ -180,6 +193,8 @@ def eval_(flags: dict[str, Any]) -> None:
             job = Job(config, Progress())
             tests = job.evaluation_sets()
             job.show_data(tests[0].prompts)
+            for line in (*adapter_origin.differences(config), *config.without_effect):
+                job.progress.say(line)
             job.load()
             if config.adapter is not None:
                 job.model = models.load_adapter(job.model, config.adapter)
@@ -214,11 +229,17 @@ def predict_(flags: dict[str, Any]) -> None:
     config = resolve(PredictConfig, flags)
     if launch.launched() > 1:
         raise UserError("predict runs in one process: start it without a launcher")
-    from abft_fast.prediction_files import check_files, open_output, read_demonstrations
+    from abft_fast.prediction_files import (
+        check_files,
+        check_queries,
+        open_output,
+        read_demonstrations,
+    )
 
     check_model(config.model)
     check_files(config)
     dataset = read_demonstrations(config)
+    check_queries(config, dataset.label_words)
     with open_output(config, dataset.label_words) as writer:
         from abft_fast.predict import predict
         from abft_fast.progress import Progress
@@ -313,8 +334,8 @@ def main() -> None:
 
 def _same_everywhere(error: BaseException) -> bool:
     """Whether every process of a run ends with this error, so that one is enough to say it."""
-    kinds = (UserError, RunError, SaidByMain, typer.TyperException, KeyboardInterrupt)
-    return isinstance(error, kinds)
+    kinds = (UserError, RunError, SaidByMain, typer.TyperException)
+    return isinstance(error, (*kinds, Interrupted, KeyboardInterrupt))
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -325,7 +346,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case typer.TyperException():
             return error.format_message(), 2
         case KeyboardInterrupt() | typer.Abort():
-            return "interrupted; continue a run with `abft-fast train --resume RUN`", _INTERRUPTED
+            return "interrupted", _INTERRUPTED
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return f"the disk is full: {error.filename or 'nothing more can be written'}", 1
         case SaidByMain():

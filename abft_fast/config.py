@@ -265,6 +265,23 @@ class Options(PromptOptions, SamplingOptions, TableOptions, DatasetOptions):
             )
         return self
 
+    @property
+    def without_effect(self) -> list[str]:
+        """A line for each option that is not at its default and does nothing in this run."""
+        fields = type(self).model_fields
+        found = {
+            name: f"{flag(name)} does nothing here: it is for {purpose}"
+            for idle, purpose, names in self._idle()
+            for name in names
+            if idle and getattr(self, name) != fields[name].default
+        }
+        return list(found.values())
+
+    def _idle(self) -> list[tuple[bool, str, tuple[str, ...]]]:
+        """Whether options do nothing, what they are for, and which they are."""
+        learns = self.calibration in ("contextual", "domain")
+        return [(not learns, "--calibration contextual and domain", ("calibration_samples",))]
+
 
 class EvalConfig(Options):
     """Options of `abft-fast eval`."""
@@ -448,20 +465,17 @@ class TrainConfig(Options):
         names = self.meta_datasets.split(",") if self.meta_datasets else ()
         return self.data_are_own or not set(names) <= set(data.DATASETS)
 
-    @property
-    def without_effect(self) -> list[str]:
-        """A line for each option that is not at its default and does nothing in this run."""
+    def _idle(self) -> list[tuple[bool, str, tuple[str, ...]]]:
         pid = ("p_factor", "pid_p", "pid_i", "pid_d")
-        rules = (
-            (not self.sides, "evaluations", ("test_type", "generalization_test", "calibration")),
-            (
-                not self.sides or self.calibration not in ("contextual", "domain"),
-                "--calibration contextual and domain",
-                ("calibration_samples",),
-            ),
+        tests = ("test_type", "generalization_test", "calibration", "calibration_samples")
+        own_factor = self.adaptation == "p" and self.p_factor is not None
+        return [
+            *super()._idle(),
+            (not self.sides, "evaluations", tests),
             (self.no_save, "checkpoints", ("save_steps",)),
             (self.trainable != "lora", "--trainable lora", ("lora_r",)),
             (self.adaptation != "pid", "--adaptation pid", ("pid_i", "pid_d")),
+            (own_factor, "--adaptation p without --p-factor", ("pid_p",)),
             (self.adaptation == "none", "--adaptation pid and p", ("pid_p",)),
             (self.adaptation != "p", "--adaptation p", ("p_factor",)),
             (
@@ -469,15 +483,7 @@ class TrainConfig(Options):
                 "--method ABFT",
                 ("penalty", "reward", "adaptation", *pid, "head_filter"),
             ),
-        )
-        fields = type(self).model_fields
-        found = {
-            name: f"{flag(name)} does nothing here: it is for {purpose}"
-            for idle, purpose, names in rules
-            for name in names
-            if idle and getattr(self, name) != fields[name].default
-        }
-        return list(found.values())
+        ]
 
     @property
     def meta_dataset_names(self) -> list[str]:
@@ -486,14 +492,14 @@ class TrainConfig(Options):
         Raises:
             UserError: a dataset that is tested is among them.
         """
-        tested = {_place(self.dataset)}
+        tested = {_place(self.dataset), *({_place(str(self.test_file))} if self.test_file else ())}
         if self.generalization_test:
             tested.update(data.PAPER_DATASETS)
         if self.meta_datasets is None:
             return [name for name in data.DATASETS if name not in tested]
         names = self.meta_datasets.split(",")
         for name in names:
-            if _place(name) in tested:
+            if tested & {_place(name), *map(str, Path(_place(name)).parents)}:
                 raise UserError(f"--meta-datasets holds {name}, which is tested: leave it out")
         return names
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +17,7 @@ from abft_fast.errors import UserError
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill that appears under its own name only when it is whole and on disk."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = _temporary(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -43,7 +43,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
     """A text file to write that appears under its own name only when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
@@ -56,17 +56,23 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
     _sync(path.parent)
 
 
+def final_name(name: str) -> str:
+    """What a file or folder is to be called once it is whole; another's name as it is."""
+    found = re.fullmatch(r"\.(.+)\.tmp", name)
+    return found[1] if found else name
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content as a whole."""
     with atomic_file(path) as file:
         file.write(text)
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, read: Iterable[Path] = ()) -> None:
     """Make sure that `--output` can be written, before anything is computed for it.
 
     Raises:
-        UserError: it is a folder, or in none that can be written to.
+        UserError: it is a folder, or in none that can be written to, or is among what is read.
     """
     if path.is_dir():
         raise UserError(f"--output {path} is a folder: name a file in it")
@@ -74,6 +80,8 @@ def check_output(path: Path) -> None:
         raise UserError(f"--output {path}: folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"--output {path}: no permission to write in {path.parent}")
+    if path.resolve() in [other.resolve() for other in read]:
+        raise UserError(f"--output {path} is what is read: name another file")
 
 
 def check_output_folder(folder: Path, *, new: bool = False) -> None:
@@ -99,6 +107,10 @@ def check_output_folder(folder: Path, *, new: bool = False) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file as a whole."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _name(error: BaseException, path: Path) -> None:

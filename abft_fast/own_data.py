@@ -100,6 +100,12 @@ def meta_dataset(config: TrainConfig, name: str) -> Dataset:
     return by_options(config.model_copy(update={"dataset": name, "test_file": None}))
 
 
+def paths(options: Options) -> list[Path]:
+    """What of the user's a dataset is read from."""
+    named = (options.dataset if options.data_are_own else None, options.test_file, options.template)
+    return [Path(path) for path in named if path is not None]
+
+
 def file_hashes(options: Options) -> dict[str, str]:
     """SHA-256, by path, of every file of the user's that the results depend on.
 

@@ -352,7 +352,10 @@ def plan_run(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
     dataset = own_data.by_options(config)
     tokenizer = loading.read_tokenizer("builtin" if known else config.model)
     context = loading.context_length(shape)
-    encoder = PromptEncoder.by_options(config, tokenizer, dataset, context)
+    prompts = config
+    if known:  # in its own tokenizer a label word may be one token
+        prompts = config.model_copy(update={"label_token": "first"})
+    encoder = PromptEncoder.by_options(prompts, tokenizer, dataset, context)
     lengths = [len(prompt) for prompt in training_prompts(config, dataset, encoder).prompts]
     show_data(progress, dataset, encoder, lengths)
     longest = max(lengths)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from abft_fast import loading
+from abft_fast import adapter_origin, loading
 from abft_fast.config import PredictConfig
 from abft_fast.data import Dataset, Example, Prompt
 from abft_fast.data_files import Row
@@ -120,6 +120,8 @@ class Labeller(ModelOnDevice):
     def load(self) -> None:
         """The model with its adapter, for the label words alone."""
         super().load()
+        for line in adapter_origin.differences(self.config):
+            self.progress.say(line)
         if self.config.adapter is not None:
             self.model = load_adapter(self.model, self.config.adapter)
         keep_label_rows(self.model, self.encoder.label_ids)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from abft_fast.config import Options
-from abft_fast.data import Dataset, Prompt
+from abft_fast.data import DATASETS, Dataset, Prompt
 from abft_fast.errors import UserError
 from abft_fast.packing import EncodedPrompt
 
@@ -112,7 +112,8 @@ class PromptEncoder:
         self.max_length = max_length
         self.on_long_prompt = on_long_prompt
         self._label_token = label_token
-        self._another = "another model" + " or other words by --template" * bool(dataset.files)
+        own = dataset.name not in DATASETS
+        self._another = "another model" + " or other words by --template" * own
         self._example = dataset.training[0]
         self._demonstration_ids = self._check_demonstration_labels()
         self.label_ids = self._check_query_labels(self.template)

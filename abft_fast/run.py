@@ -13,7 +13,7 @@ from typing import Any
 
 from abft_fast.config import TrainConfig
 from abft_fast.errors import UserError
-from abft_fast.files import check_output_folder, write_json, write_text
+from abft_fast.files import check_output_folder, final_name, write_json, write_text
 from abft_fast.resolve import read_yaml, resolve, write_yaml
 
 
@@ -46,7 +46,7 @@ class Run:
                     f"output folder {folder} is not empty: choose another --output-dir, "
                     f"pass --overwrite, or continue it with --resume {folder}"
                 )
-            foreign = sorted(p.name for p in folder.iterdir() if p.name not in _ENTRIES)
+            foreign = sorted(p.name for p in folder.iterdir() if final_name(p.name) not in _ENTRIES)
             if foreign:
                 raise UserError(
                     f"output folder {folder} holds {foreign[0]}, which is not of a run, so "
@@ -61,16 +61,21 @@ class Run:
         Raises:
             UserError: the folder is no run, or a file of it is damaged.
         """
-        if not (folder / "config.yaml").is_file():
+        run = cls(folder)
+        if not run.is_begun:
             raise UserError(f"--resume {folder}: no run there (no config.yaml)")
         options = read_yaml(folder / "config.yaml")
         missing = {n for n, f in TrainConfig.model_fields.items() if not f.exclude} - set(options)
         if missing:
             raise UserError(f"--resume {folder}: its config.yaml lacks {sorted(missing)[0]}")
-        run = cls(folder)
         for path in (run._environment, run._evaluation, run._attention, run._token_budget):
             _read_json(path)
         return run, resolve(TrainConfig, options)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is a run that can be continued."""
+        return (self.folder / "config.yaml").is_file()
 
     def create(
         self, config: TrainConfig, trained_parameters: int, files: Mapping[str, str]

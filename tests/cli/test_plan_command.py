@@ -21,6 +21,18 @@ def test_a_plan_needs_no_weights_and_no_network():
         assert part in result.stdout, part
 
 
+def test_words_that_are_single_tokens_in_the_models_own_tokenizer(tmp_path):
+    """A known shape is planned with the built-in tokenizer, which has fewer words."""
+    rows = "".join(f"text {i},{'spam' if i % 2 else 'refund'}\n" for i in range(40))
+    (tmp_path / "own.csv").write_text("text,label\n" + rows)
+    result = abft_fast(
+        "plan", "--model", "synthetic:qwen2.5-0.5b", "--gpu-memory", "24", "--dataset", "own.csv",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "training prompts of own, k=4" in result.stdout
+
+
 def test_a_gpu_that_is_not_there_is_not_planned_for():
     if torch.cuda.is_available():
         pytest.skip("there is one")

@@ -47,10 +47,11 @@ def example(tmp_path_factory):
 
 
 def test_train_and_eval_test_on_the_same_split(example):
-    folder, _, _ = example
+    folder, _, evaluated = example
     expected = json.loads((folder / "mine/evaluation.json").read_text())["after"]
     assert set(expected) == {"reviews"}
     assert json.loads((folder / "after.json").read_text()) == expected
+    assert "was trained with" not in evaluated.stderr
     assert (folder / "mine/adapter/adapter_model.safetensors").is_file()
 
 
@@ -80,6 +81,24 @@ def test_a_run_is_not_resumed_on_changed_data(example, tmp_path):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "reviews.csv is not what run" in line and "SHA-256 differs" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split-seed", 1], "its run had --split-seed 0; give that, or other rows"),
+        (["--output", "reviews.csv"], "--output reviews.csv is what is read"),
+    ],
+)
+def test_eval_refuses_to_spoil_results_or_data(example, options, message):
+    folder, _, _ = example
+    before = (folder / "reviews.csv").read_bytes()
+    given = ["--dataset", "reviews.csv", "--template", "reviews.yaml", "--adapter", "mine/adapter"]
+    result = abft_fast("eval", *given, *options, cwd=folder)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert message in line
+    assert (folder / "reviews.csv").read_bytes() == before
 
 
 def test_plan_shows_the_table_and_writes_nothing(example, tmp_path):

@@ -47,7 +47,7 @@ def interrupt_at_step(step, folder):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     (line,) = said(stderr)
-    assert "interrupted; continue a run with" in line
+    assert line.endswith(f"interrupted; continue with `abft-fast train --resume {folder}`")
 
 
 def kill_one_of_two(launcher, rank, steps, folder, *arguments):

@@ -107,6 +107,8 @@ def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
         ({}, []),
         ({"penalty": 0.1, "p_factor": 1, "adaptation": "p", "pid_i": 0.1}, ["--pid-i"]),
         ({"method": "E2E", "penalty": 0.1, "head_filter": False}, ["--penalty", "--head-filter"]),
+        ({"adaptation": "p", "p_factor": 1, "pid_p": 0.1}, ["--pid-p"]),
+        ({"adaptation": "p", "pid_p": 0.1}, []),
         ({"trainable": "full", "lora_r": 4, "calibration_samples": 2}, ["--cali", "--lora-r"]),
         ({"no_eval": True, "no_save": True, "test_type": "GLER", "save_steps": 1},
          ["--test-type", "--save-steps"]),
@@ -124,6 +126,22 @@ def test_bad_config_files(tmp_path: Path, text):
     path.write_text(text)
     with pytest.raises(UserError):
         resolve(TrainConfig, {"config": str(path)})
+
+
+def test_evaluation_names_what_does_nothing_too():
+    (line,) = resolve(EvalConfig, {"calibration_samples": 2}).without_effect
+    assert line.startswith("--calibration-samples does nothing here")
+    used = {"calibration": "domain", "calibration_samples": 2}
+    assert not resolve(EvalConfig, used).without_effect
+
+
+@pytest.mark.parametrize("other", ["b.csv", "folder/test"])
+def test_metaicl_does_not_train_on_what_is_tested(other, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder" / "test").mkdir(parents=True)
+    given = {"method": "MetaICL", "dataset": "folder", "meta_datasets": f"{other},mr"}
+    with pytest.raises(UserError, match=f"--meta-datasets holds {other}, which is tested"):
+        resolve(TrainConfig, {**given, "test_file": "b.csv"})
 
 
 def test_evaluation_takes_zero_shot():

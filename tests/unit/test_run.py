@@ -36,6 +36,20 @@ def test_a_folder_taken_meanwhile_is_left_alone(tmp_path):
     assert quick.metrics() == [{"step": 1}]
 
 
+def test_what_a_kill_left_half_written_is_overwritten(tmp_path):
+    Run(tmp_path).create(resolve(TrainConfig, {}), 0, {})
+    (tmp_path / ".adapter.tmp").mkdir()
+    (tmp_path / ".evaluation.json.tmp").write_text("{")
+    config = resolve(TrainConfig, {"output_dir": str(tmp_path), "overwrite": True})
+    run = Run.reserve(config)
+    (tmp_path / ".notes.tmp").write_text("mine")
+    with pytest.raises(UserError, match=r"holds .notes.tmp, which is not of a run"):
+        Run.reserve(config)
+    (tmp_path / ".notes.tmp").unlink()
+    run.create(config, 0, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "environment.json"]
+
+
 def test_a_config_cut_short_is_not_resumed_as_something_else(tmp_path):
     config = resolve(TrainConfig, {"output_dir": str(tmp_path), "dataset": "trec", "lr": "0.5"})
     Run(tmp_path).create(config, 0, {})

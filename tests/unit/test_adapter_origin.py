@@ -1,0 +1,87 @@
+"""An adapter is not tested on rows its run trained on, nor given other prompts without a word."""
+
+import pytest
+
+from abft_fast.adapter_origin import check_tested_apart, differences
+from abft_fast.config import EvalConfig, PredictConfig, TrainConfig
+from abft_fast.errors import UserError
+from abft_fast.own_data import file_hashes
+from abft_fast.resolve import resolve
+from abft_fast.run import Run
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Makes the folder of a run with these options; its adapter's place."""
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"text {i},{'bad' if i % 2 else 'good'}\n" for i in range(40))
+    (tmp_path / "own.csv").write_text("text,label\n" + rows)
+    (tmp_path / "other.csv").write_text("text,label\n" + rows.replace("text", "test"))
+
+    def make(**options):
+        config = resolve(TrainConfig, {"dataset": "own.csv", **options})
+        Run(tmp_path / "run").create(config, 0, file_hashes(config))
+        (tmp_path / "run" / "adapter").mkdir()
+        return "run/adapter"
+
+    return make
+
+
+def evaluation(adapter, **options):
+    return resolve(EvalConfig, {"adapter": adapter, "dataset": "own.csv", **options})
+
+
+def test_its_own_split_and_other_data_are_tested(trained, tmp_path):
+    adapter = trained(split_seed=3)
+    check_tested_apart(evaluation(adapter, split_seed=3))
+    check_tested_apart(evaluation(adapter, test_file="other.csv"))
+    check_tested_apart(evaluation(adapter, dataset="other.csv"))
+    check_tested_apart(evaluation(adapter, dataset="sst2"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run/adapter").rename(tmp_path / "elsewhere/adapter")
+    check_tested_apart(evaluation("elsewhere/adapter"))  # nothing is known of it
+
+
+@pytest.mark.parametrize(
+    ("run", "now", "message"),
+    [
+        ({"split_seed": 3}, {}, "--split-seed 3"),
+        ({}, {"test_share": 0.5}, "--test-share 0.2"),
+        ({"test_file": "other.csv"}, {}, "--test-file .*other.csv"),
+    ],
+)
+def test_another_split_is_refused(trained, tmp_path, run, now, message):
+    adapter = trained(**run)
+    with pytest.raises(UserError, match=f"own.csv that this tests on: its run had {message}"):
+        check_tested_apart(evaluation(adapter, **now))
+    (tmp_path / "own.csv").rename(tmp_path / "moved.csv")
+    with pytest.raises(UserError, match=message):
+        check_tested_apart(evaluation(adapter, dataset="moved.csv", **now))
+
+
+def test_changed_data_are_refused(trained, tmp_path):
+    adapter = trained()
+    with (tmp_path / "own.csv").open("a") as file:
+        file.write("one more,good\n")
+    with pytest.raises(UserError, match="has changed since: put it back, or give --test-file"):
+        check_tested_apart(evaluation(adapter))
+    check_tested_apart(evaluation(adapter, test_file="other.csv"))
+
+
+def test_other_prompts_are_said(trained, tmp_path):
+    (tmp_path / "t.yaml").write_text('input_prefix: "review: "\n')
+    adapter = trained(template="t.yaml", prompt_form="staicc")
+    same = {"template": "t.yaml", "prompt_form": "staicc"}
+    predicted = {"adapter": adapter, "demonstrations": "own.csv", "input": "other.csv"}
+    assert differences(evaluation(adapter, **same)) == []
+    assert differences(resolve(PredictConfig, {**predicted, **same})) == []
+    assert differences(resolve(EvalConfig, {})) == []
+    (line,) = differences(evaluation(adapter, k=2, quantized=True))
+    assert line.startswith("adapter run/adapter was trained with --k 4, --prompt-form staicc, ")
+    assert line.endswith(f"no --quantized, --template {tmp_path}/t.yaml")
+    (line,) = differences(evaluation(adapter, dataset="other.csv"))  # another task, its own words
+    assert line.endswith("with --prompt-form staicc")
+    (line,) = differences(resolve(PredictConfig, predicted))
+    assert line.endswith(f"--prompt-form staicc, --template {tmp_path}/t.yaml")

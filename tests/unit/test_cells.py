@@ -1,0 +1,24 @@
+"""How a sweep starts a cell, and goes on with it."""
+
+import pytest
+
+from abft_fast.cells import CellFolder
+from abft_fast.config import TrainConfig
+from abft_fast.grid import Cell
+from abft_fast.resolve import resolve
+from abft_fast.run import Run
+
+pytestmark = pytest.mark.unit
+
+
+def test_a_cell_goes_on_where_the_sweep_now_says(tmp_path):
+    place = CellFolder(tmp_path)
+    for device in ("cuda", "cpu"):
+        config = resolve(TrainConfig, {"device": device})
+        place.prepare(Cell("train", "ABFT", config, {}, "title"))
+        if device == "cuda":
+            assert "--resume" not in place.command()
+            Run(place.run).create(config, 0, {})
+    command = place.command()
+    assert command[command.index("--resume") + 1] == str(place.run)
+    assert command[command.index("--device") + 1] == "cpu"
