@@ -118,8 +118,8 @@ def test_its_induction_heads_prefer_correct_labels(as_they_are):
 def after():
     """Rows of ABFT with the defaults, by dataset: three seeds."""
     found = {}
-    for row in rows_of("table1_builtin"):
-        if row["method"] == "ABFT":
+    for row in rows_of("builtin_study"):
+        if row["setting_name"] == "ABFT" and row["evaluated_on"] == row["dataset"]:
             found.setdefault(row["dataset"], []).append(row)
     assert all({row["seed"] for row in rows} == {"0", "1", "2"} for rows in found.values())
     return found
