@@ -102,11 +102,12 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs):
     embedding = inner.get_input_embeddings().weight
     packed = forward.on(embedding.device)
     if embedding.device.type == "cpu":
-        for id_ in map(int, packed.input_ids.aminmax()):
-            if not 0 <= id_ < len(embedding):
-                raise ValueError(
-                    f"input_ids holds {id_}, the model's vocabulary is 0 to {len(embedding) - 1}"
-                )
+        outside = (packed.input_ids < 0) | (packed.input_ids >= len(embedding))
+        if outside.any():
+            raise ValueError(
+                f"input_ids holds {int(packed.input_ids[outside][0])}, "
+                f"the model's vocabulary is 0 to {len(embedding) - 1}"
+            )
     output = None
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # blocks switch it off and on

@@ -75,7 +75,7 @@ def test_matrix_products(gradient, block, trainable):
 
 WAITS = {
     "tolist": 1,  # where prompts end
-    "item": 2,  # the longest prompt; on a CPU alone the largest token id
+    "item": 2,  # the longest prompt; on a CPU alone whether a token id is outside the vocabulary
     "as_tensor": 2,  # penalty and reward
 }
 
@@ -162,9 +162,9 @@ def test_graphs_of_a_compiled_step():
         expected = attention_behavior_loss(model, packed).loss
         graphs = CompileCounter()
         loss = torch.compile(attention_behavior_loss, backend=graphs)(model, packed).loss
-        # Breaks: the longest prompt, where prompts end, on a CPU the largest token id.
+        # Breaks: the longest prompt, where prompts end; on a CPU a jump, if a token id is outside.
         found = graphs.frame_count, sum(counters["graph_break"].values())
-        assert found == (5, 3), f"{layers} layers: {found} graphs and breaks, before (5, 3)"
+        assert found == (5, 2), f"{layers} layers: {found} graphs and breaks, before (5, 2)"
         torch.testing.assert_close(loss, expected)
         found = torch.autograd.grad(loss, weights)
         torch.testing.assert_close(found, torch.autograd.grad(expected, weights))
