@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from abft_fast import data, own_data
 from abft_fast.config import EvalConfig, Options, PredictConfig, flag
 from abft_fast.errors import UserError
 from abft_fast.resolve import read_yaml
+from abft_fast.run import Run
 
 
 def differences(config: EvalConfig | PredictConfig) -> list[str]:
@@ -40,7 +40,7 @@ def check_tested_apart(config: EvalConfig) -> None:
         return  # test rows are in a file of their own
     now = config.model_dump(mode="json")
     digest = dict(dataset.files)[str(dataset.training_path.resolve())]
-    trained_on = _hashes(config.adapter).get(run["dataset"])
+    trained_on = Run(config.adapter.resolve().parent).data.get(run["dataset"])
     if run["dataset"] != now["dataset"] and digest != trained_on:
         return
     what = f"adapter {config.adapter} was trained on rows of {config.dataset} that this tests on"
@@ -65,12 +65,3 @@ def _options(adapter: Path) -> dict[str, Any]:
     options = read_yaml(path) if path.is_file() else {}
     known = {name for name, field in Options.model_fields.items() if not field.exclude}
     return options if known <= options.keys() else {}
-
-
-def _hashes(adapter: Path) -> dict[str, str]:
-    """SHA-256 of the user's files the run began with, by path."""
-    path = adapter.resolve().with_name("environment.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError):
-        return {}

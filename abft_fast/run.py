@@ -111,13 +111,18 @@ class Run:
                 self.folder.rmdir()
             raise
 
+    @property
+    def data(self) -> dict[str, str]:
+        """SHA-256, by path, of the user's own data files that the run began with."""
+        return _read_json(self._environment).get("data", {})
+
     def check_data(self, files: Mapping[str, str]) -> None:
         """Make sure that the user's own data are what the run began with.
 
         Raises:
             UserError: a file has changed.
         """
-        known = _read_json(self._environment).get("data", {})
+        known = self.data
         for path, digest in files.items():
             if known.get(path) != digest:
                 raise UserError(
