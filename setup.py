@@ -10,7 +10,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["abft_kernels", *find_packages(include=["abft_fast", "abft_fast.*"])],
+    packages=[
+        *find_packages("kernels", include=["abft_kernels", "abft_kernels.*"]),
+        *find_packages(include=["abft_fast", "abft_fast.*"]),
+    ],
     # `kernels` itself must never be a package: transformers imports the published one of that name.
     package_dir={"abft_kernels": "kernels/abft_kernels"},
     package_data={

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from abft_kernels import (
     LastRowLoss,
+    Scores,
     attention_after_prefix,
     choose_attention,
     choose_backend,
+    explicit_attention,
     flash_attention_with_last_row_loss,
     last_row_loss,
 )
-from abft_kernels.problem import Scores
-from abft_kernels.separate_attention import explicit_attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface

@@ -6,7 +6,7 @@ Source: Cho et al. 2025, section 3. This is the piece for a training loop of one
 from __future__ import annotations
 
 import torch
-from abft_kernels.checks import check_options
+from abft_kernels import check_options
 from torch import Tensor, nn
 
 from abft_fast.attention import AttentionBehavior, LossComplete, PackedForward

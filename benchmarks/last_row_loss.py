@@ -15,8 +15,7 @@ from functools import partial
 
 import pytest
 import torch
-from abft_kernels import choose_backend
-from abft_kernels.reference import LastRowLoss
+from abft_kernels import LastRowLoss, choose_backend
 from layer import DTYPE, Layer, Shape
 from paired import compare
 from peak_memory import in_fresh_process, peak_of

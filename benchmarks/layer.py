@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from inspect import signature
 
 import torch
-from abft_kernels import flash_attention_with_last_row_loss, last_row_loss, reference
-from abft_kernels.problem import Scores
-from abft_kernels.reference import LastRowLoss
-from abft_kernels.separate_attention import explicit_attention, visible_keys
+from abft_kernels import (
+    LastRowLoss,
+    Scores,
+    explicit_attention,
+    flash_attention_with_last_row_loss,
+    last_row_loss,
+    reference,
+)
+from abft_kernels.attention.separate import visible_keys
 from record import DEVICE, GPU
 from torch import Tensor
 from torch.nn import functional as F

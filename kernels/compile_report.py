@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import torch
 import triton
-from abft_kernels import triton_kernels
-from abft_kernels.problem import Rows, Scores
+from abft_kernels import loss_triton
+from abft_kernels.types import Rows, Scores
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -124,16 +124,16 @@ def run_all(variant: Variant) -> None:
         (torch.zeros(shape[1], dtype=variant.dtype), None, True),
         (None, active, True),
     ):
-        normalizer, _ = triton_kernels.scan_keys(
+        normalizer, _ = loss_triton.scan_keys(
             query, key, rows, scores, sinks, active=selected, sum_keys=sum_keys
         )
     for sum_keys in (True, False):
-        triton_kernels.label_loss(
+        loss_triton.label_loss(
             query, key, rows, scores, normalizer, factor, factor,
             head_filter=True, sum_keys=sum_keys,
         )  # fmt: skip
     for grad in (None, torch.zeros_like(key)):
-        triton_kernels.grad_key(
+        loss_triton.grad_key(
             query, key, rows, scores, normalizer, per_head, per_head, factor, factor,
             accumulate_into=grad,
         )  # fmt: skip
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    if triton_kernels.INTERPRETED:
+    if loss_triton.INTERPRETED:
         sys.exit("TRITON_INTERPRET is set: kernels are interpreted, nothing can be compiled")
 
     jobs = quick_jobs() if options.quick else all_jobs()

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import flop_registry
 @contextlib.contextmanager
 def _before_every_launch(hook):
     """Calls `hook(name, kernel, arguments)` for our kernels, compiled or interpreted."""
-    from abft_kernels import triton_kernels
+    from abft_kernels import loss_triton
 
     hooks = []
-    for full_name, kernel in vars(triton_kernels).items():
+    for full_name, kernel in vars(loss_triton).items():
         if full_name.endswith("_kernel"):
             name = full_name.strip("_").removesuffix("_kernel")
             hooks.append((kernel, lambda *args, n=name, k=kernel, **_: hook(n, k, args)))

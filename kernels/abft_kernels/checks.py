@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from abft_kernels.problem import Rows
+from abft_kernels.types import Rows
 
 
 def check_tensors(query: Tensor, key: Tensor, query_rows: int, rows: Rows, sinks) -> None:

@@ -14,15 +14,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abft_kernels.checks import check_bounds, check_options, check_tensors
-from abft_kernels.flash_attention import (
-    FLASH_ATTENTIONS,
-    Prompts,
+from abft_kernels.attention.registry import (
     attention_backward,
     attention_forward,
+    choose_attention,
 )
-from abft_kernels.last_row_loss import (
-    Residuals,
+from abft_kernels.attention.separate import attend_separately
+from abft_kernels.checks import check_bounds, check_options, check_tensors
+from abft_kernels.loss import (
     choose_backend,
     fake_loss,
     last_row_loss,
@@ -33,45 +32,7 @@ from abft_kernels.last_row_loss import (
     scalar_like,
     wants_gradient,
 )
-from abft_kernels.problem import Normalizer, Rows, Scores
-from abft_kernels.reference import LastRowLoss
-from abft_kernels.separate_attention import attend_separately
-
-ATTENTIONS = ("auto", *FLASH_ATTENTIONS, "separate")
-
-
-def choose_attention(
-    query: Tensor, *, softcap: float | None = None, dropout: float = 0.0, requested: str = "auto"
-) -> tuple[str, str]:
-    """Which attention is to run on queries like these, and why not a faster one.
-
-    `"flash-attn"`, `"varlen"` (inside torch) and `"sdpa"` (torch's flash attention on the CPU, a
-    prompt at a time) share their log-sum-exp with the loss; so does `"flash-attn-3"` (Hopper;
-    torch's own flash attention is then that, in the whole process), which is taken on request.
-    `"separate"` is an attention of one prompt at a time without it, so that the loss reads all keys
-    itself.
-
-    Returns:
-        The name, and for each one passed over, in order, a reason.
-
-    Raises:
-        ValueError: the requested one is unknown or cannot run here.
-    """
-    if requested not in ATTENTIONS:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, not {requested!r}")
-    reasons = []
-    for name, implementation in FLASH_ATTENTIONS.items():
-        if requested not in ("auto", name):
-            continue
-        reason = implementation.unable(query, softcap)
-        if reason is None and dropout:
-            reason = "it has no dropout here"
-        if reason is None:
-            return name, "; ".join(reasons)
-        reasons.append(f"{name}: {reason}")
-    if requested in ("auto", "separate"):
-        return "separate", "; ".join(reasons)
-    raise ValueError(f"attention backend {reasons[0]}")
+from abft_kernels.types import LastRowLoss, Normalizer, Prompts, Residuals, Rows, Scores
 
 
 @torch.library.custom_op("abft::flash_attention_with_last_row_loss", mutates_args=())

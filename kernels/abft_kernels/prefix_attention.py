@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abft_kernels.flash_attention import Prompts, attention_forward
-from abft_kernels.fused import choose_attention
-from abft_kernels.problem import Scores
-from abft_kernels.separate_attention import attend_separately
+from abft_kernels.attention.registry import attention_forward, choose_attention
+from abft_kernels.attention.separate import attend_separately
+from abft_kernels.types import Prompts, Scores
 
 
 @torch.no_grad()  # a log-sum-exp has no gradient

@@ -6,27 +6,11 @@ Source: Cho et al. 2025, "Mechanistic Fine-tuning for In-context Learning", sect
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class LastRowLoss(NamedTuple):
-    """What one attention layer says about each prompt and query head; every field is (R, Hq).
-
-    Attributes:
-        loss: paper, equation 1; 0 where the head is filtered out. Differentiable, float32
-            (float64 for float64 inputs, as are the masses).
-        label_mass: S, the attention the last row pays to all label tokens.
-        correct_mass: the part of it on labels that are the query's own.
-        is_induction: S > T, whether or not the filter was applied.
-    """
-
-    loss: Tensor
-    label_mass: Tensor
-    correct_mass: Tensor
-    is_induction: Tensor
+from abft_kernels.types import LastRowLoss
 
 
 def last_row_loss(

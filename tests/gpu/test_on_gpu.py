@@ -16,7 +16,7 @@ from abft_kernels import (
     flash_attention_with_last_row_loss,
     last_row_loss,
 )
-from abft_kernels.fused import ATTENTIONS
+from abft_kernels.attention.registry import ATTENTIONS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
@@ -160,10 +160,10 @@ def test_nothing_waits_for_the_device():
 
 
 def test_new_lengths_counts_and_penalties_compile_nothing():
-    from abft_kernels import triton_kernels
+    from abft_kernels import loss_triton
 
     def compiled():
-        kernels = (getattr(triton_kernels, name) for name in KERNELS)
+        kernels = (getattr(loss_triton, name) for name in KERNELS)
         return sum(len(caches[0]) for k in kernels for caches in k.device_caches.values())
 
     both_ops([300, 40], [4, 4], torch.tensor(0.5, device=DEVICE))()

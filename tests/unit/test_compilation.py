@@ -34,7 +34,7 @@ def test_representative_variants_compile_for_every_target_without_spills():
 COUNT_COMPILATIONS = """
 import torch
 from compile_report import PROCESSORS, recorded_launches
-from abft_kernels.last_row_loss import _forward_op, _grad_key_op
+from abft_kernels.loss import _forward_op, _grad_key_op
 from tests.last_row_cases import make_case
 
 def launch(lengths, labels, **options):

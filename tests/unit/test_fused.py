@@ -7,14 +7,15 @@ import pytest
 import torch
 from abft_kernels import (
     choose_attention,
+    explicit_attention,
     flash_attention_with_last_row_loss,
     last_row_loss,
+    loss_torch,
     reference,
-    torch_backend,
 )
-from abft_kernels.flash_attention import FLASH_ATTENTIONS, Prompts
-from abft_kernels.problem import Scores
-from abft_kernels.separate_attention import explicit_attention, visible_keys
+from abft_kernels.attention.registry import FLASH_ATTENTIONS
+from abft_kernels.attention.separate import visible_keys
+from abft_kernels.types import Prompts, Scores
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.last_row_cases import DEVICE, eager, error, make_case
@@ -139,13 +140,13 @@ def test_heads_without_a_loss_have_no_gradient_from_it():
 
 def test_without_gradient_no_keys_are_summed_for_it(monkeypatch):
     summed = []
-    real = torch_backend.scan_keys
+    real = loss_torch.scan_keys
 
     def counted(*args, sum_keys, **options):
         summed.append(sum_keys)
         return real(*args, sum_keys=sum_keys, **options)
 
-    monkeypatch.setattr(torch_backend, "scan_keys", counted)
+    monkeypatch.setattr(loss_torch, "scan_keys", counted)
     case = make_fused(torch.float32)
     with torch.no_grad():
         out, result = fused(**case, backend="torch")

@@ -4,17 +4,17 @@ import itertools
 
 import pytest
 import torch
-from abft_kernels.last_row_loss import loss_forward, loss_grad_key
-from abft_kernels.problem import Normalizer, Rows, Scores
+from abft_kernels.loss import loss_forward, loss_grad_key
+from abft_kernels.types import Normalizer, Rows, Scores
 
 from tests.costs import counted_traffic
 from tests.last_row_cases import DEVICE, make_case
 
-triton_kernels = pytest.importorskip("abft_kernels.triton_kernels", exc_type=ImportError)
+loss_triton = pytest.importorskip("abft_kernels.loss_triton", exc_type=ImportError)
 pytestmark = [
     pytest.mark.unit,
     pytest.mark.skipif(
-        not triton_kernels.INTERPRETED, reason="bytes are counted in Triton's interpreter"
+        not loss_triton.INTERPRETED, reason="bytes are counted in Triton's interpreter"
     ),
 ]
 
@@ -30,8 +30,8 @@ class Sizes:
         self.element = case["query"].element_size()
         self.row_heads = self.rows * self.query_heads
         self.programs = self.rows * self.key_heads  # one a row and key head
-        self.splits = triton_kernels._count_splits(case["query"], case["key"])
-        self.key_block = triton_kernels._Shape(case["query"], case["key"]).key_block
+        self.splits = loss_triton._count_splits(case["query"], case["key"])
+        self.key_block = loss_triton._Shape(case["query"], case["key"]).key_block
 
     def vectors(self, count):
         """Bytes of that many queries or keys."""

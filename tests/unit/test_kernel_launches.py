@@ -7,7 +7,7 @@ from abft_kernels import flash_attention_with_last_row_loss, last_row_loss
 from tests.costs import Waits, counted_launches, moved
 from tests.last_row_cases import DEVICE, make_case
 
-pytest.importorskip("abft_kernels.triton_kernels", exc_type=ImportError)
+pytest.importorskip("abft_kernels.loss_triton", exc_type=ImportError)
 pytestmark = pytest.mark.unit
 
 SCAN = {"scan_keys": 1, "combine_splits": 1}  # one pass over all keys, in parts

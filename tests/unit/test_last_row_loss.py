@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from abft_kernels import last_row_loss, reference
-from abft_kernels.torch_backend import _KEYS_AT_ONCE
+from abft_kernels.loss_torch import _KEYS_AT_ONCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from abft_kernels import attention_after_prefix, choose_attention
-from abft_kernels.problem import Scores
-from abft_kernels.separate_attention import explicit_attention, visible_keys
+from abft_kernels.attention.separate import explicit_attention, visible_keys
+from abft_kernels.types import Scores
 
 from tests.last_row_cases import DEVICE, error
 

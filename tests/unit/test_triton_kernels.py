@@ -16,7 +16,7 @@ from tests.last_row_cases import (
     make_case,
 )
 
-triton_kernels = pytest.importorskip("abft_kernels.triton_kernels", exc_type=ImportError)
+loss_triton = pytest.importorskip("abft_kernels.loss_triton", exc_type=ImportError)
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
@@ -85,14 +85,14 @@ def test_a_row_of_nothing_but_labels_of_one_kind_has_a_gradient_of_rounding_alon
 def test_long_rows_are_split_over_programs(monkeypatch):
     case = make_case([2101, 700, 1], [16, 3, 1], head_dim=16, dtype=torch.float32)
     counted = []
-    real = triton_kernels._count_splits
+    real = loss_triton._count_splits
     monkeypatch.setattr(
-        triton_kernels, "_count_splits", lambda q, k: counted.append(real(q, k)) or counted[-1]
+        loss_triton, "_count_splits", lambda q, k: counted.append(real(q, k)) or counted[-1]
     )
     check(case)
     assert counted[0] > 1
     for splits in (1, 90):  # 90: some splits of the long row are empty too
-        monkeypatch.setattr(triton_kernels, "_count_splits", lambda q, k, splits=splits: splits)
+        monkeypatch.setattr(loss_triton, "_count_splits", lambda q, k, splits=splits: splits)
         check(case)
 
 
@@ -144,11 +144,11 @@ def test_key_heads_without_a_loss_are_not_scanned(monkeypatch):
     """What the scan leaves for them is the memory's poison, and for the other head no NaN."""
     case = make_case([60], [4], query_heads=2, key_heads=2, dtype=torch.float32)
     combine = Recorder()
-    monkeypatch.setattr(triton_kernels, "_combine_splits_kernel", combine)
-    rows = triton_kernels.Rows(*(case[name] for name in triton_kernels.Rows._fields))
+    monkeypatch.setattr(loss_triton, "_combine_splits_kernel", combine)
+    rows = loss_triton.Rows(*(case[name] for name in loss_triton.Rows._fields))
     active = torch.tensor([[True, False]], device=DEVICE)
-    triton_kernels.scan_keys(
-        case["query"], case["key"], rows, triton_kernels.Scores(1.0, None, None), None,
+    loss_triton.scan_keys(
+        case["query"], case["key"], rows, loss_triton.Scores(1.0, None, None), None,
         active=active, sum_keys=True,
     )  # fmt: skip
     for part in combine.arguments[:3]:
@@ -161,19 +161,19 @@ def test_only_heads_with_a_loss_are_read():
     case["key"][:, 1] = 0.0
     result, (_, grad_key) = gradients(last_row_loss, case, backend="triton")
     assert result.is_induction[0].tolist() == [True, False]
-    rows = triton_kernels.Rows(*(case[name] for name in triton_kernels.Rows._fields))
-    scores = triton_kernels.Scores(8**-0.5, None, None)
-    lse, _ = triton_kernels.scan_keys(case["query"], case["key"], rows, scores, None, sum_keys=True)
+    rows = loss_triton.Rows(*(case[name] for name in loss_triton.Rows._fields))
+    scores = loss_triton.Scores(8**-0.5, None, None)
+    lse, _ = loss_triton.scan_keys(case["query"], case["key"], rows, scores, None, sum_keys=True)
     poisoned = case["key"].clone()
     poisoned[:, 1] = torch.nan
-    _, mean_key = triton_kernels.scan_keys(
+    _, mean_key = loss_triton.scan_keys(
         case["query"], poisoned, rows, scores, None, active=result.is_induction, sum_keys=True
     )
     assert mean_key.isfinite().all() and (mean_key[0, 1] == 0).all()
     coefficient = torch.tensor([[1.0, 0.0]], device=DEVICE)
     factor = torch.ones((), device=DEVICE)
     base = torch.full_like(grad_key, 2.0)
-    grad = triton_kernels.grad_key(
+    grad = loss_triton.grad_key(
         case["query"], poisoned, rows, scores, lse, coefficient, coefficient, factor, factor,
         accumulate_into=base,
     )  # fmt: skip
@@ -237,12 +237,12 @@ def test_an_index_out_of_bounds_is_nan_not_a_wrong_number(broken):
     """What a GPU does, where nothing may wait to look at indices."""
     case = make_case([40], [2], dtype=torch.float32)
     case |= {n: torch.tensor(v, dtype=torch.int32, device=DEVICE) for n, v in broken.items()}
-    rows = triton_kernels.Rows(*(case[name] for name in triton_kernels.Rows._fields))
-    scores = triton_kernels.Scores(1.0, None, None)
+    rows = loss_triton.Rows(*(case[name] for name in loss_triton.Rows._fields))
+    scores = loss_triton.Scores(1.0, None, None)
     query, key = case["query"], case["key"]
     factor = torch.ones((), device=DEVICE)
-    lse, _ = triton_kernels.scan_keys(query, key, rows, scores, None, sum_keys=False)
-    found = triton_kernels.label_loss(
+    lse, _ = loss_triton.scan_keys(query, key, rows, scores, None, sum_keys=False)
+    found = loss_triton.label_loss(
         query, key, rows, scores, lse, factor, factor, head_filter=True, sum_keys=False
     )
     assert found.loss.isnan().all() and found.label_mass.isnan().all()
@@ -261,7 +261,7 @@ def test_small_gradients_survive_float16():
 @triton.jit
 def _tanh_kernel(x_ptr, y_ptr, N: tl.constexpr):
     offsets = tl.arange(0, N)
-    tl.store(y_ptr + offsets, triton_kernels._tanh(tl.load(x_ptr + offsets)))
+    tl.store(y_ptr + offsets, loss_triton._tanh(tl.load(x_ptr + offsets)))
 
 
 def test_tanh_is_accurate_to_float32():

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from abft_kernels.problem import LabelLoss, Normalizer, Rows, Scores
+from abft_kernels.types import LabelLoss, Normalizer, Rows, Scores
 
 NO_WINDOW = 2**31 - 1
 _LABEL_BLOCK = 16

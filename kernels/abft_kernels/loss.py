@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import importlib.util
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from abft_kernels import torch_backend
+from abft_kernels import loss_torch
 from abft_kernels.checks import check_options, check_tensors, check_values
-from abft_kernels.problem import LabelLoss, Normalizer, Rows, Scores
-from abft_kernels.reference import LastRowLoss
+from abft_kernels.types import LabelLoss, LastRowLoss, Normalizer, Residuals, Rows, Scores
 
 BACKENDS = ("auto", "triton", "torch")
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -50,25 +48,10 @@ def choose_backend(query: Tensor, requested: str = "auto") -> str:
 
 def _backend(name: str) -> ModuleType:
     if name == "torch":
-        return torch_backend
-    from abft_kernels import triton_kernels  # exists on Linux alone
+        return loss_torch
+    from abft_kernels import loss_triton  # exists on Linux alone
 
-    return triton_kernels
-
-
-class Residuals(NamedTuple):
-    """What a forward leaves for the backward, a few numbers a row and head.
-
-    Attributes:
-        peak, total: (R, Hq) each, the row's Normalizer.
-        mean_weight: (R, Hq), G.
-        key_sum: (R, Hq, D), dq over scale and incoming gradient; (0,) where none is wanted.
-    """
-
-    peak: Tensor
-    total: Tensor
-    mean_weight: Tensor
-    key_sum: Tensor
+    return loss_triton
 
 
 def loss_forward(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from abft_kernels.problem import Scores
+from abft_kernels.types import Scores
 
 
 def attend_separately(

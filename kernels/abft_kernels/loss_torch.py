@@ -1,6 +1,6 @@
 """What the kernels compute, in plain torch: for CPUs, float64, and platforms without Triton.
 
-Same functions and results as `triton_kernels`. Rows are taken one after the other, all their heads
+Same functions and results as `loss_triton`. Rows are taken one after the other, all their heads
 at once, and keys in blocks, so that their float64 copies stay in the caches; beyond results only
 scores are as long as a row. Arithmetic is float64: in float32 a label's score and the same score
 inside its row's sum would be rounded differently, as matrix products of different shapes are.
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from abft_kernels.problem import LabelLoss, Normalizer, Rows, Scores
+from abft_kernels.types import LabelLoss, Normalizer, Rows, Scores
 
 _KEYS_AT_ONCE = 512
 

@@ -1,0 +1,137 @@
+"""Define the named tuples that the modules of this package hand to each other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class LastRowLoss(NamedTuple):
+    """The loss of one attention layer, by prompt and query head; every field is (R, Hq).
+
+    Attributes:
+        loss: paper, equation 1; 0 for a head that the filter leaves out. Differentiable; float32
+            (float64 for float64 inputs), as are the masses.
+        label_mass: S, the attention that the last row pays to all label tokens.
+        correct_mass: the part of S on labels that are the query's own.
+        is_induction: S > T, whether or not the filter is applied.
+    """
+
+    loss: Tensor
+    label_mass: Tensor
+    correct_mass: Tensor
+    is_induction: Tensor
+
+
+class Rows(NamedTuple):
+    """The keys that each of R rows sees, and the labels among them; see `last_row_loss`."""
+
+    key_start: Tensor
+    key_end: Tensor
+    label_positions: Tensor
+    label_offsets: Tensor
+    label_is_correct: Tensor
+
+
+class Prompts(NamedTuple):
+    """R prompts laid end to end: prompt r is `cu_seqlens[r]:cu_seqlens[r + 1]`.
+
+    With `prefix`, queries attend, unmasked, to a shared prefix of this many keys instead of their
+    own.
+    """
+
+    cu_seqlens: Tensor
+    longest: int
+    prefix: int | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether queries attend to their own keys."""
+        return self.prefix is None
+
+    @property
+    def key_bounds(self) -> Tensor:
+        """Bounds of the keys; all tokens together are the one prompt that reads a prefix."""
+        if self.prefix is None:
+            return self.cu_seqlens
+        return self.cu_seqlens.new_tensor([0, self.prefix])
+
+    @property
+    def bounds_and_lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        """Bounds of queries and of keys, and the longest of each: flash attention's arguments."""
+        return self.cu_seqlens, self.key_bounds, self.longest, self.prefix or self.longest
+
+
+class Scores(NamedTuple):
+    """How a query and a key become a score."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+
+class Normalizer(NamedTuple):
+    """What turns a row's scores into probabilities: `alpha = exp(score - peak) / total`.
+
+    The log-sum-exp, `peak + log(total)`, would do in exact arithmetic. As one float32 number it is
+    off by half a unit in the last place of a value that may be 20 or 50, and so is every
+    log-probability.
+
+    Attributes:
+        peak: (R, Hq), the largest score, or the log-sum-exp itself.
+        total: (R, Hq), the sum of exp(score - peak), or 1.
+    """
+
+    peak: Tensor
+    total: Tensor
+
+
+class LabelLoss(NamedTuple):
+    """What follows from a row's label keys and its normalizer.
+
+    g is the derivative of the loss by a key's probability alpha: penalty on wrong labels, -reward
+    on correct ones, 0 elsewhere. c is the slope of the soft-cap, 1 without a soft-cap.
+
+    Attributes:
+        loss: (R, Hq).
+        label_mass: (R, Hq), S.
+        correct_mass: (R, Hq).
+        is_induction: (R, Hq) bool.
+        mean_weight: (R, Hq), G = sum_j alpha_j g_j.
+        label_key: (R, Hq, D), sum_j alpha_j g_j c_j k_j; (0,) if the caller does not ask for it.
+    """
+
+    loss: Tensor
+    label_mass: Tensor
+    correct_mass: Tensor
+    is_induction: Tensor
+    mean_weight: Tensor
+    label_key: Tensor
+
+    @property
+    def result(self) -> LastRowLoss:
+        """The part that the public functions return."""
+        return LastRowLoss(self.loss, self.label_mass, self.correct_mass, self.is_induction)
+
+
+class Residuals(NamedTuple):
+    """The few numbers a row and head that a forward leaves for its backward.
+
+    Attributes:
+        peak: (R, Hq), of the row's Normalizer.
+        total: (R, Hq), of the row's Normalizer.
+        mean_weight: (R, Hq), G.
+        key_sum: (R, Hq, D), dq before the factors scale and incoming gradient; (0,) without
+            gradient.
+    """
+
+    peak: Tensor
+    total: Tensor
+    mean_weight: Tensor
+    key_sum: Tensor
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """The row's Normalizer."""
+        return Normalizer(self.peak, self.total)
