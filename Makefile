@@ -45,17 +45,17 @@ builtin-model: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 builtin-model: install
 	$(BIN)/python -m abft_fast.builtin.recipe
 
-# The table of docs/options.md, from the definitions in abft_fast/config.py.
+# The table of docs/reference/options.md, from the definitions in abft_fast/config.py.
 options: install
-	$(BIN)/python -m abft_fast.options_table docs/options.md
+	$(BIN)/python -m abft_fast.options_table docs/reference/options.md
 
-# README's performance section, docs/measurements.md and docs/plots/, from benchmarks/results/.
+# README's performance section, docs/performance/measurements.md and docs/performance/plots/, from benchmarks/results/.
 report: install
 	$(BIN)/python benchmarks/report.py
 
 # Every variant of the kernels for every GPU target; no GPU needed, an hour on two cores.
 kernels-report: install
-	$(BIN)/python kernels/compile_report.py --output docs/kernels.md
+	$(BIN)/python kernels/compile_report.py --output docs/performance/kernels.md
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

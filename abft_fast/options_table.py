@@ -1,4 +1,4 @@
-"""The table of docs/options.md, from config.py: `python -m abft_fast.options_table FILE`."""
+"""The table of docs/reference/options.md, from config.py: `python -m abft_fast.options_table FILE`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README's performance section, docs/measurements.md and docs/plots/, from the rows of results/.
+"""README's performance section, docs/performance/measurements.md and docs/performance/plots/, from the rows of results/.
 
     python benchmarks/report.py        # or `make report`
 
@@ -28,14 +28,14 @@ Found = dict[tuple[str, str], list[Row]]
 
 
 def report(results: Path, readme: str) -> dict[str, bytes]:
-    """Contents by path, of README, docs/measurements.md and every plot there are rows for.
+    """Contents by path, of README, docs/performance/measurements.md and every plot there are rows for.
 
     Raises:
         UserError: a row is malformed, or README lacks its marks.
     """
     found = read(results)
     plots = {
-        f"docs/plots/{name}-{kind.lower()}.svg": draw(plot, found[name, kind])
+        f"docs/performance/plots/{name}-{kind.lower()}.svg": draw(plot, found[name, kind])
         for name, (plot, _) in PLOTS.items()
         for kind in KINDS
         if _summary(found, name, kind)
@@ -43,7 +43,7 @@ def report(results: Path, readme: str) -> dict[str, bytes]:
     section = performance(found)
     return {
         "README.md": insert(readme, section).encode(),
-        "docs/measurements.md": measurements(found).encode(),
+        "docs/performance/measurements.md": measurements(found).encode(),
         **plots,
     }
 
@@ -67,7 +67,7 @@ def performance(found: Found) -> str:
         paragraph(
             "`make bench` measures on a CPU, `make bench-gpu` on a GPU: contenders take turns once "
             "their results agree. Figures are medians (20th to 80th percentile of rounds), a GPU's "
-            "where there are any; [docs/measurements.md](docs/measurements.md) has all, and "
+            "where there are any; [docs/performance/measurements.md](docs/performance/measurements.md) has all, and "
             "`make report` writes both from `benchmarks/results/`."
         )
     ]
@@ -77,7 +77,7 @@ def performance(found: Found) -> str:
             continue
         blocks.append(_summary(found, name, kind))
         if name in PLOTS_IN_README:
-            blocks.append(_image(name, kind, "docs/plots"))
+            blocks.append(_image(name, kind, "docs/performance/plots"))
     blocks += missing(found)
     return "\n\n".join(blocks)
 
@@ -93,7 +93,7 @@ def missing(found: Found) -> Iterable[str]:
 
 
 def measurements(found: Found) -> str:
-    """docs/measurements.md: every latest row, a section a question."""
+    """docs/performance/measurements.md: every latest row, a section a question."""
     blocks = [
         "# Measurements",
         paragraph(
@@ -141,8 +141,8 @@ def write(root: Path, contents: dict[str, bytes]) -> None:
     for path, content in contents.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(content)
-    for plot in (root / "docs" / "plots").glob("*.svg"):
-        if f"docs/plots/{plot.name}" not in contents:
+    for plot in (root / "docs" / "performance" / "plots").glob("*.svg"):
+        if f"docs/performance/plots/{plot.name}" not in contents:
             plot.unlink()
 
 

@@ -1,6 +1,6 @@
 """Compile every variant of the kernels for every GPU there is a compiler for, without a GPU.
 
-    python kernels/compile_report.py [--quick] [--output docs/kernels.md]
+    python kernels/compile_report.py [--quick] [--output docs/performance/kernels.md]
 
 The launchers themselves run, on CPU tensors and a driver that only names a target; what they would
 launch is recorded and compiled ahead of time. The compiled code says which registers, spills and

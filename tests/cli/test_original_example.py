@@ -1,4 +1,4 @@
-"""The example of the original's README, from docs/original.md as it stands there."""
+"""The example of the original's README, from docs/reference/original.md as it stands there."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from tests.command_line import abft_fast
 
 pytestmark = pytest.mark.cli
 
-DOCS = (Path(__file__).parents[2] / "docs" / "original.md").read_text()
+DOCS = (Path(__file__).parents[2] / "docs" / "reference" / "original.md").read_text()
 EXAMPLE = shlex.split(
     re.search(r"```\nabft-fast train(.*?)```", DOCS, re.DOTALL)[1].replace("\\\n", "")
 )

@@ -30,7 +30,7 @@ def test_the_loop_and_the_layer_run():
 
 
 def test_the_table_of_options_is_fresh():
-    text = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "options.md").read_text(encoding="utf-8")
     assert insert(text) == text, "run `make options`"
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.unit
 
 WEIGHTS = "9ef8d1cd07a50bae04d148bcdfb44ef2100d9b47bdeaa3c2e7850661a4fe79b0"
 ROOT = Path(__file__).parents[2]
-SCIENCE, README = ROOT / "docs" / "science.md", ROOT / "README.md"
+SCIENCE, README = ROOT / "docs" / "science" / "built-in-model.md", ROOT / "README.md"
 NAMES = {"Vanilla": "vanilla", "Calibrate (contextual)": "contextual"}
 
 

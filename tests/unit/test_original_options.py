@@ -8,7 +8,7 @@ from abft_fast.original_options import OPTIONS, translate
 
 pytestmark = pytest.mark.unit
 
-DOCS = Path(__file__).parents[2] / "docs" / "original.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "original.md"
 
 
 def test_every_option_is_one_of_ours_and_in_the_docs():

@@ -69,10 +69,10 @@ def committed(folder):
 def test_what_is_committed_is_fresh(tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     write(tmp_path, report(ROOT / "benchmarks" / "results", readme))
-    for name in ("README.md", "docs/measurements.md"):
+    for name in ("README.md", "docs/performance/measurements.md"):
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), "run `make report`"
     drawn = {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.svg")}
-    assert drawn == committed("docs/plots"), "run `make report`"
+    assert drawn == committed("docs/performance/plots"), "run `make report`"
 
 
 def test_figures_are_those_of_rows(tmp_path):
@@ -107,15 +107,15 @@ def test_the_last_row_of_a_case_and_contender_counts(tmp_path):
 def test_a_gpu_comes_before_a_cpu_and_tables_have_both(tmp_path):
     gpu = {"device": "NVIDIA H200", "threads": 16}
     write_rows(tmp_path, "train_step", [*steps(), *({**row, **gpu} for row in steps())])
-    section, tables = text_of(tmp_path), text_of(tmp_path, "docs/measurements.md")
+    section, tables = text_of(tmp_path), text_of(tmp_path, "docs/performance/measurements.md")
     assert "(NVIDIA H200, 2026-11-22)" in section and "x86_64" not in section
     assert "GPU: NVIDIA H200" in tables and "CPU: x86_64, 2 threads" in tables
-    assert "docs/plots/train_step-gpu.svg" in section
+    assert "docs/performance/plots/train_step-gpu.svg" in section
 
 
 def test_without_rows_nothing_is_claimed(tmp_path):
     contents = report(tmp_path, EMPTY)
-    assert set(contents) == {"README.md", "docs/measurements.md"}
+    assert set(contents) == {"README.md", "docs/performance/measurements.md"}
     section = contents["README.md"].decode()
     for kind, command in (("GPU", "make bench-gpu"), ("CPU", "make bench")):
         [line] = re.findall(
@@ -220,7 +220,7 @@ def test_plots_are_text_and_the_same_bytes_in_another_process(drawn):
     for image in images.values():
         assert ElementTree.fromstring(image).tag.endswith("svg")
         assert b"<text" in image and b"<dc:date>" not in image and len(image) < 60_000
-    assert images["docs/plots/scaling-cpu.svg"].count(b">1.00</text>") == 2  # slopes
+    assert images["docs/performance/plots/scaling-cpu.svg"].count(b">1.00</text>") == 2  # slopes
     code = (
         "import sys; sys.path.append(sys.argv[1]); from pathlib import Path; import report\n"
         f"report.write(Path(sys.argv[3]), report.report(Path(sys.argv[2]), {EMPTY!r}))"
