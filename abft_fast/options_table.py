@@ -1,4 +1,4 @@
-"""The table of docs/reference/options.md, from config.py: `python -m abft_fast.options_table FILE`."""
+"""Write the table of docs/reference/options.md: `python -m abft_fast.options_table FILE`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The option names of the original implementation, read as ours; docs/reference/original.md lists them."""
+"""Read the option names of the original implementation; docs/reference/original.md lists them."""
 
 from __future__ import annotations
 

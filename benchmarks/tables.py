@@ -1,4 +1,4 @@
-"""Rows as markdown: a few lines a question for README, and every latest row as a table."""
+"""Show rows as markdown: a few lines for each question, and every latest row as a table."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def of(rows: Iterable[Row], **cells: str) -> Row | None:
     return found[-1] if found else None
 
 
-# What README says of each question; nothing where the rows it is about are missing.
+# The summary of each question; empty where its rows are missing.
 
 
 def train_step(rows: list[Row]) -> str:
@@ -108,9 +108,10 @@ def train_step(rows: list[Row]) -> str:
     if not lines:
         return ""
     intro = paragraph(
-        f"**A step** ({origin(rows, 'threads')}): how many times as fast as with eager attention "
-        "matrices, one prompt at a time, as the original does it; time over the floor, the matrix "
-        "products that no packed pass can leave out; most memory."
+        f"**A step** ({origin(rows, 'threads')}). The first line of a cell says how many times as "
+        "fast a step is as with eager attention matrices, one prompt at a time, which is what the "
+        "original does. The second line is its time divided by the floor: the matrix products that "
+        "no packed pass can leave out. The third line is the most memory."
     )
     return f"{intro}\n\n{table(['', EAGER, *STEPS], lines)}"
 
@@ -139,7 +140,8 @@ def fused_attention(rows: list[Row]) -> str:
         return ""
     intro = paragraph(
         f"**Attention with the loss** ({origin(shown, 'threads')}, {shown[0]['dtype']}, heads "
-        f"{shown[0]['heads']}): time over that of flash attention without, prompts of n tokens."
+        f"{shown[0]['heads']}): time divided by that of flash attention without the loss, for "
+        "prompts of n tokens."
     )
     return f"{intro}\n\n{table(['n', *map(whole, lengths)], lines)}"
 
@@ -175,8 +177,8 @@ def scaling(rows: list[Row]) -> str:
         lines.append([f"slope in {axis}", *cells])
     lines += _most_memory(rows, modes)
     intro = paragraph(
-        f"**Scaling** ({origin(rows, 'threads')}): exponents of the power laws nearest to seconds "
-        "and to most memory, 1 being proportional and 0 flat."
+        f"**Scaling** ({origin(rows, 'threads')}): exponents of the power laws that fit seconds "
+        "and most memory best. 1 is proportional and 0 is flat."
     )
     return f"{intro}\n\n{table(['seconds; memory', *modes], lines)}"
 
@@ -254,23 +256,27 @@ def shared_prefix(rows: list[Row]) -> str:
 def _speedups(
     rows: list[Row], title: str, other: Callable[[Row], str], case: Callable[[Row], str]
 ) -> str:
-    """How many times as fast as another way, case by case."""
+    """Say how many times as fast as another way, case by case."""
     if not rows:
         return ""
-    each = "; ".join(f"{spread(row.spread('speedup'))} on {case(row)}" for row in rows)
-    return paragraph(
-        f"**{title}** ({origin(rows, 'threads')}), times as fast as {other(rows[0])}: {each}."
+    intro = paragraph(
+        f"**{title}** ({origin(rows, 'threads')}), how many times as fast as {other(rows[0])}:"
     )
+    lines = [[case(row), spread(row.spread("speedup"))] for row in rows]
+    return f"{intro}\n\n{table(['', 'speedup'], lines)}"
 
 
 def end_to_end(rows: list[Row]) -> str:
-    cases = []
-    for (case,), phases in group(rows, "case").items():
-        each = [f"{row['phase']} {seconds(row.number('seconds_p50'))}" for row in phases]
-        cases.append(f"{case}: {'; '.join(each)}.")
-    return paragraph(
-        f"**`abft-fast train`** as a user runs it ({origin(rows, 'threads')}). {' '.join(cases)}"
+    cases = distinct(rows, "case")
+    lines = []
+    for phase in distinct(rows, "phase"):
+        found = (of(rows, case=case, phase=phase) for case in cases)
+        cells = [seconds(row.number("seconds_p50")) if row else NOTHING for row in found]
+        lines.append([phase, *cells])
+    intro = paragraph(
+        f"**`abft-fast train`** as a user runs it ({origin(rows, 'threads')}), by phase:"
     )
+    return f"{intro}\n\n{table(['', *cases], lines)}"
 
 
 SUMMARIES: dict[str, Callable[[list[Row]], str]] = {
@@ -280,7 +286,7 @@ SUMMARIES: dict[str, Callable[[list[Row]], str]] = {
         shared_prefix, end_to_end,
     )
 }  # fmt: skip
-"""Functions from a question's rows, at least one, to what README says."""
+"""Functions from a question's rows, at least one, to their summary."""
 
 
 def every_column(rows: list[Row]) -> str:

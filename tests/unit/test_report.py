@@ -1,4 +1,4 @@
-"""`make report`: README's figures come from rows and from nowhere else."""
+"""`make report`: the figures of docs/performance come from rows and from nowhere else."""
 
 import csv
 import re
@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import plots
 import pytest
-from report import BEGIN, END, insert, report, write
+from report import BEGIN, END, SUMMARY, TABLES, insert, report, write
 from rows import ORIGIN, QUESTIONS, TIMING, read, slope
 
 from abft_fast.errors import UserError
@@ -17,7 +17,7 @@ from abft_fast.errors import UserError
 pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
-EMPTY = f"before\n{BEGIN}\nstale\n{END}\nafter\n"
+EMPTY = f"before\n{BEGIN}\n\nstale\n\n{END}\nafter\n"
 HERE = {**dict.fromkeys(ORIGIN, "1"), "date": "2026-11-22", "device": "x86_64", "threads": 2}
 CASE = {"model": "6x512", "prompts": 32, "tokens": 4800, "k": 4, "dtype": "float32"}
 
@@ -58,7 +58,7 @@ def write_rows(folder, name, rows):
         writer.writerows(rows)
 
 
-def text_of(folder, name="README.md"):
+def text_of(folder, name=SUMMARY):
     return report(folder, EMPTY)[name].decode()
 
 
@@ -67,9 +67,9 @@ def committed(folder):
 
 
 def test_what_is_committed_is_fresh(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    write(tmp_path, report(ROOT / "benchmarks" / "results", readme))
-    for name in ("README.md", "docs/performance/measurements.md"):
+    page = (ROOT / SUMMARY).read_text(encoding="utf-8")
+    write(tmp_path, report(ROOT / "benchmarks" / "results", page))
+    for name in (SUMMARY, TABLES):
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), "run `make report`"
     drawn = {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.svg")}
     assert drawn == committed("docs/performance/plots"), "run `make report`"
@@ -107,16 +107,16 @@ def test_the_last_row_of_a_case_and_contender_counts(tmp_path):
 def test_a_gpu_comes_before_a_cpu_and_tables_have_both(tmp_path):
     gpu = {"device": "NVIDIA H200", "threads": 16}
     write_rows(tmp_path, "train_step", [*steps(), *({**row, **gpu} for row in steps())])
-    section, tables = text_of(tmp_path), text_of(tmp_path, "docs/performance/measurements.md")
+    section, tables = text_of(tmp_path), text_of(tmp_path, TABLES)
     assert "(NVIDIA H200, 2026-11-22)" in section and "x86_64" not in section
     assert "GPU: NVIDIA H200" in tables and "CPU: x86_64, 2 threads" in tables
-    assert "docs/performance/plots/train_step-gpu.svg" in section
+    assert "(plots/train_step-gpu.svg)" in section
 
 
 def test_without_rows_nothing_is_claimed(tmp_path):
     contents = report(tmp_path, EMPTY)
-    assert set(contents) == {"README.md", "docs/performance/measurements.md"}
-    section = contents["README.md"].decode()
+    assert set(contents) == {SUMMARY, TABLES}
+    section = contents[SUMMARY].decode()
     for kind, command in (("GPU", "make bench-gpu"), ("CPU", "make bench")):
         [line] = re.findall(
             rf"\*\*Not measured yet\*\* on a {kind} \(`{command}`\):([^.]*)\.", section
@@ -165,10 +165,10 @@ def test_a_cut_row_names_its_line(tmp_path):
         report(tmp_path, EMPTY)
 
 
-@pytest.mark.parametrize("readme", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
-def test_readme_needs_its_marks(readme):
-    with pytest.raises(UserError, match=r"README.md needs the lines"):
-        insert(readme, "section")
+@pytest.mark.parametrize("page", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"])
+def test_the_summary_needs_its_marks(page):
+    with pytest.raises(UserError, match=r"index.md needs the lines"):
+        insert(page, "section")
 
 
 def test_only_the_section_changes(tmp_path):
