@@ -45,9 +45,9 @@ builtin-model: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 builtin-model: install
 	$(BIN)/python -m abft_fast.builtin.recipe
 
-# The table of docs/reference/options.md, from the definitions in abft_fast/config.py.
+# The table of docs/reference/options.md, from the definitions in abft_fast/options.
 options: install
-	$(BIN)/python -m abft_fast.options_table docs/reference/options.md
+	$(BIN)/python -m abft_fast.cli.options_table docs/reference/options.md
 
 # README's performance section, docs/performance/measurements.md and docs/performance/plots/, from benchmarks/results/.
 report: install

@@ -18,7 +18,8 @@ setup(
     package_dir={"abft_kernels": "kernels/abft_kernels"},
     package_data={
         "abft_kernels": ["py.typed"],
-        "abft_fast": ["py.typed", "shapes.json"],
+        "abft_fast": ["py.typed"],
+        "abft_fast.models": ["shapes.json"],
         "abft_fast.builtin": ["model/*"],
     },
     install_requires=[

@@ -6,10 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from abft_fast.attention import AttentionBehavior
     from abft_fast.builtin import builtin_model_path
-    from abft_fast.objective import attention_behavior_loss
-    from abft_fast.packing import EncodedPrompt, PackedPrompts, pack
+    from abft_fast.core.attention import AttentionBehavior
+    from abft_fast.core.objective import attention_behavior_loss
+    from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
+    from abft_fast.models.preflight import check_attention
+
+_MODULES = {
+    "AttentionBehavior": "core.attention",
+    "EncodedPrompt": "core.packing",
+    "PackedPrompts": "core.packing",
+    "attention_behavior_loss": "core.objective",
+    "builtin_model_path": "builtin",
+    "check_attention": "models.preflight",
+    "pack": "core.packing",
+}
 
 __all__ = [
     "AttentionBehavior",
@@ -17,18 +28,13 @@ __all__ = [
     "PackedPrompts",
     "attention_behavior_loss",
     "builtin_model_path",
+    "check_attention",
     "pack",
 ]
 
-_MODULES = {
-    "AttentionBehavior": "attention",
-    "attention_behavior_loss": "objective",
-    "builtin_model_path": "builtin",
-}
-
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: the command line answers a typo without loading torch."""
-    if name not in __all__:
+    """Import a public name on first use: the command line answers a typo without loading torch."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'abft_fast' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"abft_fast.{_MODULES.get(name, 'packing')}"), name)
+    return getattr(importlib.import_module(f"abft_fast.{_MODULES[name]}"), name)

@@ -28,10 +28,10 @@ from StaICC.util import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path, data
-from abft_fast.evaluation import predict
+from abft_fast.evaluation.inference import predict
+from abft_fast.evaluation.protocols import METRICS, Protocol
 from abft_fast.prompts import PromptEncoder
-from abft_fast.protocols import METRICS, Protocol
-from abft_fast.token_budget import CPU_TOKENS
+from abft_fast.runtime.token_budget import CPU_TOKENS
 
 
 class Case(NamedTuple):

@@ -26,9 +26,8 @@ from record import DEVICE, GPU, append, quick_first
 from step_contenders import one_by_one, ours, packed_end_to_end
 from steps import Case, Contender, Step, relative_difference
 
-from abft_fast.attention import NAME
-from abft_fast.config import TrainConfig
-from abft_fast.plan import (
+from abft_fast.core.attention import NAME
+from abft_fast.memory.plan import (
     GPU_RESERVE,
     Arithmetic,
     Flow,
@@ -36,7 +35,8 @@ from abft_fast.plan import (
     static_memory,
     step_memory,
 )
-from abft_fast.resolve import resolve
+from abft_fast.options.config import TrainConfig
+from abft_fast.options.resolve import resolve
 
 
 @dataclass(frozen=True)

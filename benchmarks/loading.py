@@ -30,7 +30,7 @@ from record import append, quick_first
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from abft_fast import builtin_model_path
-from abft_fast.loading import load, read_tokenizer
+from abft_fast.models.loading import load, read_tokenizer
 
 BF16 = torch.bfloat16
 MODES = {  # dtype and bits to load with, and how far logits may be from those of what is stored

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from abft_fast.environment import versions
+from abft_fast.runtime.environment import versions
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

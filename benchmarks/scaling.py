@@ -22,7 +22,7 @@ from rows import slope
 from step_contenders import ours, packed_pass
 from steps import Case, Contender, Step, relative_difference
 
-from abft_fast.attention import NAME
+from abft_fast.core.attention import NAME
 
 WIDTH = 2048 if GPU else 256
 PROMPTS, LENGTH, DEPTH = (64, 128, 8) if GPU else (8, 128, 8)  # where they are no axis

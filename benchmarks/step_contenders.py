@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, pack
-from abft_fast.attention import NAME, PackedForward
-from abft_fast.backbone import backbone, decoder_layers
-from abft_fast.language_model_loss import TargetedPrompt, language_model_loss
-from abft_fast.objective import run_packed
+from abft_fast.core.attention import NAME, PackedForward
+from abft_fast.core.backbone import backbone, decoder_layers
+from abft_fast.core.language_model_loss import TargetedPrompt, language_model_loss
+from abft_fast.core.objective import run_packed
 
 IGNORED = -100  # transformers' label of a token without a loss
 

@@ -23,8 +23,8 @@ from steps import DTYPE, Case, random_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path
-from abft_fast.model import train_lora
-from abft_fast.synthetic import random_model
+from abft_fast.models.synthetic import random_model
+from abft_fast.models.trainable import train_lora
 
 CASE = Case("llama3-8b", 32, 150) if GPU else Case("6x512", 32, 150)
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from abft_fast import processes
-from abft_fast.config import TrainConfig
 from abft_fast.errors import SaidByMain, UserError
-from abft_fast.launch import is_main, rank
-from abft_fast.model import trained_parameters
-from abft_fast.progress import Progress
-from abft_fast.resolve import resolve
-from abft_fast.run import Run
-from abft_fast.training import optimize, set_up
+from abft_fast.models.trainable import trained_parameters
+from abft_fast.options.config import TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.runtime import processes
+from abft_fast.runtime.launch import is_main, rank
+from abft_fast.runtime.progress import Progress
+from abft_fast.training.loop import optimize, set_up
+from abft_fast.training.run_folder import Run
 from tests.command_line import environment
 
 BIN = Path(sys.executable).parent

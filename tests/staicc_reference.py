@@ -7,7 +7,7 @@ import pytest
 from StaICC.util import dataset_interface, experimentor, functional, hgf_dataset_loader
 
 from abft_fast import data
-from abft_fast.staicc import quiet
+from abft_fast.evaluation.staicc_adapter import quiet
 
 KINDS = {
     "Normal": experimentor.single_experimentor,

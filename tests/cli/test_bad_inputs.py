@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from abft_fast import builtin_model_path
-from abft_fast.model import set_trained
+from abft_fast.models.trainable import set_trained
 from tests.bad_inputs import BAD_INPUTS, QUICK, REVIEWS
 from tests.command_line import abft_fast
 from tests.tiny_models import tiny_model

@@ -49,7 +49,7 @@ def test_a_missing_gpu_is_said_before_what_is_slow_to_import(command, tmp_path, 
 def test_the_hub_does_not_count_its_retries():
     """Its own logger takes its level from the environment when it is imported."""
     code = (
-        "from abft_fast import cli; cli._quiet(); from huggingface_hub.utils import logging;"
+        "from abft_fast.cli import app; app._quiet(); from huggingface_hub.utils import logging;"
         "assert logging.get_verbosity() == logging.ERROR"
     )
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_VERBOSITY"}

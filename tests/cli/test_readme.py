@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from abft_fast.options_table import insert
+from abft_fast.cli.options_table import insert
 from tests.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.cli

@@ -119,7 +119,7 @@ def test_cells_at_once_of_which_one_fails(engine, file, tmp_path):
 def test_planning_a_sweep_and_making_a_table_need_no_torch(file, tmp_path):
     code = """
 import sys
-from abft_fast.cli import main
+from abft_fast.cli.app import main
 for arguments in (["sweep", sys.argv[1], "--dry-run"], ["table", sys.argv[2]]):
     sys.argv = ["abft-fast", *arguments]
     try: main()

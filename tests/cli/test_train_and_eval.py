@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path
 from abft_fast.errors import UserError
-from abft_fast.loading import load, read_tokenizer
+from abft_fast.models.loading import load, read_tokenizer
 from tests.command_line import QUICK, abft_fast
 
 pytestmark = pytest.mark.cli

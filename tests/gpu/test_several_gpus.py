@@ -5,12 +5,12 @@ import torch
 from accelerate import dispatch_model
 
 from abft_fast import attention_behavior_loss, pack
-from abft_fast.backbone import backbone, decoder_layers
-from abft_fast.device_map import over_all_gpus, refuse_offloaded
-from abft_fast.evaluation import label_logits
-from abft_fast.loading import load
-from abft_fast.model import enable_checkpointing, train_lora, trained_parameters
-from abft_fast.preflight import check_attention
+from abft_fast.core.backbone import backbone, decoder_layers
+from abft_fast.evaluation.inference import label_logits
+from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
+from abft_fast.models.loading import load
+from abft_fast.models.preflight import check_attention
+from abft_fast.models.trainable import enable_checkpointing, train_lora, trained_parameters
 from tests.command_line import QUICK, abft_fast
 from tests.several_processes import TORCHRUN, adapter_error, launch, metrics
 from tests.tiny_models import tiny_model

@@ -22,7 +22,7 @@ OPTIONS = [
 HEEDS_INTERRUPTS = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from abft_fast.cli import main
+from abft_fast.cli.app import main
 main()
 """
 

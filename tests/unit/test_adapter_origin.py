@@ -2,12 +2,12 @@
 
 import pytest
 
-from abft_fast.adapter_origin import check_tested_apart, differences
-from abft_fast.config import EvalConfig, PredictConfig, TrainConfig
+from abft_fast.commands.adapter_origin import check_tested_apart, differences
+from abft_fast.data.own import file_hashes
 from abft_fast.errors import UserError
-from abft_fast.own_data import file_hashes
-from abft_fast.resolve import resolve
-from abft_fast.run import Run
+from abft_fast.options.config import EvalConfig, PredictConfig, TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.training.run_folder import Run
 
 pytestmark = pytest.mark.unit
 

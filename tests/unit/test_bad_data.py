@@ -8,10 +8,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from abft_fast import own_data
-from abft_fast.config import TrainConfig
+from abft_fast.data import own
 from abft_fast.errors import UserError
-from abft_fast.resolve import resolve
+from abft_fast.options.config import TrainConfig
+from abft_fast.options.resolve import resolve
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +21,7 @@ COLUMNS = {"text": ["a", "b", "c", "d"], "label": [0, 1, 0, 1]}
 
 def refusal(**options):
     with pytest.raises(UserError) as caught:
-        own_data.by_options(resolve(TrainConfig, options))
+        own.by_options(resolve(TrainConfig, options))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -10,14 +10,14 @@ from StaICC.util import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path, data
-from abft_fast.calibration import Calibration
-from abft_fast.config import EvalConfig
 from abft_fast.errors import UserError
-from abft_fast.evaluation import predict
-from abft_fast.evaluation_set import EvaluationSet
+from abft_fast.evaluation.calibration import Calibration
+from abft_fast.evaluation.evaluation_set import EvaluationSet
+from abft_fast.evaluation.inference import predict
+from abft_fast.evaluation.staicc_adapter import Triplet, quiet
+from abft_fast.options.config import EvalConfig
+from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
-from abft_fast.resolve import resolve
-from abft_fast.staicc import Triplet, quiet
 from tests.staicc_reference import staicc_experimentor
 from tests.unit.test_protocols import cut
 

@@ -2,11 +2,11 @@
 
 import pytest
 
-from abft_fast.cells import CellFolder
-from abft_fast.config import TrainConfig
-from abft_fast.grid import Cell
-from abft_fast.resolve import resolve
-from abft_fast.run import Run
+from abft_fast.experiments.cells import CellFolder
+from abft_fast.experiments.grid import Cell
+from abft_fast.options.config import TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.training.run_folder import Run
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
-from abft_fast.data_files import is_table, name_of, read_rows
+from abft_fast.data.tables import is_table, name_of, read_rows
 from abft_fast.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -113,7 +113,7 @@ def test_a_missing_extra_is_named(name, library, tmp_path):
         f"import sys; sys.modules[{library!r}] = None\n"  # as if it were not installed
         "from pathlib import Path\n"
         "from abft_fast.errors import UserError\n"
-        "from abft_fast.data_files import read_rows\n"
+        "from abft_fast.data.tables import read_rows\n"
         "try: list(read_rows(Path(sys.argv[1])))\n"
         "except UserError as error: print(error)"
     )

@@ -10,12 +10,12 @@ from accelerate.hooks import AlignDevicesHook
 from transformers import AutoModelForCausalLM
 
 from abft_fast import attention_behavior_loss, builtin_model_path, pack
-from abft_fast.backbone import backbone, decoder_layers
-from abft_fast.device_map import over_all_gpus, refuse_offloaded
+from abft_fast.core.backbone import backbone, decoder_layers
 from abft_fast.errors import UserError
-from abft_fast.evaluation import label_logits
-from abft_fast.model import enable_checkpointing, train_lora, trained_parameters
-from abft_fast.preflight import check_attention
+from abft_fast.evaluation.inference import label_logits
+from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
+from abft_fast.models.preflight import check_attention
+from abft_fast.models.trainable import enable_checkpointing, train_lora, trained_parameters
 from tests.tiny_models import tiny_model
 from tests.unit.test_training import make_prompts
 

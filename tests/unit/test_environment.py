@@ -2,7 +2,7 @@
 
 import pytest
 
-from abft_fast.environment import _left_in_control_groups
+from abft_fast.runtime.environment import _left_in_control_groups
 
 pytestmark = pytest.mark.unit
 

@@ -7,9 +7,9 @@ from StaICC.util import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, data, pack
-from abft_fast.evaluation import BehaviorMean, label_logits, predict
+from abft_fast.evaluation.inference import BehaviorMean, label_logits, predict
+from abft_fast.evaluation.protocols import Protocol
 from abft_fast.prompts import PromptEncoder
-from abft_fast.protocols import Protocol
 from tests.tiny_models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.unit

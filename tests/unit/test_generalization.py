@@ -6,15 +6,15 @@ import json
 import pytest
 
 from abft_fast import data
-from abft_fast.config import TrainConfig
-from abft_fast.evaluation import label_logits
-from abft_fast.job import Job
-from abft_fast.label_head import label_columns
-from abft_fast.progress import Progress
-from abft_fast.report import print_run
-from abft_fast.resolve import resolve
-from abft_fast.run import Run
-from abft_fast.training import train
+from abft_fast.commands.report import print_run
+from abft_fast.commands.session import Job
+from abft_fast.core.label_logits import label_columns
+from abft_fast.evaluation.inference import label_logits
+from abft_fast.options.config import TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.runtime.progress import Progress
+from abft_fast.training.loop import train
+from abft_fast.training.run_folder import Run
 
 pytestmark = pytest.mark.unit
 

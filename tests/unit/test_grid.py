@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from abft_fast.errors import UserError
-from abft_fast.grid import parse_overrides, read_cells
+from abft_fast.experiments.grid import parse_overrides, read_cells
 
 pytestmark = pytest.mark.unit
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from abft_fast import EncodedPrompt
-from abft_fast.evaluation import label_logits, predict
-from abft_fast.label_head import keep_label_rows
-from abft_fast.model import train_lora
+from abft_fast.core.label_logits import keep_label_rows
+from abft_fast.evaluation.inference import label_logits, predict
+from abft_fast.models.trainable import train_lora
 from abft_fast.prompts import EncodedPrompts
 from tests.tiny_models import FAMILIES, tiny_model
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from abft_fast.label_head import keep_label_rows
-from abft_fast.language_model_loss import (
+from abft_fast.core.label_logits import keep_label_rows
+from abft_fast.core.language_model_loss import (
     TargetedPrompt,
     every_token,
     label_target,
     language_model_loss,
 )
-from abft_fast.model import set_trained, trained_parameters
-from abft_fast.packing import EncodedPrompt
+from abft_fast.core.packing import EncodedPrompt
+from abft_fast.models.trainable import set_trained, trained_parameters
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.unit

@@ -12,9 +12,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, pack
 from abft_fast.errors import UserError
-from abft_fast.loading import load, read_tokenizer
-from abft_fast.model import train_lora, train_weights, trained_parameters
-from abft_fast.preflight import check_attention, check_gradients
+from abft_fast.models.loading import load, read_tokenizer
+from abft_fast.models.preflight import check_attention, check_gradients
+from abft_fast.models.trainable import train_lora, train_weights, trained_parameters
 from tests.tiny_models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.unit

@@ -6,14 +6,14 @@ from bitsandbytes.functional import dequantize_4bit
 from transformers import AutoModelForCausalLM
 
 from abft_fast import builtin_model_path
-from abft_fast.config import MergeConfig
+from abft_fast.commands.merge import merge
 from abft_fast.errors import UserError
-from abft_fast.loading import load, read_tokenizer
-from abft_fast.merge import merge
-from abft_fast.model import load_adapter, train_lora
-from abft_fast.progress import Progress
-from abft_fast.resolve import resolve
-from abft_fast.synthetic import is_quantized
+from abft_fast.models.loading import load, read_tokenizer
+from abft_fast.models.synthetic import is_quantized
+from abft_fast.models.trainable import load_adapter, train_lora
+from abft_fast.options.config import MergeConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.runtime.progress import Progress
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.unit

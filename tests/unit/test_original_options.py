@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from abft_fast.config import TrainConfig, flag
-from abft_fast.original_options import OPTIONS, translate
+from abft_fast.cli.original_options import OPTIONS, translate
+from abft_fast.options.config import TrainConfig, flag
 
 pytestmark = pytest.mark.unit
 

@@ -4,17 +4,17 @@ import re
 
 import pytest
 
-from abft_fast.cells import CellFolder
-from abft_fast.config import TableConfig, TrainConfig
 from abft_fast.errors import UserError
-from abft_fast.files import write_json
-from abft_fast.grid import read_cells
-from abft_fast.paper_table_format import FORMATS
-from abft_fast.paper_tables import make_table
-from abft_fast.records import read_records
-from abft_fast.resolve import resolve
-from abft_fast.results import write_results
-from abft_fast.run import Run
+from abft_fast.experiments.cells import CellFolder
+from abft_fast.experiments.grid import read_cells
+from abft_fast.experiments.records import read_records
+from abft_fast.experiments.results import write_results
+from abft_fast.experiments.tables.collect import make_table
+from abft_fast.experiments.tables.format import FORMATS
+from abft_fast.options.config import TableConfig, TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.runtime.files import write_json
+from abft_fast.training.run_folder import Run
 
 pytestmark = pytest.mark.unit
 

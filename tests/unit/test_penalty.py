@@ -1,6 +1,6 @@
 import pytest
 
-from abft_fast.penalty import PenaltyController
+from abft_fast.training.penalty import PenaltyController
 
 pytestmark = pytest.mark.unit
 

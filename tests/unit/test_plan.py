@@ -8,18 +8,19 @@ import pytest
 import torch
 from transformers import GPTJConfig
 
-from abft_fast import job, plan
-from abft_fast.config import PlanConfig, TrainConfig
+from abft_fast.commands import session
 from abft_fast.errors import UserError
-from abft_fast.model import train_lora, train_weights
-from abft_fast.plan import FLOWS, Arithmetic, Flow, make_plan, static_memory, step_memory
-from abft_fast.progress import Progress
-from abft_fast.resolve import resolve
-from abft_fast.run import Run
-from abft_fast.simulation import CannotCount, bytes_of
-from abft_fast.synthetic import random_model
-from abft_fast.token_budget import CPU_TOKENS
-from abft_fast.training import token_budget
+from abft_fast.memory import plan
+from abft_fast.memory.plan import FLOWS, Arithmetic, Flow, make_plan, static_memory, step_memory
+from abft_fast.memory.simulation import CannotCount, bytes_of
+from abft_fast.models.synthetic import random_model
+from abft_fast.models.trainable import train_lora, train_weights
+from abft_fast.options.config import PlanConfig, TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.runtime.progress import Progress
+from abft_fast.runtime.token_budget import CPU_TOKENS
+from abft_fast.training.loop import token_budget
+from abft_fast.training.run_folder import Run
 from tests.tiny_models import tiny_config
 
 pytestmark = pytest.mark.unit
@@ -73,12 +74,12 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig
 from abft_fast import EncodedPrompt
-from abft_fast.config import TrainConfig
-from abft_fast.resolve import resolve
-from abft_fast.model import enable_checkpointing, train_lora
-from abft_fast.plan import FLOWS, Arithmetic, step_memory
-from abft_fast.synthetic import random_model
-from abft_fast.training import backward
+from abft_fast.options.config import TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.models.trainable import enable_checkpointing, train_lora
+from abft_fast.memory.plan import FLOWS, Arithmetic, step_memory
+from abft_fast.models.synthetic import random_model
+from abft_fast.training.loop import backward
 sys.path.insert(0, "benchmarks")
 from peak_memory import high_water_mark, reset_high_water_mark
 
@@ -143,9 +144,9 @@ def test_what_fits_and_what_to_change():
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
     config = options(train_samples=8)
     for limit, force in ((10**9, False), (10**5, True), (10**5, False)):
-        monkeypatch.setattr(job, "memory_to_be_had", lambda device, all_gpus, it=limit: it)
+        monkeypatch.setattr(session, "memory_to_be_had", lambda device, all_gpus, it=limit: it)
         config.force = force
-        found = job.Job(config, Progress())
+        found = session.Job(config, Progress())
         prompts = found.encoder.encode(found.dataset.training_prompts(4, 8, 0)).prompts
         if limit > 10**5 or force:
             found.check_memory(prompts)
@@ -202,7 +203,7 @@ def test_advice_is_advice_that_can_be_followed():
 
 def test_a_cpu_packs_no_more_than_the_plan_has_room_for(tmp_path):
     config = options(train_samples=8, device="cpu")
-    found = job.Job(config, Progress())
+    found = session.Job(config, Progress())
     prompts = found.encoder.encode(found.dataset.training_prompts(4, 8, 0)).prompts
     run, longest = Run(tmp_path), max(map(len, prompts))
     assert token_budget(config, run, found, prompts) == CPU_TOKENS  # nothing planned

@@ -8,17 +8,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abft_fast import builtin_model_path, data, predict
-from abft_fast.config import MergeConfig, PredictConfig
-from abft_fast.data import Example, Prompt
+from abft_fast import builtin_model_path, data
+from abft_fast.commands import predict
+from abft_fast.commands.merge import merge
+from abft_fast.commands.prediction_files import open_output, read_demonstrations
+from abft_fast.data.catalog import Example, Prompt
 from abft_fast.errors import RunError, UserError
-from abft_fast.loading import load
-from abft_fast.merge import merge
-from abft_fast.model import load_adapter, train_lora
-from abft_fast.prediction_files import open_output, read_demonstrations
-from abft_fast.progress import Progress
+from abft_fast.models.loading import load
+from abft_fast.models.trainable import load_adapter, train_lora
+from abft_fast.options.config import MergeConfig, PredictConfig
+from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder, Template
-from abft_fast.resolve import resolve
+from abft_fast.runtime.progress import Progress
 from tests.families.test_families import tiny_hybrid
 
 pytestmark = pytest.mark.unit

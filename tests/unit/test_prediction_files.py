@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from abft_fast.config import PredictConfig
-from abft_fast.data_files import Row
-from abft_fast.errors import UserError
-from abft_fast.prediction_files import (
+from abft_fast.commands.prediction_files import (
     check_files,
     check_queries,
     open_output,
     read_demonstrations,
     read_queries,
 )
-from abft_fast.resolve import resolve
+from abft_fast.data.tables import Row
+from abft_fast.errors import UserError
+from abft_fast.options.config import PredictConfig
+from abft_fast.options.resolve import resolve
 
 pytestmark = pytest.mark.unit
 

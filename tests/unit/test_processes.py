@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from abft_fast import launch, processes
 from abft_fast.errors import UserError
+from abft_fast.runtime import launch, processes
 
 pytestmark = pytest.mark.unit
 

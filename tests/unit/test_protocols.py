@@ -9,12 +9,12 @@ from StaICC.util import functional
 from transformers import AutoTokenizer
 
 from abft_fast import builtin_model_path, data
-from abft_fast.config import TestType
-from abft_fast.data import Dataset, Example
+from abft_fast.data.catalog import Dataset, Example
 from abft_fast.errors import UserError
+from abft_fast.evaluation.protocols import Protocol
+from abft_fast.evaluation.staicc_adapter import quiet
+from abft_fast.options.config import TestType
 from abft_fast.prompts import PromptEncoder, Template
-from abft_fast.protocols import Protocol
-from abft_fast.staicc import quiet
 from tests.staicc_reference import parts, staicc_experimentor
 
 pytestmark = pytest.mark.unit

@@ -3,14 +3,14 @@ import json
 import pytest
 import torch
 
-from abft_fast import checkpoint
-from abft_fast.config import TrainConfig
 from abft_fast.errors import RunError, UserError
-from abft_fast.files import atomic_folder, write_json
-from abft_fast.model import train_weights, trained_parameters
-from abft_fast.penalty import PenaltyController
-from abft_fast.resolve import resolve
-from abft_fast.run import Run
+from abft_fast.models.trainable import train_weights, trained_parameters
+from abft_fast.options.config import TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.runtime.files import atomic_folder, write_json
+from abft_fast.training import checkpoint
+from abft_fast.training.penalty import PenaltyController
+from abft_fast.training.run_folder import Run
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.unit

@@ -9,10 +9,10 @@ import torch
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.errors import UserError
-from abft_fast.loading import load, read_config
-from abft_fast.model import train_lora, trained_parameters
-from abft_fast.shapes import known_names, known_shape
-from abft_fast.synthetic import is_quantized, random_model, skeleton
+from abft_fast.models.loading import load, read_config
+from abft_fast.models.shapes import known_names, known_shape
+from abft_fast.models.synthetic import is_quantized, random_model, skeleton
+from abft_fast.models.trainable import train_lora, trained_parameters
 from tests.tiny_models import FAMILIES, tiny_config
 
 pytestmark = pytest.mark.unit
@@ -76,8 +76,8 @@ MEMORY = """
 import sys
 import torch
 from transformers import LlamaConfig
-from abft_fast.simulation import bytes_of
-from abft_fast.synthetic import random_model
+from abft_fast.memory.simulation import bytes_of
+from abft_fast.models.synthetic import random_model
 sys.path.insert(0, "benchmarks")
 from peak_memory import high_water_mark, reset_high_water_mark
 

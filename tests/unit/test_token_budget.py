@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from abft_fast.core.packing import micro_batches
 from abft_fast.errors import RunError
-from abft_fast.packing import micro_batches
-from abft_fast.token_budget import TokenBudget, find_token_budget
+from abft_fast.runtime.token_budget import TokenBudget, find_token_budget
 
 pytestmark = pytest.mark.unit
 
@@ -80,11 +80,11 @@ REAL = """
 import resource, sys
 import torch
 from accelerate import Accelerator
-from abft_fast.config import TrainConfig
-from abft_fast.resolve import resolve
-from abft_fast.model import train_lora, trained_parameters
-from abft_fast.token_budget import TokenBudget
-from abft_fast.training import backward
+from abft_fast.options.config import TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.models.trainable import train_lora, trained_parameters
+from abft_fast.runtime.token_budget import TokenBudget
+from abft_fast.training.loop import backward
 from tests.tiny_models import tiny_model
 from tests.unit.test_training import make_prompts
 

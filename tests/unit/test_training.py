@@ -4,19 +4,19 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
-from abft_fast.backbone import query_key_projections
-from abft_fast.config import TrainConfig
+from abft_fast.core.backbone import query_key_projections
 from abft_fast.errors import RunError, UserError
-from abft_fast.model import (
+from abft_fast.models.preflight import check_attention
+from abft_fast.models.trainable import (
     enable_checkpointing,
     load_adapter,
     train_lora,
     train_weights,
     trained_parameters,
 )
-from abft_fast.preflight import check_attention
-from abft_fast.resolve import resolve
-from abft_fast.training import backward, check_step, pseudo_batches
+from abft_fast.options.config import TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.training.loop import backward, check_step, pseudo_batches
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.unit

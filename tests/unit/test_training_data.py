@@ -2,13 +2,14 @@
 
 import pytest
 
-from abft_fast import data, loading
-from abft_fast.config import TrainConfig
+from abft_fast import data
 from abft_fast.errors import UserError
-from abft_fast.picl import intrinsic_tasks, paragraphs
+from abft_fast.models import loading
+from abft_fast.options.config import TrainConfig
+from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
-from abft_fast.resolve import resolve
-from abft_fast.training_data import training_prompts
+from abft_fast.training.picl import intrinsic_tasks, paragraphs
+from abft_fast.training.training_data import training_prompts
 
 pytestmark = pytest.mark.unit
 

@@ -1,0 +1,5 @@
+"""The command line: options are parsed, a command is called, its result is printed."""
+
+from abft_fast.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""What each verb of the command line does, as functions that a program can call."""

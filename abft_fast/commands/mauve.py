@@ -1,0 +1,130 @@
+"""MAUVE (Pillutla et al. 2021): how close the texts of a trained model are to those of before.
+
+The score is that of the mauve-text package. A second sample of the untrained model is scored too:
+what two samples of one model reach is what a model that lost nothing would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from abft_fast.commands.session import Job
+from abft_fast.core.backbone import backbone
+from abft_fast.data.catalog import Dataset
+from abft_fast.data.mauve_prefixes import prefixes
+from abft_fast.models import loading
+from abft_fast.options.config import TrainConfig
+from abft_fast.training.run_folder import Run
+
+SAMPLES = {"before": 0, "before-again": 1, "after": 2}
+"""Samples of text, and the seed of each."""
+
+_NEW_TOKENS = 64
+_BATCH = 32  # prefixes generated from, or texts looked at, together
+
+
+def check(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuse a run that could not end with a score.
+
+    Raises:
+        UserError: there are too few prefixes, or no such model to look at texts.
+    """
+    prefixes(config.mauve_prefix, dataset)
+    if config.mauve_model is not None:
+        loading.read_config(config.mauve_model)
+        loading.read_tokenizer(config.mauve_model)
+
+
+def record_texts(config: TrainConfig, run: Run, job: Job, sample: str) -> None:
+    """Let the model as it is continue every prefix, unless the run has this sample already."""
+    if run.texts(sample) is None:
+        beginnings = prefixes(config.mauve_prefix, job.dataset)
+        tokenizer = job.encoder.tokenizer
+        with job.accelerator.autocast():
+            texts = generate(job.model, tokenizer, beginnings, SAMPLES[sample])
+        run.record_texts(sample, texts)
+
+
+def generate(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prefixes: Sequence[str], seed: int
+) -> list[str]:
+    """Prefixes and what the model, sampled at temperature 1, writes after them."""
+    config = backbone(model).config
+    room = (loading.context_length(config) or _NEW_TOKENS + 2**20) - _NEW_TOKENS
+    encoded = [ids[-room:] for ids in tokenizer(list(prefixes), verbose=False)["input_ids"]]
+    device = model.get_input_embeddings().weight.device
+    model.eval()
+    texts: list[str] = []
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for batch in _batches(encoded):
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch], device=device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask.to(device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=_NEW_TOKENS,
+                pad_token_id=tokenizer.eos_token_id or 0,
+            )
+            kept = [row[longest - len(p) :] for row, p in zip(output.tolist(), batch, strict=True)]
+            texts += tokenizer.batch_decode(kept, skip_special_tokens=True)
+    return texts
+
+
+def score_texts(config: TrainConfig, run: Run, job: Job) -> None:
+    """Score the run's samples and record it; the job's model is given up for the one that looks."""
+    if run.mauve:
+        return
+    import mauve
+
+    name = config.mauve_model or config.model
+    job.model = None
+    device, bits, placement = job.accelerator.device, None, None
+    if config.mauve_model is None:  # as it was in training
+        bits = config.bits if config.quantized else None
+        placement = job.placement
+    model = loading.load(name, device, job.arithmetic.dtype, bits, placement)
+    tokenizer = loading.read_tokenizer(name)
+    with job.accelerator.autocast():
+        seen = {
+            sample: text_features(model, tokenizer, run.texts(sample)).numpy() for sample in SAMPLES
+        }
+
+    def score(sample: str) -> float:
+        return float(mauve.compute_mauve(seen["before"], seen[sample], verbose=False).mauve)
+
+    found = {"after": score("after"), "before_again": score("before-again")}
+    run.record_mauve({**found, "texts": len(seen["after"]), "features": name})
+
+
+def text_features(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+) -> torch.Tensor:
+    """The model's last hidden state at each text's last token, (texts, width) float32."""
+    inner = backbone(model).eval()
+    device = inner.get_input_embeddings().weight.device
+    limit = loading.context_length(inner.config) or 0
+    encoded = tokenizer(list(texts), verbose=False)["input_ids"]
+    rows = []
+    with torch.no_grad():
+        for batch in _batches([ids[-limit:] for ids in encoded]):
+            longest = max(map(len, batch))
+            ids = torch.tensor([p + [0] * (longest - len(p)) for p in batch], device=device)
+            hidden = inner(ids, use_cache=False).last_hidden_state  # causal: padding is not seen
+            last = torch.tensor([len(p) - 1 for p in batch], device=device)
+            rows.append(hidden[torch.arange(len(batch), device=device), last].float().cpu())
+    return torch.cat(rows)
+
+
+def _batches(items: Sequence[list[int]]) -> Iterator[Sequence[list[int]]]:
+    for start in range(0, len(items), _BATCH):
+        yield items[start : start + _BATCH]

@@ -1,0 +1,43 @@
+"""Adapters into weights: a model that plain transformers loads (paper, Eq. 2)."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from abft_fast.models import loading
+from abft_fast.models.trainable import load_adapter
+from abft_fast.options.config import MergeConfig
+from abft_fast.runtime.files import atomic_folder, check_output_folder
+from abft_fast.runtime.progress import Progress
+
+
+def merge(config: MergeConfig, progress: Progress) -> None:
+    """Write the model plus the sum of each adapter's change times its coefficient.
+
+    Sums are in float32, the result in the dtype the model is stored in. A quantized model, by the
+    options or as it is stored, is dequantized first: the adapters were trained on its rounded
+    weights.
+
+    Raises:
+        UserError: the output folder exists, or a model or adapter cannot be read or do not fit.
+    """
+    check_output_folder(config.output_dir, new=True)
+    progress.say(f"loading {config.model}")
+    stored = loading.read_config(config.model).dtype or torch.float32
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    bits = config.bits if config.quantized else None
+    model = loading.load(config.model, torch.device("cpu"), torch.float32, bits)
+    if getattr(model.config, "quantization_config", None) is not None:
+        model = model.dequantize()
+    for folder, coefficient in config.adapters:
+        adapted = load_adapter(model, folder)
+        for module in adapted.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", coefficient)
+        model = adapted.merge_and_unload(safe_merge=True)
+        progress.say(f"merged {folder}, times {coefficient:g}")
+    with atomic_folder(config.output_dir) as temporary:
+        model.to(stored).save_pretrained(temporary)
+        loading.read_tokenizer(config.model).save_pretrained(temporary)

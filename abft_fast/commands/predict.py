@@ -1,0 +1,182 @@
+"""Label probabilities of a file's texts: the demonstrations computed once, queries packed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from abft_fast.commands import adapter_origin
+from abft_fast.commands.prediction_files import PredictionWriter, read_queries
+from abft_fast.commands.session import ModelOnDevice
+from abft_fast.core.label_logits import keep_label_rows
+from abft_fast.core.packing import EncodedPrompt, micro_batches
+from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
+from abft_fast.data.catalog import Dataset, Example, Prompt
+from abft_fast.data.tables import Row
+from abft_fast.errors import RunError, UserError
+from abft_fast.models import loading
+from abft_fast.models.preflight import check_attention, shared_prefix_is_exact
+from abft_fast.models.trainable import load_adapter
+from abft_fast.options.config import PredictConfig
+from abft_fast.prompts import PromptEncoder
+from abft_fast.runtime.progress import Progress
+from abft_fast.runtime.token_budget import CPU_TOKENS, in_halves
+
+_CHUNK = 1024  # rows, at most, that are read, sorted by length and written at a time
+_CHUNK_TOKENS = 2**20  # of their whole prompts, about
+
+
+def predict(
+    config: PredictConfig, dataset: Dataset, writer: PredictionWriter, progress: Progress
+) -> None:
+    """Write every row of the input with its label's probabilities, in order, as it is read.
+
+    Raises:
+        UserError: a row cannot be used; the model cannot be loaded or cannot tell the labels; or a
+            prompt is too long and these are not to be dropped.
+        RunError: a label's logit is not finite.
+    """
+    labeller = Labeller(config, dataset, progress)
+    done = dropped = 0
+    said = labeller.chunk
+    queries = read_queries(config, dataset.label_words)
+    while rows := list(itertools.islice(queries, labeller.chunk)):
+        for row, probabilities in labeller.label(rows):
+            writer.write(row, probabilities)
+            dropped += probabilities is None
+        done += len(rows)
+        if done >= 2 * said:
+            progress.say(f"{done:,} rows")
+            said = done
+    tokens = labeller.shared_tokens
+    shared = f"; the first {tokens:,} tokens of all prompts computed once" if tokens else ""
+    left = f", {dropped:,} beyond the model's context left empty" if dropped else ""
+    progress.say(f"{done:,} rows labelled{left}{shared}")
+
+
+class Labeller(ModelOnDevice):
+    """A model with demonstrations, ready to label texts.
+
+    Texts are given in chunks; what the prompts of all chunks begin with is computed once, and cut
+    where a chunk's prompts part earlier than those before, as tokens do not end where texts do.
+
+    Attributes:
+        chunk: rows to label at a time, so that memory does not grow with demonstrations.
+    """
+
+    def __init__(self, config: PredictConfig, dataset: Dataset, progress: Progress):
+        super().__init__(config, progress)
+        self.dataset = dataset
+        self.context = loading.context_length(self.shape)
+        self.encoder = PromptEncoder(
+            loading.read_tokenizer(config.model),
+            dataset,
+            form=config.prompt_form,
+            label_token=config.label_token,
+        )
+        (bare,) = self._encode([""])
+        if self._is_too_long(bare):
+            raise UserError(
+                f"{config.demonstrations}: with its {len(dataset.demonstrations)} demonstrations a "
+                f"prompt without a query has {len(bare)} tokens, and the model's context "
+                f"{self.context}: use fewer"
+            )
+        self.chunk = min(max(_CHUNK_TOKENS // len(bare), 1), _CHUNK)
+        self.load()
+        self._prefix: SharedPrefix | None = None
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens that all prompts so far begin with and that were computed once."""
+        return len(self._prefix.ids) if self._prefix else 0
+
+    def label(self, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, list[float] | None]]:
+        """Rows with the probabilities of the label words, None where the prompt is too long."""
+        prompts = self._encode([text for _, text in rows])
+        fitting = []
+        for index, (row, _) in enumerate(rows):
+            if not self._is_too_long(prompts[index]):
+                fitting.append(index)
+            elif self.config.on_long_prompt == "refuse":
+                raise UserError(
+                    f"{row.place()}: its prompt of {len(prompts[index])} tokens is longer than the "
+                    f"model's context of {self.context} tokens: shorten it, use fewer "
+                    "demonstrations, or pass --on-long-prompt drop"
+                )
+        found: dict[int, list[float]] = {}
+        if fitting:
+            logits = self._logits([prompts[index] for index in fitting])
+            for index, one in zip(fitting, logits, strict=True):
+                if not one.isfinite().all():
+                    place = rows[index][0].place()
+                    raise RunError(f"{place}: the model's logits of the labels are not finite")
+            probabilities = logits.double().softmax(dim=1).tolist()
+            found = dict(zip(fitting, probabilities, strict=True))
+        for index, (row, _) in enumerate(rows):
+            yield row, found.get(index)
+
+    def load(self) -> None:
+        """The model with its adapter, for the label words alone."""
+        super().load()
+        for line in adapter_origin.differences(self.config):
+            self.progress.say(line)
+        if self.config.adapter is not None:
+            self.model = load_adapter(self.model, self.config.adapter)
+        keep_label_rows(self.model, self.encoder.label_ids)
+        self.model.eval()
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of whole prompts: where words end depends on what stands around them."""
+        demonstrations = self.dataset.demonstrations
+        prompts = [Prompt(demonstrations, Example(text, label=0)) for text in texts]
+        return [encoded.input_ids for encoded in self.encoder.encode(prompts).prompts]
+
+    def _is_too_long(self, ids: list[int]) -> bool:
+        return self.context is not None and len(ids) > self.context
+
+    def _logits(self, prompts: Sequence[list[int]]) -> Tensor:
+        """(R, labels), in float32 on the CPU."""
+        prefix = self._prefix_of(prompts)
+        budget = self.config.token_budget
+        lengths = [len(ids) - len(prefix.ids) for ids in prompts]
+        logits = torch.empty(len(prompts), len(self.encoder.label_ids))
+
+        def run(part: Sequence[int]) -> Tensor:
+            with self.accelerator.autocast():
+                ids = [prompts[i] for i in part]
+                return prefix.label_logits(ids, self.encoder.label_ids).float().cpu()
+
+        for batch in micro_batches(lengths, CPU_TOKENS if budget == "auto" else budget):
+            logits[batch] = torch.cat(in_halves(run, batch))
+        return logits
+
+    def _prefix_of(self, prompts: Sequence[list[int]]) -> SharedPrefix:
+        """What all prompts so far begin with; made, and compared with whole prompts, at first."""
+        shared = common_prefix(prompts)
+        if self._prefix is None:
+            self._prefix = self._checked(
+                SharedPrefix(self.model, shared, self.config.attention_backend), prompts
+            )
+        else:
+            pairs = zip(self._prefix.ids, shared, strict=False)
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if same < len(self._prefix.ids):
+                self._prefix.shorten(same)
+        return self._prefix
+
+    def _checked(self, prefix: SharedPrefix, prompts: Sequence[list[int]]) -> SharedPrefix:
+        """The prefix, or an empty one where the model does not allow it."""
+        autocast, backend = self.accelerator.autocast, self.config.attention_backend
+        try:
+            encoded = [EncodedPrompt(ids, [], []) for ids in prompts]
+            found = check_attention(self.model, encoded, autocast, backend)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.progress.say(f"attention: {', '.join(sorted({name for name, _ in found}))}")
+        if prefix.can_share(1) and shared_prefix_is_exact(prefix, prompts, autocast):
+            return prefix
+        self.progress.say("demonstrations are computed for each query: the model needs it")
+        return SharedPrefix(self.model, [], backend)

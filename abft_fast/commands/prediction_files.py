@@ -1,0 +1,184 @@
+"""What `predict` reads and writes: demonstrations, queries, and queries with their predictions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from abft_fast.data import tables
+from abft_fast.data.catalog import Dataset, Example
+from abft_fast.data.tables import Row
+from abft_fast.data.template_file import TemplateFile, read_template
+from abft_fast.errors import RunError, UserError
+from abft_fast.models.adapter_folder import check_adapter
+from abft_fast.options.config import PredictConfig
+from abft_fast.runtime.files import atomic_file, check_output
+
+_DIGITS = 7  # of a probability, about what float32 has
+
+
+def check_files(config: PredictConfig) -> None:
+    """Say at once what is wrong with paths.
+
+    Raises:
+        UserError: what is to be written is in no folder or would replace what is read; the adapter
+            is none; or the input cannot be read.
+    """
+    output = config.output
+    if config.adapter is not None:
+        check_adapter(config.adapter)
+    if output is not None:
+        check_output(output, read=(config.input, config.demonstrations))
+    next(tables.read_rows(config.input, (config.text_column,)))  # says it of the header
+
+
+def check_queries(config: PredictConfig, label_words: Sequence[str]) -> None:
+    """Read the whole input once, as its last row may be the one that cannot be used.
+
+    Raises:
+        UserError: as `read_queries`; or CSV is to be written and rows differ in their columns.
+    """
+    columns = None
+    for row, _ in read_queries(config, label_words):
+        columns = columns or row.cells.keys()
+        if not _writes_json(config) and row.cells.keys() != columns:
+            odd = sorted(row.cells.keys() ^ columns)[0]
+            raise UserError(
+                f"{row.place()}: column {odd!r} is not in all rows, as CSV needs it: write .jsonl"
+            )
+
+
+def read_demonstrations(config: PredictConfig) -> Dataset:
+    """The demonstrations in the file's order; label words are the template's, or what they have.
+
+    Raises:
+        UserError: a row is not what the options say, or there is one label only.
+    """
+    path = config.demonstrations
+    template = TemplateFile() if config.template is None else read_template(config.template)
+    found = []
+    for row in tables.read_rows(path, (config.text_column, config.label_column)):
+        value = row.category(config.label_column, template.labels or ())
+        if template.labels is not None and value not in template.labels:
+            raise UserError(
+                f"{row.place(config.label_column)}: {value!r} is not among the labels of "
+                f"{config.template}: {tables.listed(template.labels)}"
+                f"{tables.closest(value, template.labels)}"
+            )
+        found.append((row.text(config.text_column), value))
+    words = template.labels or {value: value for value in sorted({value for _, value in found})}
+    if len(words) == 1:
+        raise UserError(
+            f"{path}, column {config.label_column!r}: every row has the label {found[0][1]!r}; "
+            "two labels are needed"
+        )
+    index = {value: label for label, value in enumerate(words)}
+    examples = tuple(Example(text, index[value]) for text, value in found)
+    return Dataset(
+        name=tables.name_of(path),
+        input_prefix=template.input_prefix,
+        label_prefix=template.label_prefix,
+        label_words=tuple(words.values()),
+        staicc_label_words=tuple(words.values()),
+        training=examples,
+        demonstrations=examples,
+        test=(),
+    )
+
+
+def read_queries(config: PredictConfig, label_words: Sequence[str]) -> Iterator[tuple[Row, str]]:
+    """The input's rows and their texts, one at a time.
+
+    Raises:
+        UserError: a row has no text, or has a column of the output's.
+    """
+    written = _columns(label_words)
+    for row in tables.read_rows(config.input):
+        if config.text_column not in row.cells:
+            raise UserError(
+                f"{row.place()}: no column {config.text_column!r}; there are "
+                f"{tables.listed(row.cells) or 'none'}"
+                f"{tables.closest(config.text_column, row.cells)}"
+            )
+        for column in written:
+            if column in row.cells:
+                raise UserError(
+                    f"{row.place()}: column {column!r} is to be written: rename it in the input"
+                )
+        yield row, row.text(config.text_column)
+
+
+class PredictionWriter:
+    """Writes rows with their predictions, as JSON lines or CSV with the first row's columns."""
+
+    def __init__(self, file: TextIO, label_words: Sequence[str], as_json: bool):
+        self._file, self._as_json = file, as_json
+        self._words, self._written = list(label_words), _columns(label_words)
+        self._columns: list[str] | None = None
+
+    def write(self, row: Row, probabilities: Sequence[float] | None) -> None:
+        """One row, with the columns of those before; without probabilities they stay empty."""
+        found: list[Any] = [None] * len(self._written)
+        if probabilities is not None:
+            word = self._words[max(range(len(self._words)), key=probabilities.__getitem__)]
+            found = [word, *(float(f"{p:.{_DIGITS}g}") for p in probabilities)]
+        cells = {**row.cells, **dict(zip(self._written, found, strict=True))}
+        if self._as_json:
+            values = {name: _number_or_null(value) for name, value in cells.items()}
+            self._file.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
+            return
+        if self._columns is None:
+            self._columns = list(cells)
+            self._file.write(_csv_line(self._columns))
+        self._file.write(_csv_line([_csv_cell(cells[name]) for name in self._columns]))
+
+
+@contextmanager
+def open_output(config: PredictConfig, label_words: Sequence[str]) -> Iterator[PredictionWriter]:
+    """A writer of the output, which appears when it is whole, or of standard output.
+
+    Raises:
+        RunError: nobody reads standard output any more.
+    """
+    if config.output is not None:
+        with atomic_file(config.output) as file:
+            yield PredictionWriter(file, label_words, _writes_json(config))
+        return
+    try:
+        yield PredictionWriter(sys.stdout, label_words, as_json=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again
+        raise RunError("standard output was closed before all was written") from None
+
+
+def _writes_json(config: PredictConfig) -> bool:
+    return config.output is not None and config.output.suffix.lower() == ".jsonl"
+
+
+def _columns(label_words: Sequence[str]) -> list[str]:
+    return ["prediction", *(f"p_{word}" for word in label_words)]
+
+
+def _csv_line(cells: Sequence[Any]) -> str:
+    """By the default dialect, which quotes carriage returns too, but ended by a line feed."""
+    line = io.StringIO(newline="")
+    csv.writer(line).writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
+
+
+def _csv_cell(value: Any) -> Any:
+    """What JSON alone has as JSON; csv writes None as nothing and all else by str."""
+    of_json = isinstance(value, dict | list | bool)
+    return json.dumps(value, ensure_ascii=False, default=str) if of_json else value
+
+
+def _number_or_null(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

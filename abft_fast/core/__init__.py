@@ -1,0 +1,1 @@
+"""The method: packed prompts, attention, and the attention-behavior loss of a whole model."""

@@ -1,0 +1,89 @@
+"""A language model's loss on packed prompts, at chosen tokens only.
+
+It is what the baselines train: end-to-end fine-tuning, MetaICL, PICL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from abft_fast.core.attention import NO_LOSS, AttentionBehavior, PackedForward
+from abft_fast.core.backbone import must_run_alone, prepare
+from abft_fast.core.objective import join, run_packed
+from abft_fast.core.packing import EncodedPrompt, pack
+
+
+@dataclass(frozen=True)
+class TargetedPrompt(EncodedPrompt):
+    """A prompt, and what the model is to predict in it.
+
+    Attributes:
+        target_positions: the tokens after which it predicts, below n.
+        targets: the token each prediction should be.
+    """
+
+    target_positions: list[int]
+    targets: list[int]
+
+
+def label_target(prompt: EncodedPrompt, label_id: int) -> TargetedPrompt:
+    """The query's label, after the prompt's last token."""
+    return TargetedPrompt(**vars(prompt), target_positions=[len(prompt) - 1], targets=[label_id])
+
+
+def every_token(input_ids: list[int]) -> TargetedPrompt:
+    """Each token after those before it."""
+    return TargetedPrompt(input_ids, [], [], list(range(len(input_ids) - 1)), input_ids[1:])
+
+
+def language_model_loss(
+    model: nn.Module, prompts: Sequence[TargetedPrompt], *, attention: str = "auto"
+) -> AttentionBehavior:
+    """One packed forward; logits, over the whole vocabulary, of the targets' rows alone.
+
+    Args:
+        model: a transformers decoder with LM head, quantized or not, LoRA or not.
+        prompts: each with at least one target.
+        attention: what computes attention, by `abft_kernels.choose_attention`.
+
+    Returns:
+        AttentionBehavior whose loss is the cross-entropy in nats, mean over a prompt's targets,
+        then over prompts.
+
+    Raises:
+        ValueError: the LM head has kept some rows only, or as `run_packed`.
+    """
+    if hasattr(model.get_output_embeddings(), "label_ids"):
+        raise ValueError("the LM head has kept the label words' rows only; load the model again")
+    inner = prepare(model)
+    batches = [prompts]
+    if len(prompts) > 1 and must_run_alone(inner, max(map(len, prompts))):
+        batches = [[prompt] for prompt in prompts]
+    found = [_packed_loss(model, batch, attention) for batch in batches]
+    return join(found)
+
+
+def _packed_loss(
+    model: nn.Module, prompts: Sequence[TargetedPrompt], attention: str
+) -> AttentionBehavior:
+    packed = pack(prompts)
+    forward = PackedForward(packed, NO_LOSS, attention)
+    device = model.get_input_embeddings().weight.device
+    starts = packed.cu_seqlens.tolist()
+    positions = [
+        start + position
+        for start, prompt in zip(starts, prompts, strict=False)
+        for position in prompt.target_positions
+    ]
+    output = run_packed(model, forward, logits_to_keep=torch.tensor(positions, device=device))
+    logits = output.logits[0].float()
+    targets = torch.tensor([t for p in prompts for t in p.targets], device=logits.device)
+    counts = [len(p.targets) for p in prompts]
+    weights = torch.tensor([1 / (n * len(prompts)) for n in counts for _ in range(n)])
+    loss = F.cross_entropy(logits, targets, reduction="none") @ weights.to(logits.device)
+    return forward.behavior()._replace(loss=loss)

@@ -1,0 +1,110 @@
+"""Label logits of prompts that begin alike, whose beginning is computed once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from abft_fast.core.attention import NO_LOSS, PackedForward
+from abft_fast.core.backbone import attention_layers, must_run_alone, prepare
+from abft_fast.core.label_logits import label_columns
+from abft_fast.core.objective import run_packed
+from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
+from abft_fast.evaluation.inference import label_logits
+
+
+class SharedPrefix:
+    """The first tokens of many prompts, with the keys and values that a model makes of them.
+
+    Keys and values depend on the tokens before them alone, so every later prompt attends to those
+    that were kept. They are made at the first call, in evaluation mode, and are of the model as it
+    is then. Models of which that is not true (layers without attention, RoPE that depends on a
+    prompt's length) are given whole prompts.
+
+    Attributes:
+        ids: its tokens.
+        computed: tokens the model has run on so far.
+    """
+
+    def __init__(self, model: nn.Module, ids: Sequence[int], attention: str = "auto"):
+        self.ids = list(ids)
+        self.model, self.attention = model.eval(), attention
+        self.computed = 0
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def shorten(self, length: int) -> None:
+        """Go on with its first `length` tokens; nothing is computed again."""
+        self.ids = self.ids[:length]
+        kept = {i: (k[:length], v[:length]) for i, (k, v) in self._kept.items()}
+        self._kept = kept if self.ids else {}
+
+    def can_share(self, longest: int) -> bool:
+        """Whether prompts of up to `longest` tokens, it included, can go on from its keys."""
+        return not must_run_alone(prepare(self.model), longest)
+
+    @torch.no_grad()
+    def label_logits(self, prompts: Sequence[Sequence[int]], label_ids: Sequence[int]) -> Tensor:
+        """Logits of the label words after each prompt, (R, labels).
+
+        Args:
+            prompts: token ids of whole prompts, all longer than the prefix they begin with.
+            label_ids: the label words' tokens.
+
+        Raises:
+            ValueError: a prompt does not begin with the prefix, or ends with it.
+        """
+        own = self._own(prompts)
+        if not self.can_share(max(map(len, prompts))):
+            self.computed += sum(map(len, prompts))
+            whole = [EncodedPrompt(list(prompt), [], []) for prompt in prompts]
+            return label_logits(self.model, whole, label_ids, self.attention)[0]
+        last = own.cu_seqlens[1:].long() - 1
+        logits = self._run(self.model, own, logits_to_keep=last).logits
+        return logits[0][:, label_columns(self.model, label_ids)]
+
+    @torch.no_grad()
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """What the last layer yields for each prompt's n tokens after the prefix, (n, width).
+
+        Raises:
+            ValueError: as `label_logits`, or these prompts cannot go on from a prefix.
+        """
+        own = self._own(prompts)
+        hidden = self._run(prepare(self.model), own).last_hidden_state[0]
+        return list(hidden.split(own.cu_seqlens.diff().tolist()))
+
+    def _own(self, prompts: Sequence[Sequence[int]]) -> PackedPrompts:
+        """What the prompts are after the prefix."""
+        length = len(self.ids)
+        for i, prompt in enumerate(prompts):
+            if list(prompt[:length]) != self.ids or len(prompt) == length:
+                raise ValueError(f"prompts[{i}] does not go on from the prefix of {length} tokens")
+        own = pack([EncodedPrompt(list(prompt[length:]), [], []) for prompt in prompts])
+        return replace(own, position_ids=own.position_ids + length)
+
+    def _run(self, model: nn.Module, own: PackedPrompts, **kwargs):
+        if self.ids and not self._kept:
+            self._kept = self._compute()
+        self.computed += len(own.input_ids)
+        forward = PackedForward(own, NO_LOSS, self.attention, prefix=self._kept or None)
+        return run_packed(model, forward, **kwargs)
+
+    def _compute(self) -> dict[int, tuple[Tensor, Tensor]]:
+        last = max(attention_layers(self.model))
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        packed = pack([EncodedPrompt(self.ids, [], [])])
+        forward = PackedForward(packed, NO_LOSS, self.attention, stop_after=last, keep=kept)
+        run_packed(prepare(self.model), forward)
+        self.computed += len(self.ids)
+        return kept
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The longest beginning all prompts share that leaves each a token of its own."""
+    first, last = min(prompts), max(prompts)  # in their order those furthest apart
+    pairs = itertools.islice(zip(first, last, strict=False), min(map(len, prompts)) - 1)
+    return [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]

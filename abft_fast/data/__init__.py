@@ -1,0 +1,23 @@
+"""Datasets: those of StaICC and those of the user."""
+
+from abft_fast.data.catalog import (
+    DATASETS,
+    PAPER_DATASETS,
+    Dataset,
+    Example,
+    Prompt,
+    hash_is_pinned,
+    load,
+    resolve_name,
+)
+
+__all__ = [
+    "DATASETS",
+    "PAPER_DATASETS",
+    "Dataset",
+    "Example",
+    "Prompt",
+    "hash_is_pinned",
+    "load",
+    "resolve_name",
+]

@@ -1,0 +1,79 @@
+"""Calibration of label probabilities, StaICC's own, as baselines of the paper (its Table 1).
+
+StaICC trains one with a run of the model for each prompt. Here it is trained twice: by a run that
+notes the prompts, and, once they are predicted together, by one that gives it the probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from StaICC.prefabricate_inference import standard_calibration
+
+from abft_fast.evaluation.protocols import Call, Probabilities
+from abft_fast.evaluation.staicc_adapter import PromptWriter, Triplet, quiet
+from abft_fast.options.config import CalibrationType
+
+_TRAINED = {
+    "contextual": standard_calibration.contextual_calibration,  # Zhao et al. 2021
+    "domain": standard_calibration.domain_calibration,  # Fei et al. 2023
+}
+
+
+class Calibration:
+    """One dataset's calibration, by prompts of its training examples.
+
+    Attributes:
+        call: the prompts whose predictions it learns from; None where it learns from none.
+    """
+
+    def __init__(self, kind: CalibrationType, triplet: Triplet, k: int, samples: int):
+        """
+        Args:
+            k: demonstrations a prompt.
+            samples: prompts to learn from.
+        """
+        self._kind, self._triplet, self._k, self._samples = kind, triplet, k, samples
+        self.call: Call | None = None
+        if kind in _TRAINED:
+            words = len(triplet.template.label_words)
+            prompts: list = []
+
+            def note(prompt, label_space) -> list[float]:
+                prompts.append(prompt)
+                return [1 / words] * words
+
+            self._train(note)
+            self.call = Call(triplet.template, prompts)
+
+    def calibrate(
+        self, predictions: Sequence[Probabilities], learnt_from: Probabilities | None
+    ) -> Iterator[Probabilities]:
+        """The calibrated predictions of each call; prompts left out stay so.
+
+        Args:
+            learnt_from: predictions of the prompts in `call`.
+        """
+        if self.call is not None:
+            remaining = iter(learnt_from)
+            trained = self._train(lambda prompt, label_space: next(remaining))
+        for call in predictions:
+            kept = [row for row in call if row]
+            if self.call is not None:
+                kept = [trained(row, None, None) for row in kept]
+            elif self._kind == "batch":  # Zhou et al. 2024
+                kept = standard_calibration.batch_calibration(kept)
+            calibrated = iter(kept)
+            yield [next(calibrated) if row else row for row in call]
+
+    def _train(self, feedforward) -> standard_calibration.calibration:
+        made = _TRAINED[self._kind](list(self._triplet.template.label_words))
+        with quiet():
+            made.train(
+                PromptWriter(self._triplet).write_prompt_from_dataline,
+                feedforward,
+                self._triplet.calibration,
+                self._samples,
+                k=self._k,
+            )
+        return made

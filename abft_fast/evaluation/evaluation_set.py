@@ -1,0 +1,86 @@
+"""One dataset's test, ready to be run as often as wanted: tokenized before, scored after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from StaICC.util import functional
+from torch import Tensor
+
+from abft_fast.core.packing import EncodedPrompt
+from abft_fast.data.catalog import Dataset
+from abft_fast.errors import UserError
+from abft_fast.evaluation.calibration import Calibration
+from abft_fast.evaluation.inference import Behavior, BehaviorMean
+from abft_fast.evaluation.protocols import Protocol
+from abft_fast.options.config import Options
+from abft_fast.prompts import EncodedPrompts, PromptEncoder
+
+Predict = Callable[[EncodedPrompts, bool], tuple[Tensor, BehaviorMean]]
+"""Logits of the label words, (prompts, labels), and, where asked for, what heads do."""
+
+
+class EvaluationSet:
+    """A dataset's prompts under the protocol and the calibration of some options.
+
+    Attributes:
+        encoded: its prompts, tokenized, as they are to be predicted, those of the test first.
+
+    Raises:
+        UserError: the dataset does not allow the test, or its prompts cannot be tokenized.
+    """
+
+    def __init__(self, options: Options, dataset: Dataset, encoder: PromptEncoder):
+        self.dataset = dataset.name
+        form = options.prompt_form
+        self._protocol = Protocol.of(options.test_type, dataset, options.k, form)
+        self._calibration = Calibration(
+            options.calibration, self._protocol.triplet, options.k, options.calibration_samples
+        )
+        calls = list(self._protocol.calls)
+        if self._calibration.call is not None:
+            calls.append(self._calibration.call)
+        self._sizes = [len(call.prompts) for call in calls]
+        self._has_labels = [call.has_labels for call in calls]
+        self.encoded = [encoder.encode(call.prompts, call.template) for call in calls]
+        self._check_all_kept(options)
+
+    @property
+    def prompts(self) -> list[EncodedPrompt]:
+        """Those of the test itself, of its first part where it has several."""
+        return self.encoded[0].prompts
+
+    @property
+    def label_ids(self) -> set[int]:
+        """The tokens of all its label words."""
+        return {token for encoded in self.encoded for token in encoded.label_ids}
+
+    def run(self, predict: Predict) -> tuple[dict[str, float | None], Behavior]:
+        """Its metrics, and what heads do on those of its prompts whose queries have a label."""
+        predictions, behavior = [], BehaviorMean()
+        for encoded, size, has_labels in zip(
+            self.encoded, self._sizes, self._has_labels, strict=True
+        ):
+            logits, heads = predict(encoded, has_labels)
+            behavior.join(heads)
+            rows: list[list[float]] = [[] for _ in range(size)]
+            for i, row in zip(encoded.kept, logits.tolist(), strict=True):
+                rows[i] = functional.softmax(row)
+            predictions.append(rows)
+        learnt_from = predictions.pop() if self._calibration.call is not None else None
+        calibrated = self._calibration.calibrate(predictions, learnt_from)
+        return self._protocol.score(calibrated), behavior.result()
+
+    def _check_all_kept(self, options: Options) -> None:
+        """Refuse to leave out prompts where StaICC needs each."""
+        test_type = options.test_type
+        if test_type.endswith("Sensitivity") and any(found.dropped for found in self.encoded):
+            self._refuse(f"--test-type {test_type} compares all predictions of a query")
+        if self._calibration.call is not None and self.encoded[-1].dropped:
+            self._refuse(f"--calibration {options.calibration} learns from every prompt")
+
+    def _refuse(self, why: str) -> None:
+        raise UserError(
+            f"{self.dataset}: {why}, and some are longer than the model's context: lower --k, or "
+            "pass --on-long-prompt fewer-demonstrations"
+        )

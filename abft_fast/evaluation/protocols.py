@@ -1,0 +1,272 @@
+"""StaICC's tests: which prompts are to be predicted, and what the predictions are worth.
+
+Its experimentors draw the prompts and score the predictions; between the two lies a run of the
+model, or several. Source: StaICC 0.1.1; for unseen labels, Cho et al. 2025, A.4.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from StaICC.util import experimentor, functional
+from StaICC.util.experimentor import single_experimentor
+
+from abft_fast.data.catalog import Dataset, Prompt
+from abft_fast.errors import UserError
+from abft_fast.evaluation.staicc_adapter import Triplet, install, quiet
+from abft_fast.options.config import TestType
+from abft_fast.prompts import Template
+
+Probabilities = Sequence[Sequence[float]]
+"""A distribution over the label words for each prompt; an empty one for a prompt left out."""
+
+_ERROR_RATES = 5  # of GLER: 0, 25, ..., 100 % of the demonstrations' labels are wrong
+_TEMPLATE_QUERIES = 100
+_SAMPLES_A_QUERY = 8  # demonstrations drawn for each query of DemoSensitivity
+_MOST_DRAWS = 10**7  # 2 minutes
+
+
+@dataclass(frozen=True)
+class Call:
+    """Prompts of one template, to be predicted together."""
+
+    template: Template
+    prompts: list[Prompt]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the queries are real: those that only show a model's bias have no label."""
+        return any(prompt.query.label != prompt.query.NO_LABEL for prompt in self.prompts)
+
+
+@dataclass
+class _Part:
+    """An experimentor, and how its results are named."""
+
+    experimentor: single_experimentor
+    names: Callable[[dict], dict[str, float]]
+    calls: list[Call] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        def record(prompt: list[Prompt], label_space: list[str]) -> list[list[float]]:
+            self.calls.append(Call(self.experimentor.prompt_former.template, prompt))
+            return [[1 / len(label_space)] * len(label_space)] * len(prompt)
+
+        self.run(record)
+
+    def run(self, inference: Callable) -> dict[str, float | None]:
+        made = self.experimentor
+        made.predictions = []  # of the run before: TempSensitivity would go on from them
+        with quiet():
+            results, _ = made.auto_run(inference, batched_inference=True)
+        return {
+            name: value if math.isfinite(value) else None
+            for name, value in self.names(results).items()
+        }
+
+
+class Protocol:
+    """One of StaICC's tests on one dataset.
+
+    Attributes:
+        calls: the prompts, in the order in which predictions are wanted.
+        triplet: the dataset as StaICC sees it.
+    """
+
+    def __init__(self, triplet: Triplet, parts: Sequence[_Part]):
+        self.triplet = triplet
+        self._parts = parts
+        self.calls = [call for part in parts for call in part.calls]
+
+    @classmethod
+    def of(cls, test_type: TestType, dataset: Dataset, k: int, form: str = "ours") -> Protocol:
+        """The prompts of a test.
+
+        Args:
+            k: demonstrations a prompt.
+            form: `ours` or `staicc`, which may have other label words.
+
+        Raises:
+            UserError: the dataset does not allow the test with so many demonstrations.
+        """
+        dataset.check_test(k)
+        with quiet():
+            return _MAKERS[test_type](cls, dataset, k, form)
+
+    def score(self, predictions: Iterable[Probabilities]) -> dict[str, float | None]:
+        """StaICC's metrics of the predictions of each call, flat, by name; None where undefined."""
+        remaining = iter(predictions)
+
+        def replay(prompt, label_space) -> list[list[float]]:
+            return [list(row) for row in next(remaining)]
+
+        return {name: value for part in self._parts for name, value in part.run(replay).items()}
+
+
+def _made(kind: type[single_experimentor], triplet: Triplet, k: int, **options):
+    return kind(triplet_dataset=triplet, k=k, **options)
+
+
+def _normal(cls, dataset: Dataset, k: int, form: str, *, unseen: bool = False) -> Protocol:
+    triplet = Triplet(dataset, form)
+    made = _made(single_experimentor, triplet, k, metrics=METRICS)
+    install(made, dataset.test, 2 * len(dataset.test))
+    if unseen:
+        _check_unseen(dataset, k)
+        made.set_out_of_domain_mode()
+    return cls(triplet, [_Part(made, dict)])
+
+
+def _check_unseen(dataset: Dataset, k: int) -> None:
+    """Refuse what StaICC would draw for ever: it draws until no demonstration has the label."""
+    pool = Counter(example.label for example in dataset.demonstrations)
+    size, draws = len(dataset.demonstrations), 0.0
+    for label, queries in Counter(example.label for example in dataset.test).items():
+        others = size - pool[label]
+        if others < k:
+            raise UserError(
+                f"UnseenLabel: {dataset.name} has {others} demonstrations of labels other than "
+                f"{dataset.label_words[label]!r}: lower --k to {others}"
+            )
+        chance = math.prod((others - i) / (size - i) for i in range(k))
+        draws += 2 * queries * (1 - chance) / chance
+    if draws > _MOST_DRAWS:
+        raise UserError(
+            f"UnseenLabel: k={k} demonstrations of {dataset.name} rarely lack a label, it would "
+            f"take {draws:.0e} draws: lower --k"
+        )
+
+
+def _gler(cls, dataset: Dataset, k: int, form: str) -> Protocol:
+    _check_demonstrations("GLER", k)
+    triplet = Triplet(dataset, form)
+    made = _made(
+        experimentor.GLER_experimentor, triplet, k, sensitivity_test=_ERROR_RATES, metrics=METRICS
+    )
+
+    def names(results: dict) -> dict[str, float]:
+        found = {}
+        for metric, (slope, intercept) in results["sensitivity"].items():
+            found |= {f"{metric}_slope": slope, f"{metric}_intercept": intercept}
+        for i in range(_ERROR_RATES):
+            percent = 100 * i // (_ERROR_RATES - 1)
+            for metric, value in results[str(i)].items():
+                found[f"{metric}_at_{percent}_percent_wrong"] = value
+        return found
+
+    return cls(triplet, [_Part(install(made, dataset.test, 2 * len(dataset.test)), names)])
+
+
+def _template_sensitivity(cls, dataset: Dataset, k: int, form: str) -> Protocol:
+    if dataset.alternate_template is None:
+        raise UserError(
+            f"TempSensitivity: {dataset.name} has no alternate templates; use another --test-type"
+        )
+    triplet = Triplet(dataset, form)
+    test = dataset.test[:_TEMPLATE_QUERIES]
+    made = _made(
+        experimentor.template_sensitivity_experimentor, triplet, k, metrics=_consistency(len(test))
+    )
+    return cls(triplet, [_Part(install(made, test, len(test)), _sensitivity)])
+
+
+def _demonstration_sensitivity(cls, dataset: Dataset, k: int, form: str) -> Protocol:
+    _check_demonstrations("DemoSensitivity", k)
+    triplet = Triplet(dataset, form)
+    test = dataset.test[: 2 * len(dataset.test) // _SAMPLES_A_QUERY]
+    if not test:
+        raise UserError(
+            f"DemoSensitivity: {dataset.name} has {len(dataset.test)} test examples, it needs "
+            f"{_SAMPLES_A_QUERY // 2} or more"
+        )
+    made = _made(
+        experimentor.demonstration_sensitivity_experimentor,
+        triplet,
+        k,
+        metrics=_consistency(len(test)),
+        sensitivity_test=_SAMPLES_A_QUERY,
+    )
+    return cls(triplet, [_Part(install(made, test, 2 * len(dataset.test)), _sensitivity)])
+
+
+def _triplet_bias(cls, dataset: Dataset, k: int, form: str) -> Protocol:
+    triplet = Triplet(dataset, form)
+    parts = []
+    for bias in ("contextual", "domain"):
+        metrics = {
+            "entropy": _kept(functional.bias_mean_entropy_metric),
+            "distribution": _kept(functional.bias_mean_metric),
+        }
+        kind = experimentor.prior_bias_experimentor
+        made = _made(kind, Triplet(dataset, form), k, metrics=metrics, bias_type=bias)
+        parts.append((made, bias))
+    metrics = {
+        "divergence": _kept(functional.post_bias_dl_metric),
+        "distribution": _kept(functional.post_bias_dis_metric),
+    }
+    kind = experimentor.post_bias_experimentor
+    parts.append((_made(kind, Triplet(dataset, form), k, metrics=metrics), "post"))
+
+    def names(bias: str, results: dict) -> dict[str, float]:
+        found = {f"{bias}_{name}": v for name, v in results.items() if name != "distribution"}
+        words = zip(triplet.template.label_words, results["distribution"], strict=True)
+        return found | {f"{bias}_distribution_{word}": value for word, value in words}
+
+    return cls(
+        triplet,
+        [
+            _Part(
+                install(made, dataset.test, 2 * len(dataset.test)), functools.partial(names, bias)
+            )
+            for made, bias in parts
+        ],
+    )
+
+
+_MAKERS = {
+    "Normal": _normal,
+    "UnseenLabel": functools.partial(_normal, unseen=True),
+    "GLER": _gler,
+    "TempSensitivity": _template_sensitivity,
+    "DemoSensitivity": _demonstration_sensitivity,
+    "TripletBias": _triplet_bias,
+}
+
+
+def _check_demonstrations(test_type: str, k: int) -> None:
+    if k == 0:
+        raise UserError(f"--k 0: {test_type} changes demonstrations, so it needs at least one")
+
+
+def _sensitivity(results: dict) -> dict[str, float]:
+    return results["sensitivity"]
+
+
+def _consistency(queries: int) -> dict[str, Callable]:
+    return {"consistency": functools.partial(functional.consistency, loop_length=queries)}
+
+
+def _kept(metric: Callable) -> Callable:
+    """StaICC's metric, of the prompts not left out; nan where it has no value."""
+
+    def of_kept(truth: list[int], predictions: Probabilities):
+        pairs = [(t, row) for t, row in zip(truth, predictions, strict=True) if len(row)]
+        try:
+            return metric([t for t, _ in pairs], [row for _, row in pairs])
+        except (ValueError, ZeroDivisionError):  # fewer prompts than bins; a label no query has
+            return math.nan
+
+    return of_kept
+
+
+METRICS = {
+    "accuracy": _kept(functional.accuracy),
+    "macro_f1": _kept(functional.macro_F1),
+    "true_label_likelihood": _kept(functional.averaged_truelabel_likelihood),
+    "expected_calibration_error": _kept(functional.expected_calibration_error_1),
+}
+"""StaICC's four metrics (its `util.functional`)."""

@@ -1,0 +1,1 @@
+"""The memory of a training run, counted before it runs."""

@@ -1,0 +1,151 @@
+"""The memory of a training step, counted by running it on tensors without memory.
+
+The very code of a step runs on fake tensors: shapes, dtypes and lifetimes are real, nothing
+is computed. Only what a single operation takes inside itself is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from abft_fast.models.synthetic import is_quantized
+
+
+def without_memory(model: nn.Module) -> nn.Module:
+    """Turn a model on the meta device into one of fake tensors, quantized layers included."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: Tensor, dtype: torch.dtype | None = None) -> FakeTensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
+
+    new: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            if is_quantized(module) and name == "weight":
+                new[old] = _quantized(module, fake(old, torch.float16))
+            elif old not in new:
+                new[old] = nn.Parameter(fake(old), requires_grad=old.requires_grad)
+            module.register_parameter(name, new[old])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, fake(buffer))
+    return model
+
+
+def _quantized(module: nn.Module, weight: FakeTensor) -> nn.Parameter:
+    """What bitsandbytes makes of a weight; its own classes of parameters cannot be fake."""
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        data, scale, _ = bnb.functional.int8_vectorwise_quant(weight)
+        found = {"CB": data, "SCB": scale}
+        module.state.threshold = 0.0  # which columns are outliers depends on values
+    else:
+        old = module.weight
+        data, state = bnb.functional.quantize_4bit(
+            weight, compress_statistics=old.compress_statistics, quant_type=old.quant_type
+        )
+        state.dtype = module.compute_dtype
+        module.support_avx512bf16_for_cpu = False
+        found = {**vars(old), "quant_state": state}
+    parameter = nn.Parameter(data, requires_grad=False)
+    vars(parameter).update(found)
+    return parameter
+
+
+def bytes_of(tensors) -> int:
+    """Bytes of tensors' storages, each counted once; of quantized ones with their statistics."""
+    storages = {}
+    for tensor in tensors:
+        state = getattr(tensor, "quant_state", None)
+        parts = [tensor, getattr(tensor, "SCB", None)]
+        while state is not None:
+            parts += [state.absmax, state.code]
+            state = state.state2
+        for part in parts:
+            if part is not None:
+                storage = part.untyped_storage()
+                storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+class CannotCount(Exception):  # noqa: N818 - the user did nothing wrong
+    """A model whose shapes depend on values, so that no run without values tells its memory."""
+
+
+class _MemoryCount(TorchDispatchMode):
+    """Counts the bytes of fake tensors that live at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self._see((args, kwargs), counted=False)  # what was there before, if it is new here
+        result = function(*args, **kwargs)
+        self._see(result, counted=True)
+        return result
+
+    def _see(self, tensors, counted: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, FakeTensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                size = storage.nbytes() if counted else 0
+                self._known.add(storage._cdata)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, storage._cdata, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+class float32_as_on_a_gpu(TorchFunctionMode):  # noqa: N801 - a context
+    """Under autocast, computes in float32 what CUDA's autocast does and the CPU's does not."""
+
+    _NAMES = ("layer_norm", "pow", "__pow__")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", None) in self._NAMES:
+            args = tree_map_only(Tensor, _to_float32, args)
+        return function(*args, **(kwargs or {}))
+
+
+def _to_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Most bytes that `run` takes at once on fake tensors, beyond those there were before.
+
+    Raises:
+        CannotCount: what happens in it depends on values.
+    """
+    try:
+        with _MemoryCount() as count:
+            run()
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedOperatorException,
+    ) as error:
+        raise CannotCount(str(error).splitlines()[0]) from error
+    return count.peak

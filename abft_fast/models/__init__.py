@@ -1,0 +1,1 @@
+"""Models of transformers: read, checked, and set to train."""

@@ -1,0 +1,51 @@
+"""A model over all GPUs of this machine: its layers one after another, none on the CPU or disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from abft_fast.errors import UserError
+from abft_fast.runtime.launch import launched
+
+_FOR_WEIGHTS = 0.9  # of a GPU's free memory
+
+
+def over_all_gpus(device: torch.device) -> dict[str, Any] | None:
+    """What `from_pretrained` is told, for accelerate to split the model evenly; None on a CPU.
+
+    Raises:
+        UserError: several processes were launched, each of which would want all GPUs.
+    """
+    if launched() > 1:
+        raise UserError(
+            f"--device-map auto splits one model over all GPUs, but {launched()} processes were "
+            "launched: start it without a launcher, or leave out --device-map"
+        )
+    if device.type != "cuda":
+        return None
+    gpus = range(torch.cuda.device_count())
+    free = {gpu: int(_FOR_WEIGHTS * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}
+    return {"device_map": "auto", "max_memory": {**free, "cpu": 0}}
+
+
+def refuse_offloaded(model: nn.Module, name: str) -> None:
+    """Make sure that no part was left out of the devices.
+
+    Raises:
+        UserError: a part is on the disk or, beside GPUs, on the CPU.
+    """
+    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+        raise UserError(does_not_fit(name))
+
+
+def does_not_fit(name: str) -> str:
+    """The line for a model larger than all GPUs."""
+    gpus = torch.cuda.device_count()
+    return (
+        f"model {name} does not fit in the memory of {gpus} GPU{'' if gpus == 1 else 's'}: "
+        "use --quantized, more GPUs, or a smaller model"
+    )

@@ -1,0 +1,191 @@
+"""Reading a model and its tokenizer, as they are stored or quantized on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from abft_fast.builtin import builtin_model_path
+from abft_fast.core.backbone import prepare
+from abft_fast.errors import UserError
+from abft_fast.models.checkpoint_files import find_damage
+from abft_fast.models.device_map import does_not_fit
+from abft_fast.models.model_folder import check_model_folder
+from abft_fast.models.shapes import SYNTHETIC, known_names, known_shape
+from abft_fast.models.stored_format import check_format, stored_format
+from abft_fast.models.synthetic import quantization, random_model
+from abft_fast.runtime.token_budget import is_out_of_memory
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """A model's config, without its weights.
+
+    Args:
+        name: `builtin`, a local folder, a hub id, or `synthetic:` and the name of a known shape.
+
+    Raises:
+        UserError: there is no such model, it is not on this machine and the hub is out of reach, or
+            the file is damaged.
+    """
+    if not name.startswith(SYNTHETIC):
+        return _read(AutoConfig, name)
+    shape = known_shape(name.removeprefix(SYNTHETIC))
+    if shape is None:
+        raise UserError(f"model {name}: known shapes are {', '.join(known_names())}")
+    return shape
+
+
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer; the built-in model's where weights are synthetic.
+
+    Raises:
+        UserError: as `read_config`.
+    """
+    return _read(AutoTokenizer, "builtin" if name.startswith(SYNTHETIC) else name)
+
+
+def load(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    placement: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A causal language model; of random weights where they are synthetic.
+
+    Args:
+        name: as in `read_config`.
+        device: where its weights go; quantized ones are quantized there as they arrive.
+        dtype: of its weights, and of the arithmetic with quantized ones.
+        bits: quantize with bitsandbytes to 4 (NF4, double quantization) or 8; None as it is stored.
+        placement: what `from_pretrained` is told in place of `device`.
+
+    Raises:
+        UserError: as `read_config`, or its files are damaged or lack weights, it does not fit, it
+            cannot be quantized, it is stored in a format that cannot be trained here, or its
+            attention is out of this library's reach.
+    """
+    config = read_config(name)
+    if not name.startswith(SYNTHETIC):
+        model = _stored_model(config, name, device, dtype, bits, placement)
+    elif placement is None:
+        model = random_model(config, device, dtype, bits)
+    else:
+        raise UserError(f"model {name}: synthetic weights are on one GPU; leave out --device-map")
+    try:
+        prepare(model)
+    except ValueError as error:
+        raise UserError(f"model {name}: {error}") from error
+    return model
+
+
+def _stored_model(
+    config: PreTrainedConfig,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    bits: int | None,
+    placement: dict[str, Any] | None,
+) -> PreTrainedModel:
+    stored = stored_format(config)
+    if stored is not None:
+        if bits is not None:
+            raise UserError(f"model {name} is quantized already ({stored}): leave out --quantized")
+        check_format(config, name, device)
+    model, found = _read(
+        AutoModelForCausalLM,
+        name,
+        config=config,
+        dtype=dtype,
+        **(placement or {"device_map": {"": device}}),
+        quantization_config=None if bits is None else quantization(bits, dtype),
+        output_loading_info=True,
+        use_safetensors=True,  # a pickle can run any code
+        ignore_mismatched_sizes=True,  # to name them below
+    )
+    # transformers makes up what is missing or of another shape, at random.
+    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if lacking:
+        problem = _damage(_path(name)) or (
+            f"{len(lacking)} weights, such as {lacking[0]}, are not in its files or of another "
+            "shape there: its config.json is of another model, or it was saved without them"
+        )
+        raise UserError(f"model {name}: {problem}")
+    return model
+
+
+def _path(name: str) -> str:
+    return str(builtin_model_path()) if name == "builtin" else name
+
+
+def _read(kind: type, name: str, **options: Any) -> Any:
+    """What transformers' `from_pretrained` gives, or one line of why not."""
+    path = _path(name)
+    check_model_folder(path)
+    transformers_logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(path, **options)
+    except Exception as error:  # of whatever library reads the files
+        problem = _damage(path)
+        if is_out_of_memory(error):
+            problem = "it does not fit into memory: use --quantized, or a smaller one"
+        elif "during automatic conversion" in str(error) and problem is None:
+            problem = "a weight could not be quantized as it was read, as when memory runs out"
+        line = f"model {name}: {problem}" if problem else _why_not_loaded(name, path, error)
+        raise UserError(line) from error
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens a prompt may have at most; None where the config does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def checkpoint_folder(path: str) -> Path | None:
+    """Where the files of a model are on this machine, in a folder or in the hub's cache."""
+    if not path:  # as synthetic models have none
+        return None
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        cached = try_to_load_from_cache(path, "config.json")
+    except ValueError:  # no name the hub would take
+        cached = None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _damage(path: str) -> str | None:
+    folder = checkpoint_folder(path)
+    return None if folder is None else find_damage(folder)
+
+
+def _why_not_loaded(name: str, path: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    lowered = text.lower()
+    if "dispatched on the cpu or the disk" in lowered:  # a quantized one
+        return does_not_fit(name)
+    if Path(path).is_dir():
+        return f"model {name} cannot be loaded: {text[:300]}"
+    unreachable = any(word in lowered for word in ("offline", "connect", "network"))
+    if unreachable or (HF_HUB_OFFLINE and isinstance(error, OSError)):
+        return (
+            f"offline: {name} is not in the local cache; download it where there is a network, "
+            "or pass a local folder"
+        )
+    if "gated" in lowered or "401" in lowered or "403" in lowered:
+        return f"model {name}: the hub wants a token with access to it (`hf auth login`)"
+    if "not a valid model identifier" in lowered or "not a local folder" in lowered:
+        return f"model {name} is neither a local folder nor a model on the hub"
+    return f"model {name} cannot be loaded: {text[:300]}"

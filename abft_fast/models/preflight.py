@@ -1,0 +1,179 @@
+"""Last checks before a run, on this very model: attention, finite values, gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from abft_fast.core import attention
+from abft_fast.core.attention import NO_LOSS, PackedForward
+from abft_fast.core.backbone import backbone, must_run_alone, prepare, without_peft
+from abft_fast.core.objective import run_packed
+from abft_fast.core.packing import EncodedPrompt, pack
+from abft_fast.core.shared_prefix import SharedPrefix
+from abft_fast.errors import UserError
+from abft_fast.models.checkpoint_files import shards
+from abft_fast.models.loading import checkpoint_folder
+
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_QUANTIZED_TOLERANCE = 3e-2  # their products depend on how many rows are multiplied at once
+_GRADIENT_TOLERANCE = 1e-1  # formats that also round inputs; without a backward it is 1
+_LONGEST = 2048  # eager attention keeps n x n scores a head
+
+
+def check_attention(
+    model: nn.Module,
+    prompts: Sequence[EncodedPrompt],
+    autocast: Callable = contextlib.nullcontext,
+    attention_backend: str = "auto",
+) -> dict[tuple[str, str], str]:
+    """Compare last hidden states of a short and a long prompt, packed and each by itself.
+
+    Returns:
+        What the packed attention ran on; see `PackedForward.attentions`.
+
+    Raises:
+        UserError: they differ: the family does something in its attention that the packed one
+            does not know; or the model's own are not finite.
+        ValueError: as in `run_packed`, or the attention asked for cannot run.
+    """
+    ordered = sorted(prompts, key=len)
+    longest = next((p for p in reversed(ordered) if len(p) <= _LONGEST), ordered[0])
+    inner = prepare(model)
+    device = inner.get_input_embeddings().weight.device
+    pair = [ordered[0], longest]
+    batches = [[p] for p in pair] if must_run_alone(inner, len(longest)) else [pair]
+    model.eval()
+    with torch.no_grad(), autocast():
+        packed, attentions = [], {}
+        for batch in batches:
+            forward = PackedForward(pack(batch), NO_LOSS, attention_backend)
+            packed.append(run_packed(inner, forward).last_hidden_state[0])
+            attentions |= forward.attentions
+        arithmetic = _arithmetic(packed[0])
+        inner.set_attn_implementation("eager")
+        try:
+            eager = [
+                inner(torch.tensor([p.input_ids], device=device), use_cache=False) for p in pair
+            ]
+        finally:
+            inner.set_attn_implementation(attention.NAME)
+    expected = torch.cat([output.last_hidden_state[0] for output in eager]).float()
+    if not expected.isfinite().all():
+        raise UserError(
+            f"{_where_not_finite(model, pair, autocast)}: its values are not finite: download it "
+            f"again; if it is whole, the model overflows in {str(arithmetic).split('.')[-1]}"
+        )
+    error = ((torch.cat(packed).float() - expected).norm() / expected.norm()).item()
+    if not error <= _tolerance(inner, arithmetic):
+        raise UserError(
+            f"{inner.config.model_type}: packed attention differs from the model's own by "
+            f"{error:.1%}, so its loss would be wrong; this family is not supported"
+        )
+    return attentions
+
+
+def shared_prefix_is_exact(
+    shared: SharedPrefix, prompts: Sequence[list[int]], autocast: Callable = contextlib.nullcontext
+) -> bool:
+    """Whether a short and a long prompt's hidden states after the prefix are those of whole ones.
+
+    A family may do what depends on more than a token's position and the keys before it.
+    """
+    pair = [min(prompts, key=len), max(prompts, key=len)]
+    if not shared.can_share(len(pair[1])):  # it is given whole prompts anyway
+        return True
+    with torch.no_grad(), autocast():
+        found = shared.hidden_states(pair)
+        whole = SharedPrefix(shared.model, [], shared.attention).hidden_states(pair)
+        tolerance = _tolerance(prepare(shared.model), _arithmetic(found[0]))
+    expected = torch.cat([all_[-len(own) :] for all_, own in zip(whole, found, strict=True)])
+    difference = (torch.cat(found).float() - expected.float()).norm() / expected.float().norm()
+    return difference.item() <= tolerance
+
+
+def _arithmetic(hidden: Tensor) -> torch.dtype:
+    """What products are computed in, given hidden states."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _tolerance(inner: nn.Module, arithmetic: torch.dtype) -> float:
+    if getattr(inner.config, "quantization_config", None) is not None:
+        return max(_TOLERANCE[arithmetic], _QUANTIZED_TOLERANCE)
+    return _TOLERANCE[arithmetic]
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Make sure that a quantized model's layers pass gradients on, one layer of each kind.
+
+    One without a backward loses them in silence, and the gradient around it hides that. Of a linear
+    map, <y, y> = <x, transpose(y)>.
+
+    Raises:
+        UserError: a kind of layer does not.
+    """
+    if getattr(model.config, "quantization_config", None) is None:
+        return
+    kinds = {}
+    for name, module in backbone(model).named_modules():
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            kinds.setdefault(type(module), (name, module))
+    device, dtype = model.get_input_embeddings().weight.device, model.dtype
+    for name, module in kinds.values():
+        x = torch.randn(16, module.in_features, device=device, dtype=dtype, requires_grad=True)
+        y = module(x)
+        bias = getattr(module, "bias", None)
+        direction = (y if bias is None else y - bias).detach()
+        found = 0.0
+        if y.requires_grad:
+            (grad,) = torch.autograd.grad(y, x, direction)
+            found = (grad.float() * x).sum().item()
+        expected = direction.float().square().sum().item()
+        if not abs(found - expected) <= _GRADIENT_TOLERANCE * expected:
+            raise UserError(
+                f"{name} ({type(module).__name__}) passes no right gradient on: use the "
+                "unquantized checkpoint with --quantized"
+            )
+
+
+def _where_not_finite(
+    model: nn.Module, prompts: Sequence[EncodedPrompt], autocast: Callable
+) -> str:
+    """The first layer whose output is no finite number, and the file of its weights."""
+    model = without_peft(model)
+    found: list[str] = []
+
+    def watch(name: str) -> Callable:
+        def look(module, args, output) -> None:
+            if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return look
+
+    hooks = [
+        module.register_forward_hook(watch(name))
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None
+    ]
+    inner = backbone(model)
+    device = inner.get_input_embeddings().weight.device
+    try:
+        with torch.no_grad(), autocast():
+            for prompt in prompts:
+                inner(torch.tensor([prompt.input_ids], device=device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    path = model.config.name_or_path
+    if not found:
+        return f"model {path}"
+    folder = checkpoint_folder(path)
+    files = {} if folder is None else shards(folder)
+    for file, names in files.items():
+        if not names or any(name.startswith(f"{found[0]}.") for name in names):
+            return f"{found[0]} of {file}"
+    return f"{found[0]} of model {path}"

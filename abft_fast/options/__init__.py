@@ -1,0 +1,1 @@
+"""Every option: its default, its help and its validation, once."""

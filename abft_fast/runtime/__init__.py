@@ -1,0 +1,1 @@
+"""Files, devices, processes and progress."""

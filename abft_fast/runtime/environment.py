@@ -1,0 +1,102 @@
+"""What a run ran on: versions, device, memory."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from abft_fast.errors import UserError
+from abft_fast.runtime.launch import launched
+
+PACKAGES = (
+    "abft-fast",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "StaICC",
+    "datasets",
+    "pyarrow",
+    "flash-attn",
+    "flash-attn-3",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of the packages that matter; None where one is missing."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """The content of environment.json."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "processes": launched(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "versions": versions(),
+    }
+
+
+def uses_cpu(requested: str) -> bool:
+    """Whether `--device` means the CPU: by name, or as there is no GPU.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable GPU; see `abft-fast doctor`")
+    return requested == "cpu" or not torch.cuda.is_available()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes a run may still take: of a GPU, within its process's share; of this system's RAM."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        share = total * torch.cuda.get_per_process_memory_fraction(device)
+        return int(min(free + torch.cuda.memory_reserved(device), share))
+    return min(psutil.virtual_memory().available, *_left_in_control_groups(Path("/sys/fs/cgroup")))
+
+
+def _left_in_control_groups(root: Path) -> list[int]:
+    """Bytes that a container's limit leaves; empty without a limit. Cached files do not count."""
+    left = []
+    for folder, most, used in (
+        (root, "memory.max", "memory.current"),  # version 2
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            held = int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            files = int(stat["inactive_file"]) + int(stat["active_file"])
+            left.append(int((folder / most).read_text()) - held + files)
+        except (OSError, ValueError, KeyError):  # no such file, or `max`
+            continue
+    return left
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: allocated on its fullest GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

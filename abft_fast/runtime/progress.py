@@ -1,0 +1,85 @@
+"""What a run says while it works: a bar on a terminal, a few plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from abft_fast.runtime.launch import is_main
+
+_PLAIN_LINES = 4  # a task reports this often where there is no terminal
+
+
+class Progress:
+    """Messages and bars on stderr, so that stdout holds results only.
+
+    Of several processes the main one alone says something.
+    """
+
+    def __init__(self) -> None:
+        self._silent = not is_main()
+        self.console = Console(stderr=True, highlight=False, quiet=self._silent)
+        self._said: list[str] = []
+        self._log: Path | None = None
+
+    def say(self, line: str) -> None:
+        """One line, unwrapped, also to the run's log."""
+        self.console.print(line, soft_wrap=True, markup=False)
+        self._log_or_keep([line])
+
+    def show(self, table: Table) -> None:
+        """A table, also to the run's log."""
+        self.console.print(table)
+        plain = Console(file=io.StringIO(), highlight=False, width=100)
+        plain.print(table)
+        self._log_or_keep(plain.file.getvalue().splitlines())
+
+    def keep(self, log: Path) -> None:
+        """Write what was said, and will be, to a file as well."""
+        if self._silent:
+            return
+        self._log = log
+        self._write(self._said)
+
+    def _log_or_keep(self, lines: list[str]) -> None:
+        if self._log is None:
+            self._said += lines
+        else:
+            self._write(lines)
+
+    def _write(self, lines: list[str]) -> None:
+        with self._log.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    @contextmanager
+    def bar(self, what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+        """Yields `advance(count, note="")`."""
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
+            with RichProgress(*columns, console=self.console) as rich:
+                task = rich.add_task(what, total=total, completed=done, note="")
+                yield lambda count, note="": rich.update(task, advance=count, note=note)
+            return
+        finished = done
+
+        def advance(count: int, note: str = "") -> None:
+            nonlocal finished
+            quarter = finished * _PLAIN_LINES // total
+            finished += count
+            if finished * _PLAIN_LINES // total > quarter:
+                self.say(f"{what}: {finished}/{total}" + (f", {note}" if note else ""))
+
+        yield advance
