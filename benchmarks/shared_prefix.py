@@ -19,11 +19,11 @@ from record import DEVICE, GPU, append, quick_first
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import EncodedPrompt, builtin_model_path, data
-from abft_fast.core.packing import micro_batches
 from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
 from abft_fast.data.catalog import Prompt
 from abft_fast.evaluation.inference import label_logits
 from abft_fast.prompts import PromptEncoder
+from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.token_budget import CPU_TOKENS
 
 

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from abft_fast import EncodedPrompt, builtin_model_path, data
 from abft_fast.core.backbone import backbone
 from abft_fast.core.language_model_loss import TargetedPrompt, label_target
-from abft_fast.core.packing import micro_batches
 from abft_fast.models.shapes import known_shape, with_layers
 from abft_fast.models.synthetic import random_model
 from abft_fast.models.trainable import enable_checkpointing, train_lora
 from abft_fast.prompts import PromptEncoder
+from abft_fast.runtime.batching import micro_batches
 
 DTYPE = torch.bfloat16 if GPU else torch.float32
 VOCABULARY = 4096  # of random models, and of random prompts for all

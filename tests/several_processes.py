@@ -75,7 +75,7 @@ def train_in_float64(folder, *, memory=None, **options):
     """
     options |= {"dataset": "trec", "epochs": 1, "device": "cpu", "no_eval": True}
     config, run = resolve(TrainConfig, options), Run(folder)
-    with processes.together():
+    with processes.fail_together():
         job, prompts, _ = set_up(config, run, Progress(), new=True)
     job.model.double()
     if memory is not None and rank() == 1:
@@ -88,11 +88,11 @@ def train_in_float64(folder, *, memory=None, **options):
 def fail_on_one_process():
     """What each process gets when the second one fails."""
     try:
-        with processes.together():
+        with processes.fail_together():
             if rank() == 1:
                 raise UserError("only here")
     except (UserError, SaidByMain) as error:
-        return processes.collect(repr(error))
+        return processes.gather(repr(error))
     return None
 
 
@@ -102,7 +102,7 @@ def main(folder):
         runs["memory"] = LONG | {"memory": 200 * 2**20}
         for name, options in runs.items():
             trained = train_in_float64(folder / name, **options)
-            same = processes.collect(torch.cat([p.flatten() for p in trained.values()]))
+            same = processes.gather(torch.cat([p.flatten() for p in trained.values()]))
             assert all(torch.equal(other, same[0]) for other in same)
             if is_main():
                 torch.save(trained, folder / f"{name}.pt")

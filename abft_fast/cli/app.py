@@ -157,7 +157,7 @@ def train_(flags: dict[str, Any]) -> None:
     from abft_fast.training.loop import train
 
     with processes.running(cpu):
-        run = Run(processes.of_main(run.folder))  # its name has the time
+        run = Run(processes.from_main(run.folder))  # its name has the time
         try:
             train(config, run, Progress(), new="resume" not in flags)
         except KeyboardInterrupt:
@@ -192,7 +192,7 @@ def eval_(flags: dict[str, Any]) -> None:
 
     with processes.running(cpu):
         check_same_data(config)
-        with processes.together():
+        with processes.fail_together():
             job = Job(config, Progress())
             tests = job.evaluation_sets()
             job.show_data(tests[0].prompts)
@@ -205,7 +205,7 @@ def eval_(flags: dict[str, Any]) -> None:
             job.check_attention(tests[0].prompts)
         metrics, attention = job.evaluate(tests, "evaluating")
         if config.output is not None:
-            processes.on_main(write_json, config.output, metrics)
+            processes.run_on_main(write_json, config.output, metrics)
     if launch.is_main():
         print_evaluation(metrics, attention)
 
@@ -230,7 +230,7 @@ def plan_(flags: dict[str, Any]) -> None:
 def predict_(flags: dict[str, Any]) -> None:
     """Label the texts of a file, by demonstrations from another."""
     config = resolve(PredictConfig, flags)
-    if launch.launched() > 1:
+    if launch.process_count() > 1:
         raise UserError("predict runs in one process: start it without a launcher")
     from abft_fast.commands.prediction_files import (
         check_files,
@@ -327,9 +327,9 @@ def main() -> None:
         message, code = _explain(error)
         message = " ".join(message.split())
         if isinstance(error, ProcessEnded):
-            launch.leave(message, code)
+            launch.exit_at_once(message, code)
         if not launch.is_main() and _same_everywhere(error):
-            launch.end_after_main(code, seconds=0 if code == _INTERRUPTED else 10)
+            launch.exit_after_main(code, seconds=0 if code == _INTERRUPTED else 10)
         if message:
             print(f"abft-fast: {message}", file=sys.stderr)
     sys.exit(code)

@@ -12,7 +12,7 @@ from abft_fast.commands import adapter_origin
 from abft_fast.commands.prediction_files import PredictionWriter, read_queries
 from abft_fast.commands.session import ModelOnDevice
 from abft_fast.core.label_logits import keep_label_rows
-from abft_fast.core.packing import EncodedPrompt, micro_batches
+from abft_fast.core.packing import EncodedPrompt
 from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
 from abft_fast.data.catalog import Dataset, Example, Prompt
 from abft_fast.data.tables import Row
@@ -22,6 +22,7 @@ from abft_fast.models.preflight import check_attention, shared_prefix_is_exact
 from abft_fast.models.trainable import load_adapter
 from abft_fast.options.config import PredictConfig
 from abft_fast.prompts import PromptEncoder
+from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import CPU_TOKENS, in_halves
 

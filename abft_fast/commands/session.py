@@ -157,7 +157,7 @@ class Job(ModelOnDevice):
         """
         metrics, attention = {}, {}
         for test in tests:
-            own = sum(len(processes.share(list(map(len, e.prompts)))) for e in test.encoded)
+            own = sum(len(processes.own_share(list(map(len, e.prompts)))) for e in test.encoded)
             label = what if len(tests) == 1 else f"{what}, {test.dataset}"
             with self.progress.bar(label, own) as advance:
 
@@ -215,9 +215,9 @@ def check_same_data(config: TrainConfig | EvalConfig) -> None:
     Raises:
         UserError: they do not.
     """
-    with processes.together():
+    with processes.fail_together():
         files = own.file_hashes(config)
-    everyones = processes.collect(files)
+    everyones = processes.gather(files)
     if len({tuple(found.values()) for found in everyones}) > 1:
         path = next(p for p in files if len({found.get(p) for found in everyones}) > 1)
         raise UserError(f"not every process reads the same {Path(path).name}: share the file")

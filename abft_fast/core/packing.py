@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -105,35 +105,3 @@ def pack(prompts: Sequence[EncodedPrompt]) -> PackedPrompts:
             [c for p in prompts for c in p.label_is_correct], dtype=torch.bool
         ),
     )
-
-
-def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Split prompts, longest first, into batches of at most `token_budget` tokens.
-
-    A prompt longer than the budget gets a batch of its own. Yields indices into `lengths`.
-    """
-    batch: list[int] = []
-    tokens = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and tokens + lengths[i] > token_budget:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(i)
-        tokens += lengths[i]
-    if batch:
-        yield batch
-
-
-def balanced_shares(lengths: Sequence[int], shares: int) -> list[list[int]]:
-    """Split prompts, longest first, so that every share has about the same number of tokens.
-
-    No two shares differ by more than the longest prompt. Returns indices into `lengths`; with
-    fewer prompts than shares some are empty.
-    """
-    found: list[list[int]] = [[] for _ in range(shares)]
-    tokens = [0] * shares
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        least = tokens.index(min(tokens))
-        found[least].append(i)
-        tokens[least] += lengths[i]
-    return found

@@ -13,9 +13,10 @@ from abft_fast.core.attention import NO_LOSS, AttentionBehavior, PackedForward
 from abft_fast.core.backbone import must_run_alone, prepare
 from abft_fast.core.label_logits import label_columns
 from abft_fast.core.objective import join, run_packed
-from abft_fast.core.packing import EncodedPrompt, PackedPrompts, micro_batches, pack
+from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
 from abft_fast.prompts import EncodedPrompts
 from abft_fast.runtime import processes
+from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.token_budget import in_halves
 
 
@@ -101,11 +102,11 @@ def predict(
         FloatingPointError: a label's logit is not finite.
     """
     lengths = [len(prompt) for prompt in encoded.prompts]
-    mine = processes.share(lengths)
+    mine = processes.own_share(lengths)
     logits = torch.empty(len(encoded.prompts), len(encoded.label_ids))
     heads = BehaviorMean()
     model.eval()
-    with processes.together(), torch.no_grad():
+    with processes.fail_together(), torch.no_grad():
         for micro in micro_batches([lengths[i] for i in mine], token_budget):
             batch = [mine[i] for i in micro]
             prompts = [encoded.prompts[i] for i in batch]
@@ -121,7 +122,7 @@ def predict(
         if not logits[mine].isfinite().all():
             raise FloatingPointError("the model's logits of the label words are not finite")
     everyone = BehaviorMean()
-    for indices, rows, seen in processes.collect((mine, logits[mine], heads)):
+    for indices, rows, seen in processes.gather((mine, logits[mine], heads)):
         logits[indices] = rows
         everyone.join(seen)
     return logits, everyone

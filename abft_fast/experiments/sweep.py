@@ -44,7 +44,7 @@ def run_sweep(config: SweepConfig, planned: list[Cell], progress: Progress) -> P
         RunError: cells failed; the others are finished.
         Interrupted: by Ctrl-C or SIGTERM; the cells' processes are ended.
     """
-    if launch.launched() > 1:
+    if launch.process_count() > 1:
         raise UserError("sweep starts processes of its own: run it without a launcher")
     folder = config.output_dir or Path("runs") / config.file.stem
     if config.engine == "ray":

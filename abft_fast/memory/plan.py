@@ -29,7 +29,7 @@ from abft_fast.models.synthetic import skeleton
 from abft_fast.options.config import PlanConfig, TrainConfig
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.environment import free_memory, uses_cpu
-from abft_fast.runtime.launch import launched_here
+from abft_fast.runtime.launch import local_process_count
 from abft_fast.runtime.progress import Progress
 from abft_fast.training.methods import example_prompt, method_loss
 from abft_fast.training.training_data import training_prompts
@@ -334,7 +334,7 @@ def what_to_change(
 def memory_to_be_had(device: torch.device, *, all_gpus: bool = False) -> int:
     """Bytes a run may plan with on a device, or on all GPUs of this machine together."""
     if device.type != "cuda":
-        return free_memory(device) // launched_here()  # they share it
+        return free_memory(device) // local_process_count()  # they share it
     gpus = range(torch.cuda.device_count()) if all_gpus else [device.index or 0]
     return sum(free_memory(torch.device("cuda", gpu)) - GPU_RESERVE for gpu in gpus)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from abft_fast.errors import UserError
-from abft_fast.runtime.launch import launched
+from abft_fast.runtime.launch import process_count
 
 _FOR_WEIGHTS = 0.9  # of a GPU's free memory
 
@@ -19,10 +19,10 @@ def over_all_gpus(device: torch.device) -> dict[str, Any] | None:
     Raises:
         UserError: several processes were launched, each of which would want all GPUs.
     """
-    if launched() > 1:
+    if process_count() > 1:
         raise UserError(
-            f"--device-map auto splits one model over all GPUs, but {launched()} processes were "
-            "launched: start it without a launcher, or leave out --device-map"
+            f"--device-map auto splits one model over all GPUs, but {process_count()} processes "
+            "were launched: start it without a launcher, or leave out --device-map"
         )
     if device.type != "cuda":
         return None

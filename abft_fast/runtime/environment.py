@@ -1,4 +1,4 @@
-"""What a run ran on: versions, device, memory."""
+"""Describe what a run runs on: versions, devices and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from abft_fast.errors import UserError
-from abft_fast.runtime.launch import launched
+from abft_fast.runtime.launch import process_count
 
 PACKAGES = (
     "abft-fast",
@@ -32,25 +32,25 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions of the packages that matter; None where one is missing."""
-    found = {}
+    """Return the installed version of every package that matters, None for a missing one."""
+    installed: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def describe() -> dict[str, Any]:
-    """The content of environment.json."""
+    """Return the content of environment.json: versions, processor, threads, processes, GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "processes": launched(),
+        "processes": process_count(),
         "gpus": gpus,
         "cuda": torch.version.cuda,
         "versions": versions(),
@@ -58,10 +58,10 @@ def describe() -> dict[str, Any]:
 
 
 def uses_cpu(requested: str) -> bool:
-    """Whether `--device` means the CPU: by name, or as there is no GPU.
+    """Return whether a value of `--device` means the CPU; `auto` does where there is no GPU.
 
     Raises:
-        UserError: a GPU is asked for and there is none.
+        UserError: `cuda` is requested and there is no usable GPU.
     """
     if requested == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; see `abft-fast doctor`")
@@ -69,7 +69,7 @@ def uses_cpu(requested: str) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes a run may still take: of a GPU, within its process's share; of this system's RAM."""
+    """Return the bytes that a run may still allocate: on a GPU within its share, or in RAM."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         share = total * torch.cuda.get_per_process_memory_fraction(device)
@@ -78,7 +78,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _left_in_control_groups(root: Path) -> list[int]:
-    """Bytes that a container's limit leaves; empty without a limit. Cached files do not count."""
+    """Return the bytes that each container limit leaves; cached files count as free."""
     left = []
     for folder, most, used in (
         (root, "memory.max", "memory.current"),  # version 2
@@ -89,13 +89,13 @@ def _left_in_control_groups(root: Path) -> list[int]:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             files = int(stat["inactive_file"]) + int(stat["active_file"])
             left.append(int((folder / most).read_text()) - held + files)
-        except (OSError, ValueError, KeyError):  # no such file, or `max`
+        except (OSError, ValueError, KeyError):  # there is no such file, or its limit is `max`
             continue
     return left
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: allocated on its fullest GPU, resident in the process on a CPU."""
+    """Return the peak bytes so far: allocated on the fullest GPU, or resident on a CPU."""
     if device.type == "cuda":
         return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Writes that a crash cannot leave half done: temporary name, fsync, rename."""
+"""Write files and folders that a crash cannot leave half done: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from abft_fast.errors import UserError
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that appears under its own name only when it is whole and on disk."""
+    """Yield a temporary folder; rename it to `folder` once the block has filled it."""
     temporary = _temporary(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -28,9 +28,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         _sync(temporary)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        found = re.search(r"I/O error.*\(os error (\d+)\)", str(error))  # as safetensors says it
-        if found:
-            code = int(found[1])
+        match = re.search(r"I/O error.*\(os error (\d+)\)", str(error))  # safetensors' wording
+        if match:
+            code = int(match[1])
             raise OSError(code, os.strerror(code), str(folder)) from error
         _name(error, folder)
         raise
@@ -42,7 +42,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
-    """A text file to write that appears under its own name only when it is whole and on disk."""
+    """Yield a temporary text file; rename it to `path` once the block has written it."""
     temporary = _temporary(path)
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -57,22 +57,23 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
 
 
 def final_name(name: str) -> str:
-    """What a file or folder is to be called once it is whole; another's name as it is."""
-    found = re.fullmatch(r"\.(.+)\.tmp", name)
-    return found[1] if found else name
+    """Return the final name that belongs to a temporary name; return any other name unchanged."""
+    match = re.fullmatch(r"\.(.+)\.tmp", name)
+    return match[1] if match else name
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content as a whole."""
+    """Replace a file's whole content with a text."""
     with atomic_file(path) as file:
         file.write(text)
 
 
 def check_output(path: Path, read: Iterable[Path] = ()) -> None:
-    """Make sure that `--output` can be written, before anything is computed for it.
+    """Refuse an `--output` file that cannot be written, before anything is computed.
 
     Raises:
-        UserError: it is a folder, or in none that can be written to, or is among what is read.
+        UserError: the path is a folder, its folder cannot be written to, or it is one of the files
+            in `read`.
     """
     if path.is_dir():
         raise UserError(f"--output {path} is a folder: name a file in it")
@@ -85,11 +86,11 @@ def check_output(path: Path, read: Iterable[Path] = ()) -> None:
 
 
 def check_output_folder(folder: Path, *, new: bool = False) -> None:
-    """Make sure that a folder can be made, or written to, before anything is computed for it.
+    """Refuse an `--output-dir` that cannot be made or written to, before anything is computed.
 
     Raises:
-        UserError: it is a file, or is to be made in one or where nothing may be written; or it
-            exists, where it is to be new.
+        UserError: the path is a file or below a file, nothing may be written there, or the folder
+            exists although `new` is set.
     """
     if new and os.path.lexists(folder):
         raise UserError(f"output folder {folder} exists: choose another --output-dir")
@@ -105,7 +106,7 @@ def check_output_folder(folder: Path, *, new: bool = False) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file as a whole."""
+    """Replace a file's whole content with JSON."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -114,7 +115,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _name(error: BaseException, path: Path) -> None:
-    """Let the system's error say what could not be written, as a write itself does not."""
+    """Put the path into a system error that lacks one."""
     if isinstance(error, OSError) and error.filename is None:
         error.filename = str(path)
 

@@ -1,4 +1,7 @@
-"""Being one of several processes a launcher started: who speaks, and how a broken run ends."""
+"""The launcher's view of a run: how many processes, which one is main, how a broken run ends.
+
+Nothing here needs torch until a process leaves a broken run.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +15,36 @@ from typing import NoReturn
 
 from rich.console import Console
 
-GO_ON = "a training run goes on with `abft-fast train --resume RUN`"
+HOW_TO_RESUME = "continue a training run with `abft-fast train --resume RUN`"
 
 _leaving = threading.Lock()
 
 
-def launched() -> int:
-    """Processes the launcher says there are; 1 without a launcher."""
+def process_count() -> int:
+    """Return how many processes the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launched_here() -> int:
-    """Those of them on this machine."""
+def local_process_count() -> int:
+    """Return how many processes the launcher started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
-    return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
+    """Return this process's number among the launched ones, from 0."""
+    return int(os.environ.get("RANK", "0")) if process_count() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this is the one process that writes files and speaks."""
+    """Return whether this is the one process that writes files and prints."""
     return rank() == 0
 
 
 def leave_on_sigterm() -> None:
-    """Leave with a line, and at once, when the launcher ends this process.
+    """Print a line and exit at once when the launcher ends this process.
 
-    A launcher does so when another process has died. A handler in Python would have to wait for
-    the collective that waits for the dead process; the wake-up descriptor is written before it.
+    A launcher ends all processes when one has died. A signal handler in Python would run only after
+    the collective that waits for the dead process; the wake-up descriptor is written before that.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -51,32 +54,39 @@ def leave_on_sigterm() -> None:
     def watch() -> None:
         while os.read(read, 1)[0] != signal.SIGTERM:
             pass
-        line = f"ended by the launcher, as when another process of this run ended; {GO_ON}"
-        leave(line, 128 + signal.SIGTERM)
+        line = (
+            "the launcher ended this process, probably because another process of this run ended; "
+            f"{HOW_TO_RESUME}"
+        )
+        exit_at_once(line, 128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def end_after_main(code: int, seconds: float) -> NoReturn:
-    """End after the main process, which is to speak: a launcher ends all at the first one's end."""
+def exit_after_main(code: int, seconds: float) -> NoReturn:
+    """Exit after the main process, which prints the error.
+
+    A launcher ends every process as soon as the first one ends, so this process waits for `seconds`
+    or for the launcher's signal.
+    """
     signal.set_wakeup_fd(-1)
-    for told in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(told, lambda *_: os._exit(code))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(code))
     time.sleep(seconds)
     os._exit(code)
 
 
-def leave(line: str, code: int) -> NoReturn:
-    """Say a line, unless another process of the run has, and end without waiting for anything."""
+def exit_at_once(line: str, code: int) -> NoReturn:
+    """Print a line, unless another process of the run has printed one, and exit without waiting."""
     with _leaving:
-        if _first_to_leave():
+        if _is_first_to_leave():
             console = Console(stderr=True)
-            console.show_cursor()  # a bar hides it
+            console.show_cursor()  # a progress bar hides the cursor
             print(f"abft-fast: {line}", file=sys.stderr, flush=True)
         os._exit(code)
 
 
-def _first_to_leave() -> bool:
+def _is_first_to_leave() -> bool:
     from torch.distributed import TCPStore
 
     try:
@@ -89,5 +99,5 @@ def _first_to_leave() -> bool:
         )
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return store.add(f"abft-fast-left-{start}", 1) == 1
-    except (KeyError, RuntimeError):  # whoever kept the store is gone: better twice than never
+    except (KeyError, RuntimeError):  # the process that kept the store is gone: print, to be safe
         return True

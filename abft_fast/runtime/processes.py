@@ -1,8 +1,8 @@
-"""What several processes of one run do together; for one process, each of these does nothing.
+"""Let the processes of one run work together; in a run of one process, nothing here waits.
 
-Each holds the whole model and works on its share of the prompts. What is decided from files is
-decided by the main process, what fails on one process ends all of them with one message, and no
-process waits for another anywhere else.
+Each process holds the whole model and computes its share of the prompts. The main process decides
+whatever depends on files. An error on one process ends all of them with one message. No process
+waits for another process in any other module.
 """
 
 from __future__ import annotations
@@ -18,39 +18,41 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
-from abft_fast.core.packing import balanced_shares
 from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
 from abft_fast.runtime import launch
+from abft_fast.runtime.batching import balanced_shares
 from abft_fast.runtime.token_budget import is_out_of_memory
 
 T = TypeVar("T")
 
 
 def count() -> int:
-    """Processes that run together."""
+    """Return how many processes run together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
 def running(cpu: bool) -> Iterator[None]:
-    """Join the processes that were launched, until the block ends.
+    """Join the launched processes into one group until the block ends.
 
     Raises:
-        UserError: they were not launched for data parallel training, or outnumber the GPUs.
+        UserError: the processes were not launched for data-parallel training, or outnumber the
+            GPUs.
+        RunError: the processes do not find each other.
     """
     _check_launch(cpu)
-    if launch.launched() > 1:
+    if launch.process_count() > 1:
         launch.leave_on_sigterm()
     try:
         PartialState(cpu=cpu)
         if count() > 1:
-            gather_object([None])  # the first collective: what is set up wrongly fails here
+            gather_object([None])  # the first collective shows a wrong setup
     except (RuntimeError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise RunError(f"the processes of this run do not find each other: {line}") from error
-    if launch.launched() != count():
+    if launch.process_count() != count():
         raise UserError(
-            f"WORLD_SIZE is {launch.launched()} but {count()} processes run together: "
+            f"WORLD_SIZE is {launch.process_count()} but {count()} processes run together: "
             "start them with torchrun or accelerate launch"
         )
     group_is_whole = True
@@ -71,7 +73,7 @@ def _check_launch(cpu: bool) -> None:
                 f"accelerate is set to {plugin}: launch with --multi_gpu, "
                 "or use --device-map auto for a model larger than a GPU"
             )
-    here = launch.launched_here()
+    here = launch.local_process_count()
     if not cpu and here > torch.cuda.device_count():
         raise UserError(
             f"{here} processes on this machine, but {torch.cuda.device_count()} GPUs: "
@@ -80,12 +82,12 @@ def _check_launch(cpu: bool) -> None:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Work without collectives that may fail on one process: then it fails on all of them.
+def fail_together() -> Iterator[None]:
+    """Run a block without collectives; if it raises anywhere, raise everywhere.
 
     Raises:
-        Exception: on the main process the error, its own or the first other process's.
-        SaidByMain: on the others.
+        Exception: on the main process, its own error or else the first error of another process.
+        SaidByMain: on every other process.
     """
     if count() == 1:
         yield
@@ -95,7 +97,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    errors = [found for found in collect(_message(error)) if found is not None]
+    errors = [sent for sent in gather(_sendable(error)) if sent is not None]
     if not errors:
         return
     if launch.is_main():
@@ -103,50 +105,54 @@ def together() -> Iterator[None]:
     raise SaidByMain(2 if isinstance(errors[0], UserError) else 1) from error
 
 
-def on_main(work: Callable[..., None], *arguments: object) -> None:
-    """Call it on the main process; all wait for it, and fail if it fails."""
-    with together():
+def run_on_main(function: Callable[..., None], *arguments: object) -> None:
+    """Call a function on the main process; all processes wait for it and fail if it fails."""
+    with fail_together():
         if launch.is_main():
-            work(*arguments)
+            function(*arguments)
 
 
-def _message(error: Exception | None) -> Exception | None:
-    """The error as another process can raise it."""
+def _sendable(error: Exception | None) -> Exception | None:
+    """Return the error in a form that another process can raise."""
     if error is None or type(error) in (UserError, RunError):
         return error
     where = f"process {launch.rank()}: {type(error).__name__}"
     return RunError(f"{where}: {error} (--debug shows where)")
 
 
-def collect(value: T) -> list[T]:
-    """The value each process has, in order of rank.
+def gather(value: T) -> list[T]:
+    """Return every process's value, in order of rank.
 
     Raises:
-        ProcessEnded: another process is gone.
+        ProcessEnded: another process has ended.
     """
     if count() == 1:
         return [value]
-    with _peers():
+    with _collective():
         return gather_object([value])
 
 
-def of_main(value: T) -> T:
-    """The main process's value: what is read from files may differ on another machine."""
-    return collect(value)[0]
+def from_main(value: T) -> T:
+    """Return the main process's value, for values read from files that may differ elsewhere."""
+    return gather(value)[0]
 
 
-def share(lengths: Sequence[int]) -> list[int]:
-    """Which of these prompts are this process's own; about as many tokens as any other's."""
+def own_share(lengths: Sequence[int]) -> list[int]:
+    """Return the indices of the prompts that this process computes.
+
+    Args:
+        lengths: tokens of each prompt. Every process gets about as many tokens as any other.
+    """
     if count() == 1:
         return list(range(len(lengths)))
     return balanced_shares(lengths, count())[launch.rank()]
 
 
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all processes, as one flat tensor.
+    """Sum the gradients of all processes in place, in one collective on a flat tensor.
 
     Raises:
-        ProcessEnded: another process is gone.
+        ProcessEnded: another process has ended.
     """
     if count() == 1:
         return
@@ -156,7 +162,7 @@ def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) 
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    with _peers():
+    with _collective():
         total = accelerator.reduce(flat, reduction="sum")
     parts = total.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
@@ -164,11 +170,11 @@ def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) 
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
-    """A collective: what it raises means that another process is gone."""
+def _collective() -> Iterator[None]:
+    """Run a collective; an error in it, other than out of memory, means a process has ended."""
     try:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        raise ProcessEnded(f"another process of this run ended; {launch.GO_ON}") from error
+        raise ProcessEnded(f"another process of this run ended; {launch.HOW_TO_RESUME}") from error

@@ -1,4 +1,4 @@
-"""What a run says while it works: a bar on a terminal, a few plain lines elsewhere."""
+"""Report the progress of a run: bars on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PLAIN_LINES = 4  # a task reports this often where there is no terminal
 
 
 class Progress:
-    """Messages and bars on stderr, so that stdout holds results only.
+    """Print messages and bars to stderr, so that stdout holds results only.
 
-    Of several processes the main one alone says something.
+    Of several processes, only the main one prints.
     """
 
     def __init__(self) -> None:
@@ -30,19 +30,19 @@ class Progress:
         self._log: Path | None = None
 
     def say(self, line: str) -> None:
-        """One line, unwrapped, also to the run's log."""
+        """Print one line without wrapping it; write it to the run's log as well."""
         self.console.print(line, soft_wrap=True, markup=False)
         self._log_or_keep([line])
 
     def show(self, table: Table) -> None:
-        """A table, also to the run's log."""
+        """Print a table; write it to the run's log as well."""
         self.console.print(table)
         plain = Console(file=io.StringIO(), highlight=False, width=100)
         plain.print(table)
         self._log_or_keep(plain.file.getvalue().splitlines())
 
     def keep(self, log: Path) -> None:
-        """Write what was said, and will be, to a file as well."""
+        """Write all lines, those so far and those to come, to a file as well."""
         if self._silent:
             return
         self._log = log
@@ -60,7 +60,16 @@ class Progress:
 
     @contextmanager
     def bar(self, what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-        """Yields `advance(count, note="")`."""
+        """Show a bar for the block.
+
+        Args:
+            what: the bar's title.
+            total: how many items there are.
+            done: how many of them are done before the block starts.
+
+        Yields:
+            `advance(count, note="")`, which the block calls after each part of the work.
+        """
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),

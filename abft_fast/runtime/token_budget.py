@@ -1,4 +1,4 @@
-"""Tokens a packed batch may have: found by trying, halved where memory runs out."""
+"""Choose how many tokens a packed batch may have: try it, and halve it when memory runs out."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from abft_fast.core.packing import micro_batches
 from abft_fast.errors import RunError
+from abft_fast.runtime.batching import micro_batches
 
-CPU_TOKENS = 8192  # a CPU's system ends a process rather than refuse it memory
+CPU_TOKENS = 8192  # without a GPU, the system kills a process that takes too much memory
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or the system refused memory, in whoever's words."""
+    """Return whether an error of torch, CUDA or cuBLAS means that memory ran out."""
     words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return should_reduce_batch_size(error) or any(word in str(error) for word in words)
 
 
 class TokenBudget:
-    """How many tokens are packed at once; no result depends on it.
+    """Hold how many tokens are packed at once; no result depends on this number.
 
     Attributes:
-        tokens: the budget now.
+        tokens: the current budget. It only falls.
     """
 
     def __init__(self, tokens: int, say: Callable[[str], None]):
@@ -36,15 +36,15 @@ class TokenBudget:
     def attempt(
         self, lengths: Sequence[int], run: Callable[[int], T], undo: Callable[[], None]
     ) -> T:
-        """`run(tokens)`, and after running out of memory `undo()` and again with half of them.
+        """Call `run(tokens)`; after each out-of-memory error, halve the tokens and call it again.
 
         Args:
-            lengths: tokens of each prompt `run` packs.
-            run: what is to be done within a budget.
-            undo: drops what an attempt left when it failed.
+            lengths: tokens of each prompt that `run` packs.
+            run: does the work in batches of at most the given number of tokens.
+            undo: discards the partial result of a failed attempt.
 
         Raises:
-            RunError: memory does not even hold one prompt at a time.
+            RunError: memory does not hold even one prompt at a time.
         """
         while True:
             try:
@@ -52,7 +52,7 @@ class TokenBudget:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            # Outside the handler: its traceback would keep the failed attempt's tensors.
+            # This is outside the handler: its traceback would keep the failed attempt's tensors.
             undo()
             _release()
             batches = list(micro_batches(lengths, self.tokens))
@@ -63,31 +63,31 @@ class TokenBudget:
             self._say(f"out of memory with {packed} tokens a batch: going on with {self.tokens}")
 
     def lower(self, tokens: int) -> None:
-        """Take the budget of another process where that one's is smaller."""
+        """Adopt another process's budget if it is smaller."""
         if tokens < self.tokens:
             self.tokens = tokens
             self._say(f"out of memory on another process: going on with {tokens} tokens a batch")
 
 
 def in_halves(run: Callable[[Sequence[S]], T], items: Sequence[S]) -> list[T]:
-    """`run` of all items at once, or, out of memory, of halves of them, in order."""
+    """Call `run` on all items at once; when memory runs out, call it on each half instead."""
     try:
         return [run(items)]
     except RuntimeError as error:
         if not is_out_of_memory(error) or len(items) == 1:
             raise
     half = len(items) // 2
-    return [found for part in (items[:half], items[half:]) for found in in_halves(run, part)]
+    return [*in_halves(run, items[:half]), *in_halves(run, items[half:])]
 
 
 def find_token_budget(lengths: Sequence[int], run: Callable[[list[int]], None], most: int) -> int:
-    """The largest budget that fits in memory, by doubling and then bisecting to a tenth.
+    """Find the largest budget that fits in memory: double it, then bisect to within a tenth.
 
     Args:
         lengths: tokens of each prompt.
-        run: does the work of one packed batch, given indices into `lengths`, and forgets it; it
-            gets the fullest batch a budget makes.
-        most: tokens beyond which a larger budget is of no use.
+        run: computes one packed batch, given indices into `lengths`, and discards the result. It
+            gets the fullest batch that a budget makes.
+        most: the largest useful budget, in tokens.
 
     Raises:
         RunError: not even the longest prompt fits.
@@ -131,6 +131,6 @@ def _not_one_fits(lengths: Sequence[int]) -> RunError:
 
 
 def _release() -> None:
-    """Give cached memory back, so that the next attempt is not cut into its pieces."""
+    """Return cached memory to the device, so that the next attempt can allocate whole blocks."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from torch import nn
 
 from abft_fast.commands import mauve
 from abft_fast.commands.session import Job, check_same_data
-from abft_fast.core.packing import EncodedPrompt, micro_batches, pack
+from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.data import own
 from abft_fast.errors import RunError
 from abft_fast.evaluation.evaluation_set import EvaluationSet
@@ -23,6 +23,7 @@ from abft_fast.models import loading, trainable
 from abft_fast.models.preflight import check_gradients
 from abft_fast.options.config import TrainConfig
 from abft_fast.runtime import processes
+from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.environment import peak_memory
 from abft_fast.runtime.files import atomic_folder
 from abft_fast.runtime.launch import is_main
@@ -42,24 +43,24 @@ def train(config: TrainConfig, run: Run, progress: Progress, *, new: bool) -> No
         RunError: training cannot go on.
     """
     check_same_data(config)
-    with processes.together():
+    with processes.fail_together():
         job, prompts, tests = set_up(config, run, progress, new=new)
 
     def evaluate_once(when: str) -> None:
-        if when in config.sides and processes.of_main(when not in run.evaluation):
+        if when in config.sides and processes.from_main(when not in run.evaluation):
             found = job.evaluate(tests, f"evaluating {when}")
-            processes.on_main(run.record_evaluation, when, *found)
+            processes.run_on_main(run.record_evaluation, when, *found)
 
     evaluate_once("before")
     if config.mauve_test:
-        processes.on_main(mauve.record_texts, config, run, job, "before")
-        processes.on_main(mauve.record_texts, config, run, job, "before-again")
+        processes.run_on_main(mauve.record_texts, config, run, job, "before")
+        processes.run_on_main(mauve.record_texts, config, run, job, "before-again")
     optimize(config, run, job, prompts)
-    processes.on_main(save_result, config, run, job.model)
+    processes.run_on_main(save_result, config, run, job.model)
     evaluate_once("after")
     if config.mauve_test:
-        processes.on_main(mauve.record_texts, config, run, job, "after")
-        processes.on_main(mauve.score_texts, config, run, job)
+        processes.run_on_main(mauve.record_texts, config, run, job, "after")
+        processes.run_on_main(mauve.score_texts, config, run, job)
     job.accelerator.end_training()
 
 
@@ -112,11 +113,11 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
         config.pid_i,
         config.pid_d,
     )
-    with processes.together():
+    with processes.fail_together():
         done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
-    if len(set(processes.collect(done))) > 1:
+    if len(set(processes.gather(done))) > 1:
         raise RunError(f"not every process sees the same checkpoints: share {run.checkpoints}")
-    processes.on_main(run.forget_metrics_after, done)
+    processes.run_on_main(run.forget_metrics_after, done)
     optimizer = accelerator.prepare_optimizer(optimizer)
     model.eval()  # dropout off: heads are judged by their attention as it is
     if config.checkpointing:
@@ -130,8 +131,8 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
         for step, chosen in enumerate(batches[done:], start=done + 1):
             started = time.perf_counter()
             batch = [prompts[i] for i in chosen]
-            part = [batch[i] for i in processes.share([len(prompt) for prompt in batch])]
-            with processes.together():
+            part = [batch[i] for i in processes.own_share([len(prompt) for prompt in batch])]
+            with processes.fail_together():
                 found = budget.attempt(
                     [len(prompt) for prompt in part],
                     functools.partial(
@@ -146,7 +147,7 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
                     optimizer.zero_grad,
                 )
             processes.sum_gradients(accelerator, trained.values())
-            loss, behavior, tokens = join(processes.collect((*found, budget.tokens)))
+            loss, behavior, tokens = join(processes.gather((*found, budget.tokens)))
             budget.lower(tokens)
             norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             heads = behavior.induction_heads
@@ -163,11 +164,11 @@ def optimize(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPromp
                 "gradient_norm": norm.item(),
                 "learning_rate": config.lr,
                 "tokens_per_second": sum(map(len, batch)) / seconds,
-                "peak_memory_bytes": max(processes.collect(peak_memory(accelerator.device))),
+                "peak_memory_bytes": max(processes.gather(peak_memory(accelerator.device))),
                 "seconds": seconds,
             }
             controller.update(heads)
-            with processes.together():
+            with processes.fail_together():
                 if is_main():
                     if budget.tokens != first_budget:
                         run.record_token_budget(budget.tokens)
@@ -217,7 +218,7 @@ def join(parts: list[tuple[float, BehaviorMean, int]]) -> tuple[float, Behavior,
 
 def token_budget(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedPrompt]) -> int:
     """The budget asked for, or the one found for this run, once; the least of all processes."""
-    known = processes.of_main(run.token_budget)
+    known = processes.from_main(run.token_budget)
     if known is not None:
         return known
     if config.token_budget != "auto":
@@ -225,9 +226,9 @@ def token_budget(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedP
     lengths = [len(prompt) for prompt in prompts]
     if job.accelerator.device.type != "cuda":
         planned = CPU_TOKENS if job.most_tokens is None else max(job.most_tokens, *lengths)
-        tokens = min(CPU_TOKENS, *processes.collect(planned))
+        tokens = min(CPU_TOKENS, *processes.gather(planned))
         if tokens < CPU_TOKENS:  # free memory may be another when the run is resumed
-            processes.on_main(run.record_token_budget, tokens)
+            processes.run_on_main(run.record_token_budget, tokens)
         return tokens
     most = sum(sorted(lengths)[-config.pseudo_batch_size :])
 
@@ -238,10 +239,10 @@ def token_budget(config: TrainConfig, run: Run, job: Job, prompts: list[EncodedP
         finally:
             job.model.zero_grad(set_to_none=True)
 
-    with processes.together():
+    with processes.fail_together():
         found = find_token_budget(lengths, forward_and_backward, most)
-    found = min(processes.collect(found))
-    processes.on_main(run.record_token_budget, found)
+    found = min(processes.gather(found))
+    processes.run_on_main(run.record_token_budget, found)
     job.progress.say(f"token budget: {found} a batch")
     return found
 

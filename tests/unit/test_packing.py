@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abft_fast import EncodedPrompt, pack
-from abft_fast.core.packing import balanced_shares, micro_batches
+from abft_fast.runtime.batching import balanced_shares, micro_batches
 
 pytestmark = pytest.mark.unit
 

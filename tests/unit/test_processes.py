@@ -28,10 +28,10 @@ def test_launches_that_cannot_work(environment, cpu, message, monkeypatch):
 def test_one_process_is_the_main_one_and_waits_for_nobody(monkeypatch):
     monkeypatch.setenv("RANK", "3")  # without a WORLD_SIZE it means nothing
     assert launch.is_main() and processes.count() == 1
-    assert processes.share([5, 9, 2]) == [0, 1, 2]
-    assert processes.collect("mine") == ["mine"]
+    assert processes.own_share([5, 9, 2]) == [0, 1, 2]
+    assert processes.gather("mine") == ["mine"]
     weight = torch.nn.Parameter(torch.ones(2))
     processes.sum_gradients(None, [weight])
     assert weight.grad is None
-    with pytest.raises(ZeroDivisionError), processes.together():
+    with pytest.raises(ZeroDivisionError), processes.fail_together():
         raise ZeroDivisionError

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from abft_fast.core.packing import micro_batches
 from abft_fast.errors import RunError
+from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.token_budget import TokenBudget, find_token_budget
 
 pytestmark = pytest.mark.unit
