@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.data.catalog import DATASETS, Dataset, Prompt
 from abft_fast.errors import UserError
-from abft_fast.options.config import Options
+from abft_fast.options import Options
 
 _CHUNK = 64  # prompts tokenized at a time, so that too long ones are refused at once
 

@@ -35,7 +35,7 @@ from abft_fast.memory.plan import (
     static_memory,
     step_memory,
 )
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from abft_fast.errors import SaidByMain, UserError
 from abft_fast.models.trainable import trained_parameters
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime import processes
 from abft_fast.runtime.launch import is_main, rank

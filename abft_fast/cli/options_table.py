@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from abft_fast.cli.app import default_text, values_text
-from abft_fast.options.config import (
+from abft_fast.options import (
     EvalConfig,
     MergeConfig,
     PlanConfig,

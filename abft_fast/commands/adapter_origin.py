@@ -8,7 +8,7 @@ from typing import Any
 from abft_fast import data
 from abft_fast.data import own
 from abft_fast.errors import UserError
-from abft_fast.options.config import EvalConfig, Options, PredictConfig, flag
+from abft_fast.options import EvalConfig, Options, PredictConfig, flag
 from abft_fast.options.resolve import read_yaml
 from abft_fast.training.run_folder import Run
 

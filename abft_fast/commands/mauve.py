@@ -17,7 +17,7 @@ from abft_fast.core.backbone import backbone
 from abft_fast.data.catalog import Dataset
 from abft_fast.data.mauve_prefixes import prefixes
 from abft_fast.models import loading
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.training.run_folder import Run
 
 SAMPLES = {"before": 0, "before-again": 1, "after": 2}

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 
 from abft_fast.models import loading
 from abft_fast.models.trainable import load_adapter
-from abft_fast.options.config import MergeConfig
+from abft_fast.options import MergeConfig
 from abft_fast.runtime.files import atomic_folder, check_output_folder
 from abft_fast.runtime.progress import Progress
 

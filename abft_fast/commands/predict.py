@@ -20,7 +20,7 @@ from abft_fast.errors import RunError, UserError
 from abft_fast.models import loading
 from abft_fast.models.preflight import check_attention, shared_prefix_is_exact
 from abft_fast.models.trainable import load_adapter
-from abft_fast.options.config import PredictConfig
+from abft_fast.options import PredictConfig
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.progress import Progress

@@ -22,7 +22,7 @@ from abft_fast.memory.simulation import CannotCount
 from abft_fast.models import loading
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.preflight import check_attention
-from abft_fast.options.config import EvalConfig, PredictConfig, TrainConfig
+from abft_fast.options import EvalConfig, PredictConfig, TrainConfig
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.runtime import processes
 from abft_fast.runtime.environment import uses_cpu

@@ -15,7 +15,7 @@ from abft_fast.data import tables
 from abft_fast.data.catalog import Dataset, Example
 from abft_fast.data.template_file import TemplateFile, read_template
 from abft_fast.errors import UserError
-from abft_fast.options.config import Options, TrainConfig, flag
+from abft_fast.options import Options, TrainConfig, flag
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from StaICC.prefabricate_inference import standard_calibration
 
 from abft_fast.evaluation.protocols import Call, Probabilities
 from abft_fast.evaluation.staicc_adapter import PromptWriter, Triplet, quiet
-from abft_fast.options.config import CalibrationType
+from abft_fast.options import CalibrationType
 
 _TRAINED = {
     "contextual": standard_calibration.contextual_calibration,  # Zhao et al. 2021

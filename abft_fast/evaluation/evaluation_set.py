@@ -13,7 +13,7 @@ from abft_fast.errors import UserError
 from abft_fast.evaluation.calibration import Calibration
 from abft_fast.evaluation.inference import Behavior, BehaviorMean
 from abft_fast.evaluation.protocols import Protocol
-from abft_fast.options.config import Options
+from abft_fast.options import Options
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 
 Predict = Callable[[EncodedPrompts, bool], tuple[Tensor, BehaviorMean]]

@@ -18,7 +18,7 @@ from StaICC.util.experimentor import single_experimentor
 from abft_fast.data.catalog import Dataset, Prompt
 from abft_fast.errors import UserError
 from abft_fast.evaluation.staicc_adapter import Triplet, install, quiet
-from abft_fast.options.config import TestType
+from abft_fast.options import TestType
 from abft_fast.prompts import Template
 
 Probabilities = Sequence[Sequence[float]]

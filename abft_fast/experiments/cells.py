@@ -24,7 +24,7 @@ from typing import Any
 
 from abft_fast.errors import UserError
 from abft_fast.experiments.grid import WHERE, Cell
-from abft_fast.options.config import flag
+from abft_fast.options import flag
 from abft_fast.options.resolve import read_yaml, write_yaml
 from abft_fast.runtime.files import write_json
 

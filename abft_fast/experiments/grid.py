@@ -16,7 +16,7 @@ import yaml
 
 from abft_fast.data import own
 from abft_fast.errors import UserError
-from abft_fast.options.config import EvalConfig, TrainConfig
+from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.options.resolve import read_yaml, resolve
 
 EVALUATED = {"vanilla": "none", "contextual": "contextual", "domain": "domain", "batch": "batch"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from abft_fast.errors import UserError
 from abft_fast.experiments.cells import FAILED, POLL, CellFolder, end, sigterm_as_interrupt
-from abft_fast.options.config import SweepConfig
+from abft_fast.options import SweepConfig
 
 
 def require() -> None:

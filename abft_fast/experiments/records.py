@@ -9,7 +9,7 @@ from typing import Any
 
 from abft_fast.errors import UserError
 from abft_fast.experiments.cells import FINISHED, UNFINISHED, CellFolder
-from abft_fast.options.config import Options
+from abft_fast.options import Options
 from abft_fast.options.resolve import read_yaml
 from abft_fast.training.run_folder import Run
 

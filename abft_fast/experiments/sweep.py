@@ -17,7 +17,7 @@ from abft_fast.experiments.cells import FAILED, FINISHED, CellFolder
 from abft_fast.experiments.grid import Cell, parse_overrides, read_cells
 from abft_fast.experiments.records import read_cell
 from abft_fast.experiments.results import write_results
-from abft_fast.options.config import SweepConfig
+from abft_fast.options import SweepConfig
 from abft_fast.runtime import launch
 from abft_fast.runtime.files import check_output_folder
 from abft_fast.runtime.progress import Progress

@@ -26,7 +26,7 @@ from abft_fast.models import loading, trainable
 from abft_fast.models.shapes import SYNTHETIC, known_shape, with_layers
 from abft_fast.models.stored_format import stored_format
 from abft_fast.models.synthetic import skeleton
-from abft_fast.options.config import PlanConfig, TrainConfig
+from abft_fast.options import PlanConfig, TrainConfig
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.environment import free_memory, uses_cpu
 from abft_fast.runtime.launch import local_process_count

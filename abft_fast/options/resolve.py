@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from abft_fast.data import tables
 from abft_fast.errors import UserError
-from abft_fast.options.config import CommandOptions, flag
+from abft_fast.options.base import CommandOptions, flag
 from abft_fast.runtime.files import write_text
 
 C = TypeVar("C", bound=CommandOptions)

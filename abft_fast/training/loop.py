@@ -21,7 +21,7 @@ from abft_fast.evaluation.evaluation_set import EvaluationSet
 from abft_fast.evaluation.inference import Behavior, BehaviorMean
 from abft_fast.models import loading, trainable
 from abft_fast.models.preflight import check_gradients
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.runtime import processes
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.environment import peak_memory

@@ -10,7 +10,7 @@ from abft_fast.core.attention import AttentionBehavior
 from abft_fast.core.language_model_loss import every_token, label_target, language_model_loss
 from abft_fast.core.objective import attention_behavior_loss
 from abft_fast.core.packing import EncodedPrompt, PackedPrompts
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 
 
 def method_loss(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abft_fast.errors import UserError
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import read_yaml, resolve, write_yaml
 from abft_fast.runtime.files import check_output_folder, final_name, write_json, write_text
 

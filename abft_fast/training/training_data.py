@@ -5,7 +5,7 @@ from __future__ import annotations
 from abft_fast.core.language_model_loss import every_token, label_target
 from abft_fast.data import own
 from abft_fast.data.catalog import Dataset
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.training.picl import intrinsic_tasks, paragraphs
 

@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from abft_fast.data import own
 from abft_fast.errors import UserError
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 
 pytestmark = pytest.mark.unit

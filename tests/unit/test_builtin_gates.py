@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path, data
 from abft_fast.evaluation.inference import Behavior, predict
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.token_budget import CPU_TOKENS
 from tests.study_rows import largest_class, rows_of

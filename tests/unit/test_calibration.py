@@ -15,7 +15,7 @@ from abft_fast.evaluation.calibration import Calibration
 from abft_fast.evaluation.evaluation_set import EvaluationSet
 from abft_fast.evaluation.inference import predict
 from abft_fast.evaluation.staicc_adapter import Triplet, quiet
-from abft_fast.options.config import EvalConfig
+from abft_fast.options import EvalConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
 from tests.staicc_reference import staicc_experimentor

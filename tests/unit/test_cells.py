@@ -4,7 +4,7 @@ import pytest
 
 from abft_fast.experiments.cells import CellFolder
 from abft_fast.experiments.grid import Cell
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.training.run_folder import Run
 

@@ -4,7 +4,7 @@ import pytest
 
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.errors import UserError
-from abft_fast.options.config import EvalConfig, TrainConfig
+from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.options.resolve import resolve, write_yaml
 
 pytestmark = pytest.mark.unit

@@ -11,7 +11,7 @@ from abft_fast.errors import UserError
 from abft_fast.models.loading import load, read_tokenizer
 from abft_fast.models.synthetic import is_quantized
 from abft_fast.models.trainable import load_adapter, train_lora
-from abft_fast.options.config import MergeConfig
+from abft_fast.options import MergeConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.progress import Progress
 from tests.tiny_models import tiny_model

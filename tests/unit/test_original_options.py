@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from abft_fast.cli.original_options import OPTIONS, translate
-from abft_fast.options.config import TrainConfig, flag
+from abft_fast.options import TrainConfig, flag
 
 pytestmark = pytest.mark.unit
 

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from abft_fast.commands.data_report import oddities
 from abft_fast.data import own
 from abft_fast.errors import UserError
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve, write_yaml
 from abft_fast.training.run_folder import Run
 
@@ -74,7 +74,7 @@ def test_a_split_takes_its_share_of_each_label(reviews, share):
 
 def test_a_split_is_that_of_its_seed_in_every_process(reviews):
     code = (
-        "from abft_fast.data import own; from abft_fast.options.config import TrainConfig\n"
+        "from abft_fast.data import own; from abft_fast.options import TrainConfig\n"
         "from abft_fast.options.resolve import resolve\n"
         "found = own.by_options(resolve(TrainConfig, {'dataset': 'reviews.csv'}))\n"
         "print(found.test_rows); import sys; assert 'torch' not in sys.modules"

@@ -11,7 +11,7 @@ from abft_fast.experiments.records import read_records
 from abft_fast.experiments.results import write_results
 from abft_fast.experiments.tables.collect import make_table
 from abft_fast.experiments.tables.format import FORMATS
-from abft_fast.options.config import TableConfig, TrainConfig
+from abft_fast.options import TableConfig, TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.files import write_json
 from abft_fast.training.run_folder import Run

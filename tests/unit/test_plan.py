@@ -15,7 +15,7 @@ from abft_fast.memory.plan import FLOWS, Arithmetic, Flow, make_plan, static_mem
 from abft_fast.memory.simulation import CannotCount, bytes_of
 from abft_fast.models.synthetic import random_model
 from abft_fast.models.trainable import train_lora, train_weights
-from abft_fast.options.config import PlanConfig, TrainConfig
+from abft_fast.options import PlanConfig, TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import CPU_TOKENS
@@ -74,7 +74,7 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig
 from abft_fast import EncodedPrompt
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.models.trainable import enable_checkpointing, train_lora
 from abft_fast.memory.plan import FLOWS, Arithmetic, step_memory

@@ -16,7 +16,7 @@ from abft_fast.data.catalog import Example, Prompt
 from abft_fast.errors import RunError, UserError
 from abft_fast.models.loading import load
 from abft_fast.models.trainable import load_adapter, train_lora
-from abft_fast.options.config import MergeConfig, PredictConfig
+from abft_fast.options import MergeConfig, PredictConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder, Template
 from abft_fast.runtime.progress import Progress

@@ -16,7 +16,7 @@ from abft_fast.commands.prediction_files import (
 )
 from abft_fast.data.tables import Row
 from abft_fast.errors import UserError
-from abft_fast.options.config import PredictConfig
+from abft_fast.options import PredictConfig
 from abft_fast.options.resolve import resolve
 
 pytestmark = pytest.mark.unit

@@ -13,7 +13,7 @@ from abft_fast.data.catalog import Dataset, Example
 from abft_fast.errors import UserError
 from abft_fast.evaluation.protocols import Protocol
 from abft_fast.evaluation.staicc_adapter import quiet
-from abft_fast.options.config import TestType
+from abft_fast.options import TestType
 from abft_fast.prompts import PromptEncoder, Template
 from tests.staicc_reference import parts, staicc_experimentor
 

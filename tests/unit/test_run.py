@@ -5,7 +5,7 @@ import torch
 
 from abft_fast.errors import RunError, UserError
 from abft_fast.models.trainable import train_weights, trained_parameters
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.files import atomic_folder, write_json
 from abft_fast.training import checkpoint

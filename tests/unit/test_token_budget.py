@@ -80,7 +80,7 @@ REAL = """
 import resource, sys
 import torch
 from accelerate import Accelerator
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.models.trainable import train_lora, trained_parameters
 from abft_fast.runtime.token_budget import TokenBudget

@@ -14,7 +14,7 @@ from abft_fast.models.trainable import (
     train_weights,
     trained_parameters,
 )
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.training.loop import backward, check_step, pseudo_batches
 from tests.tiny_models import tiny_model

@@ -5,7 +5,7 @@ import pytest
 from abft_fast import data
 from abft_fast.errors import UserError
 from abft_fast.models import loading
-from abft_fast.options.config import TrainConfig
+from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
 from abft_fast.training.picl import intrinsic_tasks, paragraphs

@@ -11,7 +11,7 @@ from abft_fast.data.catalog import DATASETS
 from abft_fast.errors import UserError
 from abft_fast.experiments.grid import EVALUATED, WHERE
 from abft_fast.experiments.records import Record
-from abft_fast.options.config import EvalConfig, TableConfig, TrainConfig
+from abft_fast.options import EvalConfig, TableConfig, TrainConfig
 
 VANILLA = "vanilla"
 

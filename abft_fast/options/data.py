@@ -1,0 +1,100 @@
+"""Which data, what their files hold, and which prompts are made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from abft_fast import data
+from abft_fast.data import tables
+from abft_fast.errors import UserError
+from abft_fast.options.model import ModelOptions
+
+TestType = Literal[
+    "Normal", "TempSensitivity", "DemoSensitivity", "GLER", "TripletBias", "UnseenLabel"
+]
+CalibrationType = Literal["none", "contextual", "domain", "batch"]
+
+
+def dataset_or_file(name: str) -> str:
+    """Return the name of a dataset of StaICC's, or a path to data of the user's own as given.
+
+    Raises:
+        UserError: the name is neither.
+    """
+    try:
+        return data.resolve_name(str(name))
+    except UserError:
+        if str(name) and tables.is_table(str(name)):
+            return str(name)
+        raise
+
+
+def absolute_place(name: str) -> str:
+    """Return the name of a dataset of StaICC's, or a file's absolute path."""
+    return name if name in data.DATASETS else str(Path(name).resolve())
+
+
+class DatasetOptions(ModelOptions):
+    """Which data."""
+
+    dataset: Annotated[str, BeforeValidator(dataset_or_file)] = Field(
+        "subj",
+        description=f"One of {', '.join(data.DATASETS)}; the original's index 0-7; or data of "
+        f"your own: a file ({tables.FORMATS}).",
+    )
+
+
+class ColumnOptions(ModelOptions):
+    """What the user's own files hold."""
+
+    text_column: str = Field("text", description="Column of the texts, in data of your own.")
+    label_column: str = Field("label", description="Column of the labels, in data of your own.")
+    template: Path | None = Field(
+        None,
+        description="YAML file on data of your own: `input_prefix`, `label_prefix`, and `labels`, "
+        "from values in the label column to label words. Unset: `text: `, `label: `, the values.",
+    )
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        if self.text_column == self.label_column:
+            raise ValueError(f"--text-column and --label-column are both {self.text_column}")
+        return self
+
+
+class SamplingOptions(ModelOptions):
+    """What prompts are made of the data, and what is tested with them."""
+
+    test_file: Path | None = Field(
+        None,
+        description="Test examples of your own, as for dataset. Unset: a DatasetDict's part "
+        "`test`, else a share of the dataset.",
+    )
+    test_share: float = Field(
+        0.2, gt=0, lt=1, description="Part of each label's rows to test on, where nothing else is."
+    )
+    split_seed: int = Field(0, ge=0, description="Seed of the choice of these rows.")
+    k: int = Field(4, ge=0, description="Demonstrations a prompt.")
+    test_type: TestType = Field(
+        "Normal",
+        description="StaICC's test: accuracy (Normal), consistency of predictions under other "
+        "templates or demonstrations, accuracy against wrong labels (GLER), bias, or accuracy "
+        "where no demonstration has the query's label (paper, A.4).",
+    )
+    generalization_test: bool = Field(
+        False,
+        description="Test on all 8 datasets of the paper; `--dataset` is in-domain (paper, "
+        "Table 2).",
+    )
+    calibration: CalibrationType = Field(
+        "none", description="Calibrate the predictions of tests, as StaICC does."
+    )
+    calibration_samples: int = Field(
+        512,
+        ge=1,
+        description="Prompts of training examples that contextual and domain calibration learn "
+        "from.",
+    )

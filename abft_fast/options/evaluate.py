@@ -1,0 +1,94 @@
+"""Options of `abft-fast eval`, and those it shares with `train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, field_serializer, model_validator
+
+from abft_fast import data
+from abft_fast.data import tables
+from abft_fast.options.base import flag
+from abft_fast.options.data import ColumnOptions, DatasetOptions, SamplingOptions, absolute_place
+from abft_fast.options.model import PromptOptions
+
+
+class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
+    """What `train` and `eval` share; from the last class to the first, as help lists them."""
+
+    @property
+    def data_are_own(self) -> bool:
+        """Whether `dataset` is a file or folder."""
+        return self.dataset not in data.DATASETS
+
+    @property
+    def reads_own_data(self) -> bool:
+        """Whether any dataset of the run is a file or folder."""
+        return self.data_are_own
+
+    @property
+    def dataset_name(self) -> str:
+        """The dataset's name, or that of the user's file without its suffix."""
+        if not self.data_are_own:
+            return self.dataset
+        name = tables.name_of(Path(self.dataset))
+        return f"own-{name}" if name in data.DATASETS else name
+
+    @field_serializer("dataset", "template", "test_file", when_used="json")
+    def _found_from_anywhere(self, value: str | Path | None) -> str | None:
+        return None if value is None else absolute_place(str(value))
+
+    @model_validator(mode="after")
+    def _check_own_data(self) -> Self:
+        fields = Options.model_fields
+        own = ("text_column", "label_column", "template", "test_file")
+        split = ("test_share", "split_seed")
+        given = [n for n in (*own, *split) if getattr(self, n) != fields[n].default]
+        without_own = ("test_file",) if self.reads_own_data else (*own, *split)
+        unwanted = [name for name in given if name in without_own]
+        if unwanted and not self.data_are_own:
+            raise ValueError(
+                f"{flag(unwanted[0])} is for data of your own, and {self.dataset} is StaICC's: "
+                "leave it out, or name a file by --dataset"
+            )
+        if self.test_file is not None and given[-1] in split:
+            raise ValueError(f"{flag(given[-1])}: with --test-file nothing is split: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_test_type(self) -> Self:
+        if self.test_type == "TempSensitivity" and self.data_are_own:
+            raise ValueError(
+                f"--test-type TempSensitivity: {self.dataset} has no alternate templates; use "
+                "another --test-type"
+            )
+        if self.test_type in ("GLER", "DemoSensitivity") and self.k == 0:
+            raise ValueError(
+                f"--k 0: {self.test_type} changes demonstrations, so it needs at least one"
+            )
+        return self
+
+    @property
+    def without_effect(self) -> list[str]:
+        """A line for each option that is not at its default and does nothing in this run."""
+        fields = type(self).model_fields
+        found = {
+            name: f"{flag(name)} does nothing here: it is for {purpose}"
+            for idle, purpose, names in self._idle()
+            for name in names
+            if idle and getattr(self, name) != fields[name].default
+        }
+        return list(found.values())
+
+    def _idle(self) -> list[tuple[bool, str, tuple[str, ...]]]:
+        """Whether options do nothing, what they are for, and which they are."""
+        learns = self.calibration in ("contextual", "domain")
+        return [(not learns, "--calibration contextual and domain", ("calibration_samples",))]
+
+
+class EvalConfig(Options):
+    """Options of `abft-fast eval`."""
+
+    adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
+    output: Path | None = Field(None, exclude=True, description="Write the metrics here as JSON.")

@@ -1,0 +1,41 @@
+"""Options of `abft-fast predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from abft_fast.options.data import ColumnOptions
+from abft_fast.options.model import PromptOptions
+
+
+class PredictConfig(PromptOptions, ColumnOptions):
+    """Options of `abft-fast predict`."""
+
+    on_long_prompt: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="What to do with a query whose prompt is beyond the model's context length; "
+        "drop leaves its predictions empty.",
+    )
+    adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
+    demonstrations: Path = Field(
+        description="File of texts and labels, all of which, in their order, every prompt begins "
+        "with."
+    )
+    input: Path = Field(description="File of the texts to label.")
+    output: Path | None = Field(
+        None,
+        description="File to write, .csv or .jsonl: the input's columns, `prediction`, and "
+        "`p_WORD` for each label word. Unset or `-`: CSV to standard output.",
+    )
+
+    @field_validator("output")
+    @classmethod
+    def _check_output(cls, value: Path | None) -> Path | None:
+        if value is None or str(value) == "-":
+            return None
+        if value.suffix.lower() not in (".csv", ".jsonl"):
+            raise ValueError("end it in .csv or .jsonl")
+        return value

@@ -1,0 +1,268 @@
+"""Options of `abft-fast train` and `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import Field, field_serializer, field_validator, model_validator
+
+from abft_fast import data
+from abft_fast.builtin import BUILTIN_LEARNING_RATES
+from abft_fast.errors import UserError
+from abft_fast.options.base import flag, name_or_count
+from abft_fast.options.data import absolute_place, dataset_or_file
+from abft_fast.options.evaluate import Options
+
+
+class TrainConfig(Options):
+    """Options of `abft-fast train`; the defaults are the paper's (section 4.1)."""
+
+    k: int = Field(4, ge=1, description="Demonstrations a prompt.")
+    method: Literal["ABFT", "E2E", "MetaICL", "PICL"] = Field(
+        "ABFT",
+        description="ABFT; E2E, cross-entropy of the query's label; MetaICL, the same on other "
+        "datasets (Min et al. 2022); PICL, a language model's loss on retrieved plain text "
+        "(Gu et al. 2023).",
+    )
+    meta_datasets: str | None = Field(
+        None,
+        description="What MetaICL trains on, names or files as for dataset, separated by commas. "
+        "Unset: StaICC's datasets but those that are tested.",
+    )
+    plain_text: Path | None = Field(
+        None,
+        description="What PICL trains on, one paragraph a line. Unset: StaICC's texts, "
+        "without labels and without test texts.",
+    )
+    train_samples: int = Field(512, ge=1, description="Training prompts.")
+    epochs: int = Field(2, ge=1, description="Passes over the training prompts.")
+    pseudo_batch_size: int = Field(32, ge=1, description="Prompts averaged in an optimizer step.")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Adam's learning rate. Unset: 1e-4 for LoRA, 2e-5 for full W_Q/W_K, 1e-5 for "
+        "the whole model, the built-in model's own where that is trained.",
+    )
+    gradient: str | int = Field(
+        "full",
+        description="How far a layer's loss reaches in ABFT: full, local (its own layer), or N "
+        "layers.",
+    )
+    trainable: Literal["lora", "full", "model"] | None = Field(
+        None,
+        description="Train LoRA on W_Q/W_K, W_Q/W_K themselves in float32, or the whole model so. "
+        "Unset: lora; for MetaICL and PICL model.",
+    )
+    lora_r: int = Field(16, ge=1, description="Rank of LoRA.")
+    penalty: float = Field(
+        0.5,
+        ge=0,
+        allow_inf_nan=False,
+        description="A, on attention to wrong labels, at the start.",
+    )
+    reward: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="B, on attention missing from right labels."
+    )
+    adaptation: Literal["pid", "p", "none"] = Field(
+        "pid", description="Control of the penalty by the number of induction heads (paper, A.3)."
+    )
+    p_factor: float | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Factor of the control where it is p. Unset: pid-p.",
+    )
+    pid_p: float = Field(0.03, allow_inf_nan=False, description="Factor C_p of the control.")
+    pid_i: float = Field(0.005, allow_inf_nan=False, description="Factor C_i of the control.")
+    pid_d: float = Field(0.005, allow_inf_nan=False, description="Factor C_d of the control.")
+    head_filter: bool = Field(True, description="Train induction heads only, or every head.")
+    checkpointing: bool = Field(
+        False, description="Recompute layers in the backward instead of keeping them in memory."
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of prompts, their order and LoRA's start."
+    )
+    mauve_test: bool = Field(
+        False, description="Score by MAUVE how close texts written after are to those of before."
+    )
+    mauve_prefix: Path | None = Field(
+        None,
+        description="Beginnings of the texts MAUVE compares, one a line. Unset: the first words "
+        "of the dataset's test texts.",
+    )
+    mauve_model: str | None = Field(
+        None, description="Model whose hidden states MAUVE compares. Unset: the model as it was."
+    )
+    save_steps: int = Field(8, ge=1, description="Steps between checkpoints.")
+    no_eval: bool = Field(False, description="Skip the evaluations before and after.")
+    no_eval_before: bool = Field(False, description="Skip the evaluation before.")
+    no_eval_after: bool = Field(False, description="Skip the evaluation after.")
+    no_save: bool = Field(
+        False, description="Keep no adapter and no checkpoint; a killed run starts anew."
+    )
+    tracker: Literal["none", "wandb", "tensorboard"] = Field(
+        "none", description="Also log to a tracker of accelerate."
+    )
+    force: bool = Field(
+        False, exclude=True, description="Run even where the plan of memory says it cannot fit."
+    )
+    output_dir: Path | None = Field(
+        None, exclude=True, description="Folder of the run. Unset: runs/<time>-<model>-<dataset>."
+    )
+    overwrite: bool = Field(
+        False, exclude=True, description="Replace what an existing output folder holds."
+    )
+    resume: Path | None = Field(
+        None, exclude=True, description="Continue the run in this folder with its own options."
+    )
+
+    @field_validator("gradient", mode="before")
+    @classmethod
+    def _check_gradient(cls, value: Any) -> str | int:
+        return name_or_count(value, ("full", "local"), "full, local or a number of layers from 1")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _check_method(cls, value: Any) -> Any:
+        names = {name.lower(): name for name in get_args(cls.model_fields["method"].annotation)}
+        return names.get(str(value).lower(), value)
+
+    @field_validator("adaptation", mode="before")
+    @classmethod
+    def _check_adaptation(cls, value: Any) -> Any:
+        return "none" if value is None else str(value).lower()
+
+    @field_validator("meta_datasets")
+    @classmethod
+    def _check_meta_datasets(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        names = [dataset_or_file(name.strip()) for name in value.split(",")]
+        places = [absolute_place(name) for name in names]
+        for name, place in zip(names, places, strict=True):
+            if places.count(place) > 1:
+                raise ValueError(f"{name} is named twice")
+        return ",".join(names)
+
+    @field_serializer("meta_datasets", when_used="json")
+    def _all_found_from_anywhere(self, value: str | None) -> str | None:
+        return None if value is None else ",".join(map(absolute_place, value.split(",")))
+
+    @field_serializer("plain_text", "mauve_prefix", when_used="json")
+    def _text_found_from_anywhere(self, value: Path | None) -> str | None:
+        return None if value is None else str(value.resolve())
+
+    @model_validator(mode="after")
+    def _check_trainable(self) -> Self:
+        if self.trainable is None:
+            self.trainable = "lora" if self.method in ("ABFT", "E2E") else "model"
+        if self.quantized and self.trainable != "lora":
+            raise ValueError(
+                f"--trainable {self.trainable} needs float weights: drop --quantized, or use lora"
+            )
+        if self.method != "ABFT" and self.gradient != "full":
+            raise ValueError(
+                f"--gradient {self.gradient} is ABFT's: the loss of {self.method} is at the "
+                "model's output, so its gradient is full"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tested_apart(self) -> Self:
+        if self.method == "MetaICL":
+            _ = self.meta_dataset_names
+        return self
+
+    @model_validator(mode="after")
+    def _check_inputs(self) -> Self:
+        needed = {"meta_datasets": "--method MetaICL", "plain_text": "--method PICL"}
+        needed |= dict.fromkeys(("mauve_prefix", "mauve_model"), "--mauve-test")
+        there = {f"--method {self.method}", "--mauve-test" if self.mauve_test else ""}
+        for name, option in needed.items():
+            if getattr(self, name) is not None and option not in there:
+                raise ValueError(f"{flag(name)} is for {option}: add that, or leave it out")
+        return self
+
+    @property
+    def reads_own_data(self) -> bool:
+        """Whether any dataset of the run, tested or of MetaICL, is a file or folder."""
+        names = self.meta_datasets.split(",") if self.meta_datasets else ()
+        return self.data_are_own or not set(names) <= set(data.DATASETS)
+
+    def _idle(self) -> list[tuple[bool, str, tuple[str, ...]]]:
+        pid = ("p_factor", "pid_p", "pid_i", "pid_d")
+        tests = ("test_type", "generalization_test", "calibration", "calibration_samples")
+        own_factor = self.adaptation == "p" and self.p_factor is not None
+        return [
+            *super()._idle(),
+            (not self.sides, "evaluations", tests),
+            (self.no_save, "checkpoints", ("save_steps",)),
+            (self.trainable != "lora", "--trainable lora", ("lora_r",)),
+            (self.adaptation != "pid", "--adaptation pid", ("pid_i", "pid_d")),
+            (own_factor, "--adaptation p without --p-factor", ("pid_p",)),
+            (self.adaptation == "none", "--adaptation pid and p", ("pid_p",)),
+            (self.adaptation != "p", "--adaptation p", ("p_factor",)),
+            (
+                self.method != "ABFT",
+                "--method ABFT",
+                ("penalty", "reward", "adaptation", *pid, "head_filter"),
+            ),
+        ]
+
+    @property
+    def meta_dataset_names(self) -> list[str]:
+        """What MetaICL trains on.
+
+        Raises:
+            UserError: a dataset that is tested is among them.
+        """
+        tested = {
+            absolute_place(self.dataset),
+            *({absolute_place(str(self.test_file))} if self.test_file else ()),
+        }
+        if self.generalization_test:
+            tested.update(data.PAPER_DATASETS)
+        if self.meta_datasets is None:
+            return [name for name in data.DATASETS if name not in tested]
+        names = self.meta_datasets.split(",")
+        for name in names:
+            if tested & {absolute_place(name), *map(str, Path(absolute_place(name)).parents)}:
+                raise UserError(f"--meta-datasets holds {name}, which is tested: leave it out")
+        return names
+
+    @property
+    def proportional_factor(self) -> float:
+        """Of the number of induction heads, in the control of the penalty."""
+        own = self.adaptation == "p" and self.p_factor is not None
+        return self.p_factor if own else self.pid_p
+
+    @property
+    def needs_label_rows_only(self) -> bool:
+        """Whether nothing needs an LM head's other rows: no loss, no text, no model to be saved."""
+        return self.trainable == "lora" and self.method == "ABFT" and not self.mauve_test
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """When to evaluate: `before`, `after`."""
+        skipped = {"before": self.no_eval_before, "after": self.no_eval_after}
+        return tuple(when for when, skip in skipped.items() if not (skip or self.no_eval))
+
+    @model_validator(mode="after")
+    def _default_learning_rate(self) -> Self:
+        if self.lr is None:
+            paper = {"lora": 1e-4, "full": 2e-5, "model": 1e-5}
+            rates = BUILTIN_LEARNING_RATES if self.model == "builtin" else paper
+            self.lr = rates[self.trainable]
+        return self
+
+
+class PlanConfig(TrainConfig):
+    """Options of `abft-fast plan`: those of `train`, and the GPU to plan for."""
+
+    gpu_memory: float | None = Field(
+        None,
+        gt=1,  # is left to CUDA
+        allow_inf_nan=False,
+        description="GB (10^9 bytes) of the GPU to plan for. Unset: what is free here.",
+    )
