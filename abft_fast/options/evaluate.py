@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, field_serializer, model_validator
 
@@ -12,10 +12,13 @@ from abft_fast.data import tables
 from abft_fast.options.base import flag
 from abft_fast.options.data import ColumnOptions, DatasetOptions, SamplingOptions, absolute_place
 from abft_fast.options.model import PromptOptions
+from abft_fast.options.without_effect import EVALUATION, lines_without_effect
 
 
 class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
     """What `train` and `eval` share; from the last class to the first, as help lists them."""
+
+    _rules_of_effect: ClassVar = EVALUATION
 
     @property
     def data_are_own(self) -> bool:
@@ -71,20 +74,8 @@ class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
 
     @property
     def without_effect(self) -> list[str]:
-        """A line for each option that is not at its default and does nothing in this run."""
-        fields = type(self).model_fields
-        found = {
-            name: f"{flag(name)} does nothing here: it is for {purpose}"
-            for idle, purpose, names in self._idle()
-            for name in names
-            if idle and getattr(self, name) != fields[name].default
-        }
-        return list(found.values())
-
-    def _idle(self) -> list[tuple[bool, str, tuple[str, ...]]]:
-        """Whether options do nothing, what they are for, and which they are."""
-        learns = self.calibration in ("contextual", "domain")
-        return [(not learns, "--calibration contextual and domain", ("calibration_samples",))]
+        """Return a line for each option not at its default that does nothing in this run."""
+        return lines_without_effect(self, self._rules_of_effect)
 
 
 class EvalConfig(Options):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
@@ -13,13 +14,41 @@ from abft_fast.errors import UserError
 from abft_fast.options.base import flag, name_or_count
 from abft_fast.options.data import absolute_place, dataset_or_file
 from abft_fast.options.evaluate import Options
+from abft_fast.options.methods import METHODS, MethodName, Trainable
+from abft_fast.options.without_effect import TRAINING
+
+_PAPER_LEARNING_RATES = {"lora": 1e-4, "full": 2e-5, "model": 1e-5}
+
+
+def spelled_method(value: Any) -> Any:
+    """Return a method's name as `METHODS` spells it, or a value that names no method as it is."""
+    names = {name.lower(): name for name in METHODS}
+    return names.get(str(value).lower(), value)
+
+
+def default_training(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `trainable` and `lr`, where none is given, from the method and the model.
+
+    A value that is given but invalid is left to its own check.
+    """
+    trainable, rate = given.get("trainable"), given.get("lr")
+    method = METHODS.get(str(spelled_method(given.get("method", "ABFT"))))
+    if trainable is None and method is not None:
+        trainable = method.default_trainable
+    if rate is None:
+        builtin = given.get("model", "builtin") == "builtin"
+        rates = BUILTIN_LEARNING_RATES if builtin else _PAPER_LEARNING_RATES
+        rate = rates.get(str(trainable))
+    return {"trainable": trainable, "lr": rate}
 
 
 class TrainConfig(Options):
     """Options of `abft-fast train`; the defaults are the paper's (section 4.1)."""
 
+    _rules_of_effect: ClassVar = TRAINING
+
     k: int = Field(4, ge=1, description="Demonstrations a prompt.")
-    method: Literal["ABFT", "E2E", "MetaICL", "PICL"] = Field(
+    method: MethodName = Field(
         "ABFT",
         description="ABFT; E2E, cross-entropy of the query's label; MetaICL, the same on other "
         "datasets (Min et al. 2022); PICL, a language model's loss on retrieved plain text "
@@ -50,7 +79,7 @@ class TrainConfig(Options):
         description="How far a layer's loss reaches in ABFT: full, local (its own layer), or N "
         "layers.",
     )
-    trainable: Literal["lora", "full", "model"] | None = Field(
+    trainable: Trainable | None = Field(
         None,
         description="Train LoRA on W_Q/W_K, W_Q/W_K themselves in float32, or the whole model so. "
         "Unset: lora; for MetaICL and PICL model.",
@@ -117,6 +146,11 @@ class TrainConfig(Options):
         None, exclude=True, description="Continue the run in this folder with its own options."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return given | default_training(given)
+
     @field_validator("gradient", mode="before")
     @classmethod
     def _check_gradient(cls, value: Any) -> str | int:
@@ -125,8 +159,7 @@ class TrainConfig(Options):
     @field_validator("method", mode="before")
     @classmethod
     def _check_method(cls, value: Any) -> Any:
-        names = {name.lower(): name for name in get_args(cls.model_fields["method"].annotation)}
-        return names.get(str(value).lower(), value)
+        return spelled_method(value)
 
     @field_validator("adaptation", mode="before")
     @classmethod
@@ -155,13 +188,11 @@ class TrainConfig(Options):
 
     @model_validator(mode="after")
     def _check_trainable(self) -> Self:
-        if self.trainable is None:
-            self.trainable = "lora" if self.method in ("ABFT", "E2E") else "model"
         if self.quantized and self.trainable != "lora":
             raise ValueError(
                 f"--trainable {self.trainable} needs float weights: drop --quantized, or use lora"
             )
-        if self.method != "ABFT" and self.gradient != "full":
+        if self.gradient != "full" and not METHODS[self.method].gradient_can_be_local:
             raise ValueError(
                 f"--gradient {self.gradient} is ABFT's: the loss of {self.method} is at the "
                 "model's output, so its gradient is full"
@@ -170,13 +201,17 @@ class TrainConfig(Options):
 
     @model_validator(mode="after")
     def _check_tested_apart(self) -> Self:
-        if self.method == "MetaICL":
+        if METHODS[self.method].data_option == "meta_datasets":
             _ = self.meta_dataset_names
         return self
 
     @model_validator(mode="after")
     def _check_inputs(self) -> Self:
-        needed = {"meta_datasets": "--method MetaICL", "plain_text": "--method PICL"}
+        needed = {
+            method.data_option: f"--method {method.name}"
+            for method in METHODS.values()
+            if method.data_option is not None
+        }
         needed |= dict.fromkeys(("mauve_prefix", "mauve_model"), "--mauve-test")
         there = {f"--method {self.method}", "--mauve-test" if self.mauve_test else ""}
         for name, option in needed.items():
@@ -189,26 +224,6 @@ class TrainConfig(Options):
         """Whether any dataset of the run, tested or of MetaICL, is a file or folder."""
         names = self.meta_datasets.split(",") if self.meta_datasets else ()
         return self.data_are_own or not set(names) <= set(data.DATASETS)
-
-    def _idle(self) -> list[tuple[bool, str, tuple[str, ...]]]:
-        pid = ("p_factor", "pid_p", "pid_i", "pid_d")
-        tests = ("test_type", "generalization_test", "calibration", "calibration_samples")
-        own_factor = self.adaptation == "p" and self.p_factor is not None
-        return [
-            *super()._idle(),
-            (not self.sides, "evaluations", tests),
-            (self.no_save, "checkpoints", ("save_steps",)),
-            (self.trainable != "lora", "--trainable lora", ("lora_r",)),
-            (self.adaptation != "pid", "--adaptation pid", ("pid_i", "pid_d")),
-            (own_factor, "--adaptation p without --p-factor", ("pid_p",)),
-            (self.adaptation == "none", "--adaptation pid and p", ("pid_p",)),
-            (self.adaptation != "p", "--adaptation p", ("p_factor",)),
-            (
-                self.method != "ABFT",
-                "--method ABFT",
-                ("penalty", "reward", "adaptation", *pid, "head_filter"),
-            ),
-        ]
 
     @property
     def meta_dataset_names(self) -> list[str]:
@@ -240,21 +255,17 @@ class TrainConfig(Options):
     @property
     def needs_label_rows_only(self) -> bool:
         """Whether nothing needs an LM head's other rows: no loss, no text, no model to be saved."""
-        return self.trainable == "lora" and self.method == "ABFT" and not self.mauve_test
+        return (
+            self.trainable == "lora"
+            and not METHODS[self.method].loss_at_output
+            and not self.mauve_test
+        )
 
     @property
     def sides(self) -> tuple[str, ...]:
         """When to evaluate: `before`, `after`."""
         skipped = {"before": self.no_eval_before, "after": self.no_eval_after}
         return tuple(when for when, skip in skipped.items() if not (skip or self.no_eval))
-
-    @model_validator(mode="after")
-    def _default_learning_rate(self) -> Self:
-        if self.lr is None:
-            paper = {"lora": 1e-4, "full": 2e-5, "model": 1e-5}
-            rates = BUILTIN_LEARNING_RATES if self.model == "builtin" else paper
-            self.lr = rates[self.trainable]
-        return self
 
 
 class PlanConfig(TrainConfig):

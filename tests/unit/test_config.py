@@ -1,10 +1,12 @@
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.errors import UserError
 from abft_fast.options import EvalConfig, TrainConfig
+from abft_fast.options.methods import METHODS, MethodName
 from abft_fast.options.resolve import resolve, write_yaml
 
 pytestmark = pytest.mark.unit
@@ -146,3 +148,34 @@ def test_metaicl_does_not_train_on_what_is_tested(other, tmp_path, monkeypatch):
 
 def test_evaluation_takes_zero_shot():
     assert resolve(EvalConfig, {"k": "0"}).k == 0
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+@pytest.mark.parametrize("model", ["builtin", "some/model"])
+def test_defaults_of_a_method_are_saved_and_replayed(method, model, tmp_path):
+    config = resolve(TrainConfig, {"method": method.lower(), "model": model})
+    assert config.trainable == METHODS[method].default_trainable
+    paper = {"lora": 1e-4, "model": 1e-5}
+    assert config.lr == (BUILTIN_LEARNING_RATES if model == "builtin" else paper)[config.trainable]
+    write_yaml(config, tmp_path / "config.yaml")
+    again = resolve(TrainConfig, {"config": str(tmp_path / "config.yaml")})
+    assert again == config.model_copy(update={"config": tmp_path / "config.yaml"})
+    other = config.model_copy(update={"model": "other", "method": "E2E"})
+    assert (other.trainable, other.lr) == (config.trainable, config.lr)
+
+
+@pytest.mark.parametrize("name", ["method", "trainable", "lr"])
+def test_a_list_in_place_of_a_value_is_one_mistake(name, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{name}: [1]\n")
+    with pytest.raises(UserError, match=rf"c\.yaml: --{name} \[1\]: "):
+        resolve(TrainConfig, {"config": str(path)})
+
+
+def test_the_table_of_methods_is_whole():
+    assert tuple(METHODS) == get_args(MethodName)
+    assert {name for name, m in METHODS.items() if m.gradient_can_be_local} == {"ABFT"}
+    own = {m.data_option for m in METHODS.values()} - {None}
+    assert own == {"meta_datasets", "plain_text"} and own < TrainConfig.model_fields.keys()
+    for method in METHODS.values():
+        assert (method.data_option is None) == method.trains_on_tested_dataset

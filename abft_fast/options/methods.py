@@ -1,0 +1,83 @@
+"""Facts about the methods of `--method`, without torch: what options mean, not how to train.
+
+`training.methods` adds the prompts and the loss of each method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+MethodName = Literal["ABFT", "E2E", "MetaICL", "PICL"]
+Trainable = Literal["lora", "full", "model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What options, the plan of memory and reports know about a method.
+
+    Attributes:
+        name: the value of `--method`.
+        default_trainable: the value of `--trainable` where none is given.
+        uses_penalty: whether the loss has A and B, the control of A, and the filter of heads
+            (`--penalty`, `--reward`, `--adaptation`, `--head-filter`).
+        loss_at_output: whether the loss is computed from the model's output. Such a loss reaches
+            every layer and needs the LM head; the loss of ABFT is in the layers themselves.
+        trains_on_tested_dataset: whether the training prompts come from the dataset that
+            `--dataset` names.
+        data_option: the option that names the training data of this method alone, or None.
+    """
+
+    name: MethodName
+    default_trainable: Trainable
+    uses_penalty: bool
+    loss_at_output: bool
+    trains_on_tested_dataset: bool
+    data_option: str | None = None
+
+    @property
+    def gradient_can_be_local(self) -> bool:
+        """Return whether `--gradient` may be other than full."""
+        return not self.loss_at_output
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            Method(
+                name="ABFT",
+                default_trainable="lora",
+                uses_penalty=True,
+                loss_at_output=False,
+                trains_on_tested_dataset=True,
+            ),
+            Method(
+                name="E2E",
+                default_trainable="lora",
+                uses_penalty=False,
+                loss_at_output=True,
+                trains_on_tested_dataset=True,
+            ),
+            Method(
+                name="MetaICL",
+                default_trainable="model",
+                uses_penalty=False,
+                loss_at_output=True,
+                trains_on_tested_dataset=False,
+                data_option="meta_datasets",
+            ),
+            Method(
+                name="PICL",
+                default_trainable="model",
+                uses_penalty=False,
+                loss_at_output=True,
+                trains_on_tested_dataset=False,
+                data_option="plain_text",
+            ),
+        )
+    }
+)
+"""Every method, by its name."""
