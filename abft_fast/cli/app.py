@@ -131,7 +131,7 @@ _OF_THIS_CALL = ("force", "device", "device_map")
 
 @_command(TrainConfig)
 def train_(flags: dict[str, Any]) -> None:
-    """Fine-tune attention behavior on a dataset, evaluating before and after."""
+    """Fine-tune attention behavior on a dataset, and evaluate before and after."""
     config = resolve(TrainConfig, flags)
     extra = sorted(set(flags) - {"resume", "debug", *_OF_THIS_CALL})
     if config.resume is not None and extra:
@@ -212,7 +212,7 @@ def eval_(flags: dict[str, Any]) -> None:
 
 @_command(PlanConfig)
 def plan_(flags: dict[str, Any]) -> None:
-    """Say what memory a run of `train` with these options takes, without loading weights."""
+    """Tell how much memory `train` takes with these options, without loading weights."""
     config = resolve(PlanConfig, flags)
     if config.resume is not None:
         options = config.resume / "config.yaml"
@@ -228,7 +228,7 @@ def plan_(flags: dict[str, Any]) -> None:
 
 @_command(PredictConfig)
 def predict_(flags: dict[str, Any]) -> None:
-    """Label the texts of a file, by demonstrations from another."""
+    """Label the texts of a file, with demonstrations from another file."""
     config = resolve(PredictConfig, flags)
     if launch.process_count() > 1:
         raise UserError("predict runs in one process: start it without a launcher")
@@ -267,7 +267,7 @@ def merge_(flags: dict[str, Any]) -> None:
 
 @_command(SweepConfig)
 def sweep_(flags: dict[str, Any]) -> None:
-    """Run a grid of models, datasets, methods, seeds and settings; go on where it was left."""
+    """Run a grid of models, datasets, methods, seeds and settings, or continue it."""
     config = resolve(SweepConfig, flags)
     from abft_fast.experiments.sweep import plan_sweep, run_sweep
     from abft_fast.runtime.progress import Progress
@@ -283,7 +283,7 @@ def sweep_(flags: dict[str, Any]) -> None:
 
 @_command(TableConfig)
 def table_(flags: dict[str, Any]) -> None:
-    """Make a table in the paper's form of the runs below a folder."""
+    """Make a table of the paper from the runs below a folder."""
     config = resolve(TableConfig, flags)
     if config.output is not None:
         check_output(config.output)
@@ -300,7 +300,7 @@ def table_(flags: dict[str, Any]) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Check versions, device, data and disk, and say what would be used."""
+    """Check versions, device, data and disk, and list what a run would use."""
     from abft_fast.commands.doctor import diagnose
 
     findings, problems = diagnose()

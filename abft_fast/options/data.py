@@ -42,20 +42,21 @@ class DatasetOptions(ModelOptions):
 
     dataset: Annotated[str, BeforeValidator(dataset_or_file)] = Field(
         "subj",
-        description=f"One of {', '.join(data.DATASETS)}; the original's index 0-7; or data of "
-        f"your own: a file ({tables.FORMATS}).",
+        description=f"One of {', '.join(data.DATASETS)}; an index 0-7 as in the original "
+        f"implementation; or your own data in a file ({tables.FORMATS}).",
     )
 
 
 class ColumnOptions(ModelOptions):
     """What the user's own files hold."""
 
-    text_column: str = Field("text", description="Column of the texts, in data of your own.")
-    label_column: str = Field("label", description="Column of the labels, in data of your own.")
+    text_column: str = Field("text", description="Column that holds the texts of your own data.")
+    label_column: str = Field("label", description="Column that holds the labels of your own data.")
     template: Path | None = Field(
         None,
-        description="YAML file on data of your own: `input_prefix`, `label_prefix`, and `labels`, "
-        "from values in the label column to label words. Unset: `text: `, `label: `, the values.",
+        description="YAML file that says how prompts of your own data are written: "
+        "`input_prefix`, `label_prefix`, and `labels`, which maps values of the label column to "
+        "label words. Unset: `text: `, `label: `, and the values themselves.",
     )
 
     @model_validator(mode="after")
@@ -70,31 +71,35 @@ class SamplingOptions(ModelOptions):
 
     test_file: Path | None = Field(
         None,
-        description="Test examples of your own, as for dataset. Unset: a DatasetDict's part "
-        "`test`, else a share of the dataset.",
+        description="Your own test examples, in a file as for --dataset. Unset: the part `test` "
+        "of a DatasetDict, or else a share of the dataset (see --test-share).",
     )
     test_share: float = Field(
-        0.2, gt=0, lt=1, description="Part of each label's rows to test on, where nothing else is."
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of each label's rows to test on, if there are no other test examples.",
     )
-    split_seed: int = Field(0, ge=0, description="Seed of the choice of these rows.")
-    k: int = Field(4, ge=0, description="Demonstrations a prompt.")
+    split_seed: int = Field(0, ge=0, description="Seed that chooses the rows of --test-share.")
+    k: int = Field(4, ge=0, description="Demonstrations in a prompt.")
     test_type: TestType = Field(
         "Normal",
-        description="StaICC's test: accuracy (Normal), consistency of predictions under other "
-        "templates or demonstrations, accuracy against wrong labels (GLER), bias, or accuracy "
-        "where no demonstration has the query's label (paper, A.4).",
+        description="Test of StaICC. Normal: accuracy. TempSensitivity, DemoSensitivity: "
+        "consistency of predictions under other templates or demonstrations. GLER: accuracy when "
+        "labels of the demonstrations are wrong. TripletBias: bias. UnseenLabel: accuracy when "
+        "no demonstration has the query's label (paper, A.4).",
     )
     generalization_test: bool = Field(
         False,
-        description="Test on all 8 datasets of the paper; `--dataset` is in-domain (paper, "
-        "Table 2).",
+        description="Test on all 8 datasets of the paper; --dataset is the in-domain one "
+        "(paper, Table 2).",
     )
     calibration: CalibrationType = Field(
-        "none", description="Calibrate the predictions of tests, as StaICC does."
+        "none", description="How to calibrate the predictions of a test, as StaICC does it."
     )
     calibration_samples: int = Field(
         512,
         ge=1,
-        description="Prompts of training examples that contextual and domain calibration learn "
-        "from.",
+        description="Number of prompts, made of training examples, from which contextual and "
+        "domain calibration learn.",
     )

@@ -82,4 +82,6 @@ class EvalConfig(Options):
     """Options of `abft-fast eval`."""
 
     adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
-    output: Path | None = Field(None, exclude=True, description="Write the metrics here as JSON.")
+    output: Path | None = Field(
+        None, exclude=True, description="JSON file to write the metrics to."
+    )

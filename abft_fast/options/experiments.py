@@ -14,32 +14,40 @@ class SweepConfig(CommandOptions):
     """Options of `abft-fast sweep`."""
 
     file: Path = Field(
-        description="YAML: options of every cell, a grid of lists, named settings.",
+        description="YAML file: options of every cell, a grid of lists, named settings.",
         json_schema_extra=POSITIONAL,
     )
-    model: str | None = Field(None, description="In place of every model of the file.")
+    model: str | None = Field(None, description="Model that replaces every model of the file.")
     device: Literal["auto", "cpu", "cuda"] | None = Field(
-        None, description="Where every cell runs."
+        None, description="Device that every cell runs on."
     )
     set: list[str] = Field(
         [],
-        description="`name=value`, the value in YAML, in place of all that the file says of an "
-        "option; a list is an axis; may be repeated.",
+        description="`name=value`, the value in YAML. It replaces everything that the file says "
+        "about the option. A list makes an axis. May be repeated.",
     )
     output_dir: Path | None = Field(
         None, description="Folder of the sweep. Unset: runs/<name of the file>."
     )
     jobs: int | None = Field(
-        None, ge=1, description="Cells at once. Unset: 1, or with ray all that the cluster holds."
+        None,
+        ge=1,
+        description="Cells to run at once. Unset: 1; with --engine ray, as many as the cluster "
+        "holds.",
     )
     engine: Literal["local", "ray"] = Field(
-        "local", description="Processes of this machine, or tasks of a Ray cluster."
+        "local",
+        description="What runs the cells. local: processes of this machine. ray: tasks of a Ray "
+        "cluster.",
     )
-    cell_cpus: int = Field(1, ge=1, description="With ray: CPUs of a cell.")
+    cell_cpus: int = Field(1, ge=1, description="CPUs of a cell, with --engine ray.")
     cell_gpus: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="With ray: GPUs of a cell. Unset: 1, if any."
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="GPUs of a cell, with --engine ray. Unset: 1 if the cluster has a GPU, else 0.",
     )
-    dry_run: bool = Field(False, description="Only say which cells there are.")
+    dry_run: bool = Field(False, description="Only list the cells.")
 
     @model_validator(mode="after")
     def _check_engine(self) -> Self:
@@ -53,17 +61,18 @@ class TableConfig(CommandOptions):
     """Options of `abft-fast table`."""
 
     folder: Path = Field(
-        description="A sweep's folder, a run's, or one above them.", json_schema_extra=POSITIONAL
+        description="Folder of a sweep or a run, or a folder above them.",
+        json_schema_extra=POSITIONAL,
     )
     layout: Literal["1", "2", "3", "4"] = Field(
         "1",
-        description="The paper's table: 1 methods by dataset, 2 cost and out of domain, "
-        "3 consistency, 4 settings.",
+        description="Table of the paper. 1: methods by dataset. 2: cost, and accuracy out of "
+        "domain. 3: consistency. 4: settings.",
     )
     metric: Literal[
         "accuracy", "macro_f1", "true_label_likelihood", "expected_calibration_error"
-    ] = Field("accuracy", description="What is shown, but in layout 3.")
-    format: Literal["markdown", "latex"] = Field("markdown", description="How it is written.")
+    ] = Field("accuracy", description="Metric to show; layout 3 always shows consistency.")
+    format: Literal["markdown", "latex"] = Field("markdown", description="Format of the table.")
     output: Path | None = Field(None, description="File to write. Unset: standard output.")
 
     @model_validator(mode="after")

@@ -14,11 +14,13 @@ class MergeConfig(ModelOptions):
     """Options of `abft-fast merge`."""
 
     adapter: str = Field(
-        description="PEFT adapter folders, separated by commas, each with `=` and a coefficient "
-        "where that is not 1: the model plus the sum of coefficients times what was learnt "
-        "(paper, Eq. 2)."
+        description="PEFT adapter folders, separated by commas. FOLDER=NUMBER gives an adapter "
+        "a coefficient other than 1. The result is the model plus the sum of each coefficient "
+        "times what its adapter learnt (paper, Eq. 2)."
     )
-    output_dir: Path = Field(description="Folder to be made, which plain transformers loads.")
+    output_dir: Path = Field(
+        description="New folder for the merged model; plain transformers loads it."
+    )
 
     @property
     def adapters(self) -> list[tuple[Path, float]]:

@@ -15,15 +15,19 @@ class ModelOptions(CommandOptions):
 
     model: str = Field(
         "builtin",
-        description="`builtin`, a local folder, a hub id, or `synthetic:` and the name of a known "
-        "shape for random weights of true size.",
+        description="`builtin`, a local folder, a hub id, or `synthetic:` and the name of a "
+        "known shape, for random weights of that size.",
     )
     quantized: bool = Field(
-        False, description="Quantize the weights as they are loaded (bitsandbytes); see bits."
+        False, description="Quantize the weights while they are loaded (bitsandbytes); see --bits."
     )
-    bits: int = Field(4, description="Of a quantized weight: 4 (NF4, double quantization) or 8.")
+    bits: int = Field(
+        4, description="Bits of a quantized weight: 4 (NF4, double quantization) or 8."
+    )
     config: Path | None = Field(
-        None, exclude=True, description="YAML file of options; flags override it."
+        None,
+        exclude=True,
+        description="YAML file of options; options on the command line override it.",
     )
 
     @model_validator(mode="after")
@@ -45,35 +49,40 @@ class PromptOptions(ModelOptions):
 
     prompt_form: Literal["ours", "staicc"] = Field(
         "ours",
-        description="How prompts are written: one space belongs to the label token everywhere, "
-        "or StaICC's own string.",
+        description="How prompts are written. ours: the label token begins with one space "
+        "everywhere. staicc: StaICC's own string.",
     )
     label_token: Literal["single", "first"] = Field(
         "single",
-        description="Refuse label words of several tokens, or use their first token "
-        "(in StaICC's form at the query the last, as StaICC does).",
+        description="What to do with a label word of several tokens. single: refuse it. first: "
+        "use its first token (with --prompt-form staicc its last token at the query, as StaICC "
+        "does).",
     )
     on_long_prompt: Literal["refuse", "drop", "fewer-demonstrations"] = Field(
-        "refuse", description="What to do with prompts beyond the model's context length."
+        "refuse", description="What to do with a prompt that is longer than the model's context."
     )
     token_budget: str | int = Field(
         "auto",
-        description="Tokens a packed batch, at most; auto tries in training what a GPU holds and "
-        "is 8192 elsewhere, less where the plan says so. Results do not depend on it.",
+        description="Most tokens in a packed batch. auto: a training run on a GPU tries what "
+        "the GPU holds; otherwise 8192, or fewer if the plan of memory says so. Results do not "
+        "depend on this option.",
     )
     attention_backend: Literal[
         "auto", "flash-attn", "varlen", "sdpa", "flash-attn-3", "separate"
-    ] = Field("auto", description="What computes attention; `abft-fast doctor` says what there is.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to run.")
+    ] = Field(
+        "auto",
+        description="What computes attention; `abft-fast doctor` lists what this machine has.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device to run on.")
     device_map: Literal["none", "auto"] = Field(
         "none",
-        description="auto splits a model larger than one GPU, by layers, over all GPUs of this "
-        "machine.",
+        description="auto: split a model that is larger than one GPU by layers over all GPUs of "
+        "this machine.",
     )
     mixed_precision: Literal["auto", "no", "bf16"] = Field(
         "auto",
-        description="Arithmetic of the forward: bfloat16, or no for float32 throughout. "
-        "auto is bf16 on a GPU, no on a CPU.",
+        description="Arithmetic of the forward pass. bf16: bfloat16. no: float32 throughout. "
+        "auto: bf16 on a GPU, no on a CPU.",
     )
 
     @field_validator("token_budget", mode="before")

@@ -16,19 +16,19 @@ class PredictConfig(PromptOptions, ColumnOptions):
 
     on_long_prompt: Literal["refuse", "drop"] = Field(
         "refuse",
-        description="What to do with a query whose prompt is beyond the model's context length; "
-        "drop leaves its predictions empty.",
+        description="What to do with a query whose prompt is longer than the model's context. "
+        "drop: leave its predictions empty.",
     )
     adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
     demonstrations: Path = Field(
-        description="File of texts and labels, all of which, in their order, every prompt begins "
-        "with."
+        description="File of texts and labels. Every prompt begins with all of them, in the "
+        "order of the file."
     )
     input: Path = Field(description="File of the texts to label.")
     output: Path | None = Field(
         None,
-        description="File to write, .csv or .jsonl: the input's columns, `prediction`, and "
-        "`p_WORD` for each label word. Unset or `-`: CSV to standard output.",
+        description="File to write, .csv or .jsonl. It gets the input's columns, `prediction`, "
+        "and `p_WORD` for each label word. Unset or `-`: CSV to standard output.",
     )
 
     @field_validator("output")

@@ -47,100 +47,123 @@ class TrainConfig(Options):
 
     _rules_of_effect: ClassVar = TRAINING
 
-    k: int = Field(4, ge=1, description="Demonstrations a prompt.")
+    k: int = Field(4, ge=1, description="Demonstrations in a prompt.")
     method: MethodName = Field(
         "ABFT",
-        description="ABFT; E2E, cross-entropy of the query's label; MetaICL, the same on other "
-        "datasets (Min et al. 2022); PICL, a language model's loss on retrieved plain text "
-        "(Gu et al. 2023).",
+        description="What the loss is. ABFT: attention behavior. E2E: cross-entropy of the "
+        "query's label. MetaICL: the same on other datasets (Min et al. 2022). PICL: a language "
+        "model's loss on retrieved plain text (Gu et al. 2023).",
     )
     meta_datasets: str | None = Field(
         None,
-        description="What MetaICL trains on, names or files as for dataset, separated by commas. "
-        "Unset: StaICC's datasets but those that are tested.",
+        description="Datasets that MetaICL trains on: names or files as for --dataset, "
+        "separated by commas. Unset: all datasets of StaICC that are not tested.",
     )
     plain_text: Path | None = Field(
         None,
-        description="What PICL trains on, one paragraph a line. Unset: StaICC's texts, "
-        "without labels and without test texts.",
+        description="File of the paragraphs that PICL trains on, one a line. Unset: StaICC's "
+        "texts, without labels and without test texts.",
     )
-    train_samples: int = Field(512, ge=1, description="Training prompts.")
+    train_samples: int = Field(512, ge=1, description="Number of training prompts.")
     epochs: int = Field(2, ge=1, description="Passes over the training prompts.")
-    pseudo_batch_size: int = Field(32, ge=1, description="Prompts averaged in an optimizer step.")
+    pseudo_batch_size: int = Field(
+        32, ge=1, description="Prompts that one optimizer step averages."
+    )
     lr: float | None = Field(
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Adam's learning rate. Unset: 1e-4 for LoRA, 2e-5 for full W_Q/W_K, 1e-5 for "
-        "the whole model, the built-in model's own where that is trained.",
+        description="Adam's learning rate. Unset: 1e-4 for LoRA, 2e-5 for full W_Q/W_K, 1e-5 "
+        "for the whole model; the built-in model has rates of its own.",
     )
     gradient: str | int = Field(
         "full",
-        description="How far a layer's loss reaches in ABFT: full, local (its own layer), or N "
-        "layers.",
+        description="How far back the loss of a layer trains, in ABFT. full: all earlier layers "
+        "too. local: this layer only. A number N: its block of N layers.",
     )
     trainable: Trainable | None = Field(
         None,
-        description="Train LoRA on W_Q/W_K, W_Q/W_K themselves in float32, or the whole model so. "
-        "Unset: lora; for MetaICL and PICL model.",
+        description="What is trained. lora: LoRA on W_Q and W_K. full: W_Q and W_K themselves, "
+        "in float32. model: every weight, in float32. Unset: lora for ABFT and E2E, model for "
+        "MetaICL and PICL.",
     )
     lora_r: int = Field(16, ge=1, description="Rank of LoRA.")
     penalty: float = Field(
         0.5,
         ge=0,
         allow_inf_nan=False,
-        description="A, on attention to wrong labels, at the start.",
+        description="A, the factor of the loss on attention to wrong labels, at the start.",
     )
     reward: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="B, on attention missing from right labels."
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="B, the factor of the loss on attention missing from right labels.",
     )
     adaptation: Literal["pid", "p", "none"] = Field(
-        "pid", description="Control of the penalty by the number of induction heads (paper, A.3)."
+        "pid", description="How the number of induction heads controls the penalty (paper, A.3)."
     )
     p_factor: float | None = Field(
         None,
         allow_inf_nan=False,
-        description="Factor of the control where it is p. Unset: pid-p.",
+        description="Factor of the control with --adaptation p. Unset: the value of --pid-p.",
     )
-    pid_p: float = Field(0.03, allow_inf_nan=False, description="Factor C_p of the control.")
-    pid_i: float = Field(0.005, allow_inf_nan=False, description="Factor C_i of the control.")
-    pid_d: float = Field(0.005, allow_inf_nan=False, description="Factor C_d of the control.")
-    head_filter: bool = Field(True, description="Train induction heads only, or every head.")
+    pid_p: float = Field(
+        0.03, allow_inf_nan=False, description="Factor C_p of the penalty's control."
+    )
+    pid_i: float = Field(
+        0.005, allow_inf_nan=False, description="Factor C_i of the penalty's control."
+    )
+    pid_d: float = Field(
+        0.005, allow_inf_nan=False, description="Factor C_d of the penalty's control."
+    )
+    head_filter: bool = Field(
+        True,
+        description="Compute the loss on induction heads only; without the filter, on every head.",
+    )
     checkpointing: bool = Field(
-        False, description="Recompute layers in the backward instead of keeping them in memory."
+        False,
+        description="Recompute layers in the backward pass instead of keeping them in memory.",
     )
     seed: int = Field(
-        0, ge=0, lt=2**32, description="Seed of prompts, their order and LoRA's start."
+        0,
+        ge=0,
+        lt=2**32,
+        description="Seed of the training prompts, their order and LoRA's initial weights.",
     )
     mauve_test: bool = Field(
-        False, description="Score by MAUVE how close texts written after are to those of before."
+        False,
+        description="Score with MAUVE how close texts written after training are to texts "
+        "written before.",
     )
     mauve_prefix: Path | None = Field(
         None,
-        description="Beginnings of the texts MAUVE compares, one a line. Unset: the first words "
-        "of the dataset's test texts.",
+        description="File of beginnings of the texts that MAUVE compares, one a line. Unset: "
+        "the first words of the dataset's test texts.",
     )
     mauve_model: str | None = Field(
-        None, description="Model whose hidden states MAUVE compares. Unset: the model as it was."
+        None, description="Model whose hidden states MAUVE compares. Unset: the untrained model."
     )
     save_steps: int = Field(8, ge=1, description="Steps between checkpoints.")
-    no_eval: bool = Field(False, description="Skip the evaluations before and after.")
-    no_eval_before: bool = Field(False, description="Skip the evaluation before.")
-    no_eval_after: bool = Field(False, description="Skip the evaluation after.")
+    no_eval: bool = Field(False, description="Skip the evaluations before and after training.")
+    no_eval_before: bool = Field(False, description="Skip the evaluation before training.")
+    no_eval_after: bool = Field(False, description="Skip the evaluation after training.")
     no_save: bool = Field(
-        False, description="Keep no adapter and no checkpoint; a killed run starts anew."
+        False, description="Save no adapter and no checkpoint; a killed run must start again."
     )
     tracker: Literal["none", "wandb", "tensorboard"] = Field(
-        "none", description="Also log to a tracker of accelerate."
+        "none", description="Also log to this tracker, by accelerate."
     )
     force: bool = Field(
-        False, exclude=True, description="Run even where the plan of memory says it cannot fit."
+        False,
+        exclude=True,
+        description="Run even if the plan of memory says that the run does not fit.",
     )
     output_dir: Path | None = Field(
         None, exclude=True, description="Folder of the run. Unset: runs/<time>-<model>-<dataset>."
     )
     overwrite: bool = Field(
-        False, exclude=True, description="Replace what an existing output folder holds."
+        False, exclude=True, description="Replace the content of an existing output folder."
     )
     resume: Path | None = Field(
         None, exclude=True, description="Continue the run in this folder with its own options."
@@ -275,5 +298,6 @@ class PlanConfig(TrainConfig):
         None,
         gt=1,  # is left to CUDA
         allow_inf_nan=False,
-        description="GB (10^9 bytes) of the GPU to plan for. Unset: what is free here.",
+        description="Memory of the GPU to plan for, in GB (10^9 bytes). Unset: what is free on "
+        "this machine.",
     )
