@@ -288,8 +288,8 @@ def table_(flags: dict[str, Any]) -> None:
     if config.output is not None:
         check_output(config.output)
     from abft_fast.experiments.records import read_records
-    from abft_fast.experiments.tables.collect import make_table
     from abft_fast.experiments.tables.format import FORMATS
+    from abft_fast.experiments.tables.layouts import make_table
 
     text = FORMATS[config.format](make_table(config, read_records(config.folder)))
     if config.output is None:

@@ -1,4 +1,4 @@
-"""Cells of a sweep as tasks of a Ray cluster; its machines share the sweep's folder."""
+"""Run cells of a sweep as tasks of a Ray cluster whose machines share the sweep's folder."""
 
 from __future__ import annotations
 
@@ -6,24 +6,39 @@ import importlib.util
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from abft_fast.errors import UserError
-from abft_fast.experiments.cells import FAILED, POLL, CellFolder, end, sigterm_as_interrupt
+from abft_fast.experiments.cell_folder import (
+    FAILED,
+    POLL_SECONDS,
+    CellEnded,
+    CellFolder,
+    Outcome,
+    end,
+    sigterm_as_interrupt,
+)
 from abft_fast.options import SweepConfig
 
 
-def require() -> None:
-    """Raises UserError where Ray is not installed."""
+def require_ray() -> None:
+    """Raise UserError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise UserError("--engine ray: not installed; `pip install 'abft-fast[ray]'`")
 
 
-def run_on_ray(
-    config: SweepConfig, folders: list[Path], ended: Callable[[str, str, str, float], None]
-) -> None:
-    """Tasks on the cluster that RAY_ADDRESS names, or on one started here and ended after."""
+def run_on_ray(config: SweepConfig, folders: list[Path], on_end: CellEnded) -> None:
+    """Run cells on the cluster that RAY_ADDRESS names, else on one that lives as long as the call.
+
+    Args:
+        config: options of the sweep.
+        folders: the folders of the cells, in the order to start them.
+        on_end: called when a cell has ended.
+
+    Raises:
+        UserError: no machine of the cluster has the CPUs or GPUs that a cell asks for.
+    """
     import ray
 
     ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
@@ -31,16 +46,11 @@ def run_on_ray(
         gpus = config.cell_gpus
         if gpus is None:
             gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        for option, kind, asked in (
-            ("--cell-cpus", "CPU", config.cell_cpus),
-            ("--cell-gpus", "GPU", gpus),
-        ):
-            most = max(node["Resources"].get(kind, 0) for node in ray.nodes())
-            if asked > most:  # Ray would wait for such a machine
-                raise UserError(f"{option} {asked}: no machine of the cluster has more than {most}")
+        _check_resources(ray.nodes(), config.cell_cpus, gpus)
         task = ray.remote(num_cpus=config.cell_cpus, num_gpus=gpus, max_retries=0)(_run_cell)
-        waiting, running = list(reversed(folders)), {}
-        with sigterm_as_interrupt():  # ray.init has set a handler of its own
+        waiting = list(reversed(folders))
+        running: dict[Any, tuple[Path, float]] = {}
+        with sigterm_as_interrupt():  # after ray.init, which sets a handler of its own
             try:
                 while waiting or running:
                     while waiting and len(running) < (config.jobs or len(folders)):
@@ -50,11 +60,11 @@ def run_on_ray(
                     for reference in ray.wait(list(running), num_returns=1)[0]:
                         folder, started = running.pop(reference)
                         try:
-                            status, line = ray.get(reference)
+                            outcome = Outcome(*ray.get(reference))
                         except ray.exceptions.RayError as error:  # the worker or machine is gone
                             reason = getattr(error, "cause", None) or error
-                            status, line = FAILED, str(reason).strip().splitlines()[0]
-                        ended(folder.name, status, line, time.monotonic() - started)
+                            outcome = Outcome(FAILED, str(reason).strip().splitlines()[0])
+                        on_end(folder.name, outcome, time.monotonic() - started)
             finally:
                 for reference in running:
                     ray.cancel(reference)
@@ -64,17 +74,26 @@ def run_on_ray(
         ray.shutdown()
 
 
-def _run_cell(folder: str, cwd: str) -> tuple[str, str]:
-    """Run a cell to its end in a worker: its status and line."""
-    # ray.cancel is a SIGINT, which workers ignore where a shell started Ray in its background.
+def _check_resources(nodes: list[dict[str, Any]], cpus: float, gpus: float) -> None:
+    """Raise UserError if no machine has what a cell asks for; Ray would wait for such a machine."""
+    for option, kind, asked in (("--cell-cpus", "CPU", cpus), ("--cell-gpus", "GPU", gpus)):
+        most = max(node["Resources"].get(kind, 0) for node in nodes)
+        if asked > most:
+            raise UserError(f"{option} {asked}: no machine of the cluster has more than {most}")
+
+
+def _run_cell(folder: str, working_directory: str) -> tuple[str, str]:
+    """Run a cell to its end in a worker; return the fields of its outcome."""
+    # ray.cancel sends SIGINT, which workers ignore if a shell started Ray in its background.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(cwd)
+    os.chdir(working_directory)
     cell, started = CellFolder(Path(folder)), time.monotonic()
     process = cell.start({})
     try:
-        while process.poll() is None:
-            time.sleep(POLL)  # not wait(), which it would not interrupt
+        while (exit_code := process.poll()) is None:
+            time.sleep(POLL_SECONDS)  # SIGINT would not interrupt process.wait()
     except BaseException:
         end([process])
         raise
-    return cell.finish(process.returncode, time.monotonic() - started)
+    status, error = cell.finish(exit_code, time.monotonic() - started)
+    return status, error

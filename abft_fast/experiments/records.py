@@ -1,20 +1,21 @@
-"""What runs left on disk, read back: plain runs of `train`, and the cells of sweeps."""
+"""Read runs back from disk: single runs of `train`, and the cells of sweeps."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from abft_fast.errors import UserError
-from abft_fast.experiments.cells import FINISHED, UNFINISHED, CellFolder
+from abft_fast.experiments.cell_folder import FINISHED, UNFINISHED, CellFolder
 from abft_fast.options import Options
 from abft_fast.options.resolve import read_yaml
 from abft_fast.training.run_folder import Run
 
 Scores = dict[str, dict[str, dict[str, float]]]
-"""Metrics by side, `before` and `after`, and dataset."""
+"""Metrics by side and dataset: `{"before": {"sst2": {"accuracy": 0.5}}, "after": ...}`."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,19 @@ class Record:
     """One run.
 
     Attributes:
-        folder: of the run or the cell.
-        method: what was done to the model; `vanilla` or a calibration where nothing was trained.
+        folder: the folder of the run or the cell.
+        method: the method of training; `vanilla` or a calibration if nothing was trained.
         options: every option.
-        labels: what a sweep file calls it, by axis.
-        title: the same in one line.
-        status: finished, failed, unfinished or waiting; `line` is what it failed with.
-        evaluation: scores; of a method that trains nothing, as `after`.
-        attention: the same for attention behavior.
-        seconds: of training; None without a step.
-        peak_memory: bytes.
-        trained_parameters: how many numbers were trained.
-        data: path and SHA-256 of each file, of the user's own data.
+        labels: names that the sweep file gives, by axis.
+        title: one line for people, in the words of the sweep file.
+        status: `finished`, `failed`, `unfinished` or `waiting`.
+        error: the line that says why the run failed, or "".
+        evaluation: the scores; a method that trains nothing has them as `after`.
+        attention: measures of attention behavior, in the same form.
+        seconds: training time; None before the first step.
+        peak_memory: bytes; None before the first step.
+        trained_parameters: how many parameters were trained.
+        data: path and SHA-256 of each of the user's own data files.
     """
 
     folder: Path
@@ -42,7 +44,7 @@ class Record:
     labels: dict[str, str] = field(default_factory=dict)
     title: str = ""
     status: str = FINISHED
-    line: str = ""
+    error: str = ""
     evaluation: Scores = field(default_factory=dict)
     attention: Scores = field(default_factory=dict)
     seconds: float | None = None
@@ -52,44 +54,45 @@ class Record:
 
     @property
     def dataset(self) -> str:
-        """The name that scores have it by."""
+        """The name that the scores give the dataset."""
         return Options.model_construct(dataset=self.options["dataset"]).dataset_name
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Every run below a folder, in the order of paths.
+    """Read every run below a folder, in the order of their paths.
 
     Raises:
-        UserError: there is none, or a file of one cannot be read.
+        UserError: there is no run, or a file of a run cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"folder {folder} does not exist")
-    found = []
+    records = []
     for path in sorted([*folder.rglob("cell.yaml"), *folder.rglob("config.yaml")]):
         if path.name == "cell.yaml":
-            found.append(read_cell(path.parent))
+            records.append(read_cell(path.parent))
         elif _is_run(path.parent) and not (path.parent.parent / "cell.yaml").is_file():
-            found.append(_read(_read_run, path.parent))
-    if not found:
+            records.append(_read(_read_run, path.parent))
+    if not records:
         raise UserError(f"folder {folder} holds no run: name a run's, a sweep's or one above them")
-    return found
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a config.yaml there is a run's, not a tracker's or anybody else's."""
-    return (folder / "environment.json").is_file()
+    return records
 
 
 def read_cell(folder: Path) -> Record:
-    """A cell of a sweep, as far as it is.
+    """Read a cell of a sweep, whatever its status.
 
     Raises:
-        UserError: a file of it cannot be read.
+        UserError: a file of the cell cannot be read.
     """
     return _read(_read_cell, folder)
 
 
-def _read(reader: Any, folder: Path) -> Record:
+def _is_run(folder: Path) -> bool:
+    """Return whether the config.yaml in a folder is a run's; trackers write files of that name."""
+    return (folder / "environment.json").is_file()
+
+
+def _read(reader: Callable[[Path], Record], folder: Path) -> Record:
+    """Read a folder, and raise UserError if its files are missing or damaged."""
     try:
         return reader(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -101,37 +104,46 @@ def _read(reader: Any, folder: Path) -> Record:
 
 def _read_cell(folder: Path) -> Record:
     cell = CellFolder(folder)
-    about, (status, line) = cell.labels, cell.status
-    known = {
-        "labels": about["labels"], "title": about["title"], "status": status, "line": line
-    }  # fmt: skip
-    known["data"] = about.get("data", {})
+    about, outcome = cell.labels, cell.outcome
+    measured: dict[str, Any] = {}
     if about["command"] == "train":
-        found = _what_training_left(cell.run)
-    else:
-        found = {}
-        if cell.metrics.is_file():
-            found["evaluation"] = {"after": json.loads(cell.metrics.read_text(encoding="utf-8"))}
-    return Record(folder, about["method"], cell.options, **{**found, **known})
+        measured = _measured_in_training(cell.run)
+    elif cell.metrics.is_file():
+        after = json.loads(cell.metrics.read_text(encoding="utf-8"))
+        measured = {"evaluation": {"after": after}}
+    measured["data"] = about.get("data", {})
+    return Record(
+        folder,
+        about["method"],
+        cell.options,
+        about["labels"],
+        about["title"],
+        outcome.status,
+        outcome.error,
+        **measured,
+    )
 
 
 def _read_run(folder: Path) -> Record:
     options = read_yaml(folder / "config.yaml")
-    found = _what_training_left(folder)
-    status = FINISHED if "after" in found["evaluation"] else UNFINISHED
-    return Record(folder, options.get("method", "ABFT"), options, status=status, **found)
+    measured = _measured_in_training(folder)
+    status = FINISHED if "after" in measured["evaluation"] else UNFINISHED
+    return Record(folder, options.get("method", "ABFT"), options, status=status, **measured)
 
 
-def _what_training_left(folder: Path) -> dict[str, Any]:
+def _measured_in_training(folder: Path) -> dict[str, Any]:
+    """Return the fields of a record that the run folder of `train` knows."""
     run = Run(folder)
-    environment = folder / "environment.json"
-    described = json.loads(environment.read_text("utf-8")) if environment.is_file() else {}
-    rows = run.metrics()
+    environment_file = folder / "environment.json"
+    environment: dict[str, Any] = {}
+    if environment_file.is_file():
+        environment = json.loads(environment_file.read_text(encoding="utf-8"))
+    steps = run.metrics()
     return {
         "evaluation": run.evaluation,
         "attention": run.attention,
-        "seconds": sum(row["seconds"] for row in rows) if rows else None,
-        "peak_memory": max(row["peak_memory_bytes"] for row in rows) if rows else None,
-        "trained_parameters": described.get("trained_parameters"),
-        "data": described.get("data", {}),
+        "seconds": sum(step["seconds"] for step in steps) if steps else None,
+        "peak_memory": max(step["peak_memory_bytes"] for step in steps) if steps else None,
+        "trained_parameters": environment.get("trained_parameters"),
+        "data": environment.get("data", {}),
     }

@@ -1,4 +1,4 @@
-"""One CSV of a sweep: a row for each cell, side and dataset."""
+"""Write the results of a sweep as one CSV: a row for each cell, side and dataset."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from abft_fast.experiments.cells import FINISHED
-from abft_fast.experiments.grid import EVALUATED
+from abft_fast.experiments.cell import CALIBRATIONS
+from abft_fast.experiments.cell_folder import FINISHED
 from abft_fast.experiments.records import Record
 from abft_fast.runtime.files import write_text
 
-_ALWAYS = ("model", "dataset", "method", "seed")
+_FIRST_COLUMNS = ("model", "dataset", "method", "seed")
 
 
 def write_results(path: Path, records: Iterable[Record]) -> None:
-    """Replace the file by what the records say; a cell that is not finished has a row too."""
+    """Replace a CSV by the records' results; a cell that is not finished has a row too."""
     records = list(records)
-    varying = _varying(records)
-    rows = [row for record in records for row in _rows(record, varying)]
-    whole_first = sorted(rows, key=lambda row: "error" in row)
-    columns = list(dict.fromkeys(name for row in whole_first for name in row))
+    options = _shown_options(records)
+    rows = [row for record in records for row in _rows(record, options)]
+    complete_first = sorted(rows, key=lambda row: "error" in row)
+    columns = list(dict.fromkeys(name for row in complete_first for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -30,39 +30,43 @@ def write_results(path: Path, records: Iterable[Record]) -> None:
     write_text(path, text.getvalue())
 
 
-def _varying(records: list[Record]) -> list[str]:
-    """Options that are not the same everywhere, after those that tell cells apart at once."""
-    names = dict.fromkeys(name for record in records for name in record.options)
-    differ = [
-        name
-        for name in names
-        if len({str(r.options[name]) for r in records if name in r.options}) > 1
-    ]
-    trained = {r.options.get("calibration") for r in records if r.method not in EVALUATED}
-    if len(trained) < 2:  # else it is the method
-        differ = [name for name in differ if name != "calibration"]
-    return [*_ALWAYS, *(name for name in differ if name not in _ALWAYS)]
+def _shown_options(records: list[Record]) -> list[str]:
+    """Return the columns for options: some always, then all that differ between records."""
+    values: dict[str, set[str]] = {}
+    for record in records:
+        for name, value in record.options.items():
+            values.setdefault(name, set()).add(str(value))
+    differing = [name for name, found in values.items() if len(found) > 1]
+    calibrations = {r.options.get("calibration") for r in records if r.method not in CALIBRATIONS}
+    if len(calibrations) < 2 and "calibration" in differing:
+        differing.remove("calibration")  # only evaluations differ in it, and it is their method
+    return [*_FIRST_COLUMNS, *(name for name in differing if name not in _FIRST_COLUMNS)]
 
 
-def _rows(record: Record, varying: list[str]) -> list[dict[str, Any]]:
-    options = {name: record.options.get(name) for name in varying} | {"method": record.method}
+def _rows(record: Record, option_names: list[str]) -> list[dict[str, Any]]:
+    about = {"cell": record.folder.name, "status": record.status}
+    about |= {name: record.options.get(name) for name in option_names}
+    about["method"] = record.method
     if record.data:
-        options["data_sha256"] = " ".join(digest[:10] for digest in record.data.values())
-    labels = {f"{axis}_name": label for axis, label in record.labels.items()}
-    known = {"cell": record.folder.name, "status": record.status, **options, **labels}
+        about["data_sha256"] = " ".join(digest[:10] for digest in record.data.values())
+    about |= {f"{axis}_name": label for axis, label in record.labels.items()}
     if record.status != FINISHED:
-        return [{**known, "error": record.line}]
-    sides = [(side, name) for side, scores in record.evaluation.items() for name in scores]
-    return [
+        return [{**about, "error": record.error}]
+    costs = {
+        "training_seconds": record.seconds,
+        "peak_memory_bytes": record.peak_memory,
+        "trained_parameters": record.trained_parameters,
+    }
+    rows = [
         {
-            **known,
+            **about,
             "side": side,
-            "evaluated_on": name,
-            **(record.evaluation[side][name] if side else {}),
-            **(record.attention.get(side, {}).get(name, {})),
-            "training_seconds": record.seconds,
-            "peak_memory_bytes": record.peak_memory,
-            "trained_parameters": record.trained_parameters,
+            "evaluated_on": dataset,
+            **metrics,
+            **record.attention.get(side, {}).get(dataset, {}),
+            **costs,
         }
-        for side, name in sides or [("", "")]
+        for side, datasets in record.evaluation.items()
+        for dataset, metrics in datasets.items()
     ]
+    return rows or [{**about, "side": "", "evaluated_on": "", **costs}]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from abft_fast.experiments.cells import CellFolder
-from abft_fast.experiments.grid import Cell
+from abft_fast.experiments.cell import Cell
+from abft_fast.experiments.cell_folder import CellFolder
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.training.run_folder import Run

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from abft_fast.errors import UserError
-from abft_fast.experiments.grid import parse_overrides, read_cells
+from abft_fast.experiments.grid import read_cells
+from abft_fast.experiments.sweep_file import parse_overrides
 
 pytestmark = pytest.mark.unit
 
@@ -132,11 +133,11 @@ def test_overrides_replace_axes_groups_and_settings(tmp_path):
         ("grid: {method: [vanilla], k: [-1]}", "vanilla k=-1: --k -1"),
         (
             "grid: {model: [{a: {model: gpt2, method: E2E}}], method: [{b: {method: ABFT}}]}",
-            "model: a says method, and so do the named entries of grid: method",
+            "model: a sets method, and the named entries of grid: method set it too",
         ),
         (
             "grid: {method: [{v: {method: vanilla, k: 2}}]}\nsettings: {x: {method: ABFT}}",
-            "settings: x says method, and so do",
+            "settings: x sets method, and the named entries",
         ),
         ("grid: {model: [{a: {model: x}}, {a: {model: y}}]}", "two entries are called a"),
         (

@@ -5,12 +5,12 @@ import re
 import pytest
 
 from abft_fast.errors import UserError
-from abft_fast.experiments.cells import CellFolder
+from abft_fast.experiments.cell_folder import CellFolder
 from abft_fast.experiments.grid import read_cells
 from abft_fast.experiments.records import read_records
 from abft_fast.experiments.results import write_results
-from abft_fast.experiments.tables.collect import make_table
 from abft_fast.experiments.tables.format import FORMATS
+from abft_fast.experiments.tables.layouts import make_table
 from abft_fast.options import TableConfig, TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.files import write_json

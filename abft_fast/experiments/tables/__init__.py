@@ -1,1 +1,1 @@
-"""The paper's tables, made of what runs left."""
+"""Tables in the paper's form: collect the runs, lay them out, format them."""

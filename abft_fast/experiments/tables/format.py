@@ -1,12 +1,13 @@
-"""A table as markdown or as LaTeX (booktabs)."""
+"""Format a table as markdown or as LaTeX (booktabs)."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
-from abft_fast.experiments.tables.collect import Entry, Table
+from abft_fast.experiments.tables.types import Entry, Table
 
-_MISSING = "missing"
+_MISSING, _DOES_NOT_APPLY = "missing", "-"
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -14,19 +15,19 @@ _LATEX = {
 
 
 def to_markdown(table: Table) -> str:
-    """Percent with two decimals; the best is bold, a deviation follows a plus-minus sign."""
-    aligned = ["---" if _is_text(table, i) else "---:" for i in range(len(table.titles))]
-    lines = [table.titles, aligned]
-    lines += [[_markdown(value) for value in line] for line in _without_repeats(table)]
+    """Format as markdown: percentages with two decimals, `±` and the deviation, the best bold."""
+    alignments = ["---" if _is_text(table, i) else "---:" for i in range(len(table.titles))]
+    lines = [table.titles, alignments]
+    lines += [[_markdown(value) for value in line] for line in _models_named_once(table)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def to_latex(table: Table) -> str:
-    """The same, the deviation as a subscript, a rule between models."""
+    """Format as LaTeX: the deviation is a subscript, and a rule separates models."""
     columns = "".join("l" if _is_text(table, i) else "r" for i in range(len(table.titles)))
     lines = [r"\begin{tabular}{" + columns + "}", r"\toprule"]
-    lines += [" & ".join(map(_escaped, table.titles)) + r" \\", r"\midrule"]
-    for number, line in enumerate(_without_repeats(table)):
+    lines += [" & ".join(map(_escape, table.titles)) + r" \\", r"\midrule"]
+    for number, line in enumerate(_models_named_once(table)):
         if number and line[0]:
             lines.append(r"\midrule")
         lines.append(" & ".join(map(_latex, line)) + r" \\")
@@ -34,15 +35,16 @@ def to_latex(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-FORMATS = {"markdown": to_markdown, "latex": to_latex}
+FORMATS: dict[str, Callable[[Table], str]] = {"markdown": to_markdown, "latex": to_latex}
+"""Functions that format a table, by the value of `--format`."""
 
 
 def _is_text(table: Table, column: int) -> bool:
     return all(isinstance(line[column], str) for line in table.lines)
 
 
-def _without_repeats(table: Table) -> list[list[str | Entry]]:
-    """Each model named once."""
+def _models_named_once(table: Table) -> list[list[str | Entry]]:
+    """Return the lines with the model's name left out where the line above has it too."""
     before, lines = None, []
     for line in table.lines:
         lines.append(["" if line[0] == before else line[0], *line[1:]])
@@ -54,35 +56,39 @@ def _markdown(value: str | Entry) -> str:
     if isinstance(value, str):
         return value.replace("|", r"\|")
     if value.mean is None:
-        return _MISSING if value.applies else "-"
-    text = f"**{_number(value)}**" if value.best else _number(value)
-    text = text.replace("x", "\N{MULTIPLICATION SIGN}") if value.unit == "x" else text
-    text += f" ± {100 * value.deviation:.2f}" if value.deviation is not None else ""
+        return _MISSING if value.applies else _DOES_NOT_APPLY
+    text = _number(value.mean, value.unit, times="\N{MULTIPLICATION SIGN}")
+    if value.best:
+        text = f"**{text}**"
+    if value.deviation is not None:
+        text += f" ± {100 * value.deviation:.2f}"
     return text + (f" ({value.note})" if value.note else "")
 
 
 def _latex(value: str | Entry) -> str:
     if isinstance(value, str):
-        return _escaped(value)
+        return _escape(value)
     if value.mean is None:
-        return _MISSING if value.applies else "-"
-    text = _number(value)
-    text = text.replace("x", r"$\times$") if value.unit == "x" else text
-    text = rf"\textbf{{{text}}}" if value.best else text
-    text += f"$_{{{100 * value.deviation:.2f}}}$" if value.deviation is not None else ""
-    return text + (f" ({_escaped(value.note)})" if value.note else "")
+        return _MISSING if value.applies else _DOES_NOT_APPLY
+    text = _number(value.mean, value.unit, times=r"$\times$")
+    if value.best:
+        text = rf"\textbf{{{text}}}"
+    if value.deviation is not None:
+        text += f"$_{{{100 * value.deviation:.2f}}}$"
+    return text + (f" ({_escape(value.note)})" if value.note else "")
 
 
-def _number(entry: Entry) -> str:
-    if entry.unit == "%":
-        return f"{100 * entry.mean:.2f}"
-    if entry.unit == "x":
-        return f"{entry.mean:.1f}x"
+def _number(value: float, unit: str, times: str) -> str:
+    """Format a share as a percentage, a ratio with the `times` sign, a count as `2.5M`."""
+    if unit == "%":
+        return f"{100 * value:.2f}"
+    if unit == "x":
+        return f"{value:.1f}{times}"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if entry.mean >= size:
-            return f"{entry.mean / size:.1f}{letter}"
-    return f"{entry.mean:.0f}"
+        if value >= size:
+            return f"{value / size:.1f}{letter}"
+    return f"{value:.0f}"
 
 
-def _escaped(text: str) -> str:
-    return re.sub(r"[\\&%$#_{}~^]", lambda found: _LATEX[found[0]], text)
+def _escape(text: str) -> str:
+    return re.sub(r"[\\&%$#_{}~^]", lambda match: _LATEX[match[0]], text)
