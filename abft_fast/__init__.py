@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
     from abft_fast.models.preflight import check_attention
 
+__version__ = "0.1.0"  # pyproject.toml reads it here
+
 _MODULES = {
     "AttentionBehavior": "core.attention",
     "EncodedPrompt": "core.packing",
