@@ -51,7 +51,7 @@ options: install
 
 # README's performance section, docs/performance/measurements.md and docs/performance/plots/, from benchmarks/results/.
 report: install
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.report
 
 # Every variant of the kernels for every GPU target; no GPU needed, an hour on two cores.
 kernels-report: install

@@ -19,8 +19,9 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore")
 from pathlib import Path
 
 import pytest
-import record
 import torch
+
+from benchmarks import record
 
 
 def pytest_addoption(parser):

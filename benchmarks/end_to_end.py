@@ -29,10 +29,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from paired import Timing, compare
-from record import GPU, append, quick_first
 
 from abft_fast import data
+from benchmarks.paired import Timing, compare
+from benchmarks.record import GPU, append, quick_first
 
 COMMAND = Path(sys.executable).with_name("abft-fast")
 LIBRARIES = "libraries imported"

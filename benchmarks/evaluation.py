@@ -21,8 +21,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from paired import compare, wall_seconds
-from record import DEVICE, GPU, append, quick_first
 from StaICC.prefabricate_inference.model_kernel import standard_ICL_inference_with_torch_Causal_LM
 from StaICC.util import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,6 +30,8 @@ from abft_fast.evaluation.inference import predict
 from abft_fast.evaluation.protocols import METRICS, Protocol
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.token_budget import CPU_TOKENS
+from benchmarks.paired import compare, wall_seconds
+from benchmarks.record import DEVICE, GPU, append, quick_first
 
 
 class Case(NamedTuple):

@@ -15,10 +15,11 @@ from functools import partial
 import pytest
 import torch
 from abft_kernels import choose_attention
-from layer import Layer, Shape
-from paired import compare
-from record import GPU, append, quick_first
 from torch import Tensor
+
+from benchmarks.layer import Layer, Shape
+from benchmarks.paired import compare
+from benchmarks.record import GPU, append, quick_first
 
 EAGER_LIMIT = 8192 if GPU else 4096  # tokens a prompt up to which a matrix is written out
 HEADS = (32, 8, 128) if GPU else (4, 1, 64)

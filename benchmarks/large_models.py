@@ -20,11 +20,6 @@ from typing import TypeVar
 
 import pytest
 import torch
-from paired import NOT_TIMED, Timing, compare
-from peak_memory import in_fresh_process, memory_held
-from record import DEVICE, GPU, append, quick_first
-from step_contenders import one_by_one, ours, packed_end_to_end
-from steps import Case, Contender, Step, relative_difference
 
 from abft_fast.core.attention import NAME
 from abft_fast.memory.plan import (
@@ -37,6 +32,11 @@ from abft_fast.memory.plan import (
 )
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
+from benchmarks.paired import NOT_TIMED, Timing, compare
+from benchmarks.peak_memory import in_fresh_process, memory_held
+from benchmarks.record import DEVICE, GPU, append, quick_first
+from benchmarks.step_contenders import one_by_one, ours, packed_end_to_end
+from benchmarks.steps import Case, Contender, Step, relative_difference
 
 
 @dataclass(frozen=True)

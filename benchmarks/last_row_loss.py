@@ -16,10 +16,11 @@ from functools import partial
 import pytest
 import torch
 from abft_kernels import LastRowLoss, choose_backend
-from layer import DTYPE, Layer, Shape
-from paired import compare
-from peak_memory import in_fresh_process, peak_of
-from record import GPU, append, quick_first
+
+from benchmarks.layer import DTYPE, Layer, Shape
+from benchmarks.paired import compare
+from benchmarks.peak_memory import in_fresh_process, peak_of
+from benchmarks.record import GPU, append, quick_first
 
 TOKENS = 262_144 if GPU else 16_384
 LENGTHS = [16_384, 512, 131_072, 128, 4096, 65_536] if GPU else [512, 4096, 128, 131_072]

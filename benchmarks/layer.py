@@ -16,10 +16,11 @@ from abft_kernels import (
     reference,
 )
 from abft_kernels.attention.separate import visible_keys
-from record import DEVICE, GPU
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from benchmarks.record import DEVICE, GPU
 
 if GPU:
     from torch.nn.attention.varlen import varlen_attn

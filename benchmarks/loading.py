@@ -24,13 +24,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from paired import Timing
-from peak_memory import high_water_mark, in_fresh_process, reset_high_water_mark
-from record import append, quick_first
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from abft_fast import builtin_model_path
 from abft_fast.models.loading import load, read_tokenizer
+from benchmarks.paired import Timing
+from benchmarks.peak_memory import high_water_mark, in_fresh_process, reset_high_water_mark
+from benchmarks.record import append, quick_first
 
 BF16 = torch.bfloat16
 MODES = {  # dtype and bits to load with, and how far logits may be from those of what is stored

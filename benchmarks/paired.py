@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from record import GPU, SEED
+
+from benchmarks.record import GPU, SEED
 
 
 class Spread(NamedTuple):

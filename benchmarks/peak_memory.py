@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import psutil
 import torch
-from record import DEVICE, GPU
+
+from benchmarks.record import DEVICE, GPU
 
 T = TypeVar("T")
 

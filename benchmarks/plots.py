@@ -15,8 +15,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from rows import Row, distinct, group, natural
-from tables import EAGER, STEPS, exponent, main_heads, of, slope_of, whole
+
+from benchmarks.rows import Row, distinct, group, natural
+from benchmarks.tables import EAGER, STEPS, exponent, main_heads, of, slope_of, whole
 
 GREY = "#797979"  # as far from white as from GitHub's #0d1117
 COLORS = ("#2f7ed8", "#c8571b", "#1e8e5a", "#a45cc9", "#d0405f", "#8f7a1a")

@@ -1,6 +1,6 @@
 """Write the pages of docs/performance/ and their plots from the rows of results/.
 
-    python benchmarks/report.py        # or `make report`
+    python -m benchmarks.report        # or `make report`
 
 Nothing here is a figure: without its row it is "not measured yet". CI checks that what is committed
 is what this writes.
@@ -12,11 +12,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from plots import PLOTS, draw
-from rows import KINDS, QUESTIONS, Row, read
-from tables import SUMMARIES, every_column, listed, origin, paragraph
-
 from abft_fast.errors import UserError
+from benchmarks.plots import PLOTS, draw
+from benchmarks.rows import KINDS, QUESTIONS, Row, read
+from benchmarks.tables import SUMMARIES, every_column, listed, origin, paragraph
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- performance -->", "<!-- /performance -->"

@@ -15,14 +15,14 @@ from functools import partial
 
 import pytest
 import torch
-from paired import compare
-from peak_memory import in_fresh_process
-from record import GPU, append
-from rows import slope
-from step_contenders import ours, packed_pass
-from steps import Case, Contender, Step, relative_difference
 
 from abft_fast.core.attention import NAME
+from benchmarks.paired import compare
+from benchmarks.peak_memory import in_fresh_process
+from benchmarks.record import GPU, append
+from benchmarks.rows import slope
+from benchmarks.step_contenders import ours, packed_pass
+from benchmarks.steps import Case, Contender, Step, relative_difference
 
 WIDTH = 2048 if GPU else 256
 PROMPTS, LENGTH, DEPTH = (64, 128, 8) if GPU else (8, 128, 8)  # where they are no axis

@@ -14,8 +14,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from paired import compare
-from record import DEVICE, GPU, append, quick_first
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import EncodedPrompt, builtin_model_path, data
@@ -25,6 +23,8 @@ from abft_fast.evaluation.inference import label_logits
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.token_budget import CPU_TOKENS
+from benchmarks.paired import compare
+from benchmarks.record import DEVICE, GPU, append, quick_first
 
 
 class Case(NamedTuple):

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from record import DEVICE, GPU
-from steps import DTYPE, Contender, Step
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -22,6 +20,8 @@ from abft_fast.core.attention import NAME, PackedForward
 from abft_fast.core.backbone import backbone, decoder_layers
 from abft_fast.core.language_model_loss import TargetedPrompt, language_model_loss
 from abft_fast.core.objective import run_packed
+from benchmarks.record import DEVICE, GPU
+from benchmarks.steps import DTYPE, Contender, Step
 
 IGNORED = -100  # transformers' label of a token without a loss
 

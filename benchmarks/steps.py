@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from peak_memory import peak_of
-from record import DEVICE, GPU, SEED
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
 
@@ -24,6 +22,8 @@ from abft_fast.models.synthetic import random_model
 from abft_fast.models.trainable import enable_checkpointing, train_lora
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
+from benchmarks.peak_memory import peak_of
+from benchmarks.record import DEVICE, GPU, SEED
 
 DTYPE = torch.bfloat16 if GPU else torch.float32
 VOCABULARY = 4096  # of random models, and of random prompts for all

@@ -7,7 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from rows import ORIGIN, Row, distinct, group, natural, slope
+from benchmarks.rows import ORIGIN, Row, distinct, group, natural, slope
 
 EAGER = "eager, one by one"
 STEPS = ("ABFT, full", "ABFT, N = 2", "ABFT, local", "eager, padded", "E2E, packed", "E2E, TRL")

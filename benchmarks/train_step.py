@@ -13,11 +13,12 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from paired import compare
-from peak_memory import in_fresh_process
-from record import GPU, append, quick_first
-from step_contenders import contenders, floor_of
-from steps import Case, Step, relative_difference
+
+from benchmarks.paired import compare
+from benchmarks.peak_memory import in_fresh_process
+from benchmarks.record import GPU, append, quick_first
+from benchmarks.step_contenders import contenders, floor_of
+from benchmarks.steps import Case, Step, relative_difference
 
 CASES = (
     [

@@ -15,16 +15,16 @@ import tempfile
 
 import pytest
 import torch
-from paired import Timing, wall_seconds
-from peak_memory import in_fresh_process
-from record import DEVICE, GPU, SEED, append
-from step_contenders import label_batch
-from steps import DTYPE, Case, random_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path
 from abft_fast.models.synthetic import random_model
 from abft_fast.models.trainable import train_lora
+from benchmarks.paired import Timing, wall_seconds
+from benchmarks.peak_memory import in_fresh_process
+from benchmarks.record import DEVICE, GPU, SEED, append
+from benchmarks.step_contenders import label_batch
+from benchmarks.steps import DTYPE, Case, random_prompts
 
 CASE = Case("llama3-8b", 32, 150) if GPU else Case("6x512", 32, 150)
 

@@ -13,23 +13,13 @@ if not torch.cuda.is_available():  # read when kernels are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-_RUN_ON_THE_GPU = (
-    "test_triton_kernels",
-    "test_fused",
-    "test_kernel_launches",
-    "test_last_row_loss",
-    "test_prefix_attention",
-    "test_torch_library",
-)
-
-
 def pytest_collection_modifyitems(items):
-    """With a GPU, what runs on it is marked so; without one, what needs it is skipped."""
+    """Mark `kernels` tests `gpu` where there is a GPU; without one, skip the `gpu` tests."""
     for item in items:
         if not torch.cuda.is_available():
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
-        elif item.module.__name__.rpartition(".")[2] in _RUN_ON_THE_GPU:
+        elif item.get_closest_marker("kernels"):
             item.add_marker(pytest.mark.gpu)
 
 

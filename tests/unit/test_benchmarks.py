@@ -8,15 +8,16 @@ from json import loads
 from pathlib import Path
 
 import pytest
-import record
-from peak_memory import in_fresh_process, peak_of
+
+from benchmarks import record
+from benchmarks.peak_memory import in_fresh_process, peak_of
 
 pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 
 TURNS = """
 import pytest
-from paired import compare
+from benchmarks.paired import compare
 
 
 @pytest.mark.parametrize("warmup_rounds", [0, 1])

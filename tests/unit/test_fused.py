@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.last_row_cases import DEVICE, eager, error, make_case
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.kernels]
 FEATURES = {
     "plain": {},
     "no-filter": {"head_filter": False},

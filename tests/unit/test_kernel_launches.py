@@ -8,7 +8,7 @@ from tests.costs import Waits, counted_launches, moved
 from tests.last_row_cases import DEVICE, make_case
 
 pytest.importorskip("abft_kernels.loss_triton", exc_type=ImportError)
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.kernels]
 
 SCAN = {"scan_keys": 1, "combine_splits": 1}  # one pass over all keys, in parts
 LABELS = {"label_loss": 1}

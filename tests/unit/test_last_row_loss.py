@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.last_row_cases import DEVICE, FEATURES, assert_as_good_as_eager, gradients, make_case
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.kernels]
 
 
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())

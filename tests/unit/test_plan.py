@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from abft_fast.training.run_folder import Run
 from tests.tiny_models import tiny_config
 
 pytestmark = pytest.mark.unit
+ROOT = Path(__file__).parents[2]
 
 FLOAT32 = Arithmetic("cpu", mixed=False)
 
@@ -80,8 +82,7 @@ from abft_fast.models.trainable import enable_checkpointing, train_lora
 from abft_fast.memory.plan import FLOWS, Arithmetic, step_memory
 from abft_fast.models.synthetic import random_model
 from abft_fast.training.loop import backward
-sys.path.insert(0, "benchmarks")
-from peak_memory import high_water_mark, reset_high_water_mark
+from benchmarks.peak_memory import high_water_mark, reset_high_water_mark
 
 torch.set_num_threads(1)
 bits = int(sys.argv[1]) or None
@@ -111,7 +112,7 @@ for flow in FLOWS:
 def test_a_step_takes_what_was_planned(bits):
     run = subprocess.run(
         [sys.executable, "-c", REAL, str(bits)],
-        capture_output=True, text=True, check=False,
+        cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]

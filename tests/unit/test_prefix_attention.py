@@ -10,7 +10,7 @@ from abft_kernels.types import Scores
 
 from tests.last_row_cases import DEVICE, error
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.kernels]
 LENGTHS = [23, 1, 9, 40]
 FEATURES = {
     "plain": {},

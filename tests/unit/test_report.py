@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-import plots
 import pytest
-from report import BEGIN, END, SUMMARY, TABLES, insert, report, write
-from rows import ORIGIN, QUESTIONS, TIMING, read, slope
 
 from abft_fast.errors import UserError
+from benchmarks import plots
+from benchmarks.report import BEGIN, END, SUMMARY, TABLES, insert, report, write
+from benchmarks.rows import ORIGIN, QUESTIONS, TIMING, read, slope
 
 pytestmark = pytest.mark.unit
 
@@ -222,11 +222,11 @@ def test_plots_are_text_and_the_same_bytes_in_another_process(drawn):
         assert b"<text" in image and b"<dc:date>" not in image and len(image) < 60_000
     assert images["docs/performance/plots/scaling-cpu.svg"].count(b">1.00</text>") == 2  # slopes
     code = (
-        "import sys; sys.path.append(sys.argv[1]); from pathlib import Path; import report\n"
-        f"report.write(Path(sys.argv[3]), report.report(Path(sys.argv[2]), {EMPTY!r}))"
+        "import sys; from pathlib import Path; from benchmarks import report\n"
+        f"report.write(Path(sys.argv[2]), report.report(Path(sys.argv[1]), {EMPTY!r}))"
     )
     again = drawn / "again"
-    subprocess.run([sys.executable, "-c", code, ROOT / "benchmarks", drawn, again], check=True)
+    subprocess.run([sys.executable, "-c", code, drawn, again], cwd=ROOT, check=True)
     assert {name: (again / name).read_bytes() for name in contents} == contents
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from abft_fast.models.trainable import train_lora, trained_parameters
 from tests.tiny_models import FAMILIES, tiny_config
 
 pytestmark = pytest.mark.unit
+ROOT = Path(__file__).parents[2]
 
 CPU = torch.device("cpu")
 
@@ -78,8 +80,7 @@ import torch
 from transformers import LlamaConfig
 from abft_fast.memory.simulation import bytes_of
 from abft_fast.models.synthetic import random_model
-sys.path.insert(0, "benchmarks")
-from peak_memory import high_water_mark, reset_high_water_mark
+from benchmarks.peak_memory import high_water_mark, reset_high_water_mark
 
 torch.set_num_threads(1)
 def make(layers):
@@ -102,7 +103,7 @@ print(bytes_of(model.parameters()), high_water_mark("cpu") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's own high-water mark")
 def test_it_takes_its_own_memory_and_a_weights():
     run = subprocess.run(
-        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=False,
+        [sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]

@@ -7,7 +7,7 @@ from abft_kernels import flash_attention_with_last_row_loss, last_row_loss
 from tests.last_row_cases import DEVICE, make_case
 from tests.unit.test_fused import make_fused, run
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.kernels]
 BACKENDS = ["torch", "triton"]
 LABELS = ("label_positions", "label_offsets", "label_is_correct")
 

@@ -20,7 +20,7 @@ loss_triton = pytest.importorskip("abft_kernels.loss_triton", exc_type=ImportErr
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.kernels]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -1,0 +1,1 @@
+"""Measurements of speed and memory: rows in results/, and the report made of them."""
