@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abft_fast.builtin import builtin_model_path
-    from abft_fast.core.attention import AttentionBehavior
+    from abft_fast.core.behavior import AttentionBehavior
     from abft_fast.core.objective import attention_behavior_loss
     from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
     from abft_fast.models.preflight import check_attention
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
 _MODULES = {
-    "AttentionBehavior": "core.attention",
+    "AttentionBehavior": "core.behavior",
     "EncodedPrompt": "core.packing",
     "PackedPrompts": "core.packing",
     "attention_behavior_loss": "core.objective",

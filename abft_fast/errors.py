@@ -7,6 +7,10 @@ class UserError(Exception):
     """The user's mistake: the message names the thing and the fix. Exit code 2."""
 
 
+class UnsupportedModel(UserError, ValueError):  # noqa: N818 - what the model is
+    """The model, or what is asked of it, is outside this library: the message says what and why."""
+
+
 class RunError(Exception):
     """The run cannot go on: the message says why and what to try. Exit code 1."""
 

@@ -26,7 +26,7 @@ from StaICC.util import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path, data
-from abft_fast.evaluation.inference import predict
+from abft_fast.evaluation.inference import predict_labels
 from abft_fast.evaluation.protocols import METRICS, Protocol
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.token_budget import CPU_TOKENS
@@ -81,7 +81,7 @@ class Test:
         ]
 
     def packed(self, behavior: bool = True) -> list[list[float]]:
-        logits, _ = predict(self.model, self.encoded(), CPU_TOKENS, behavior=behavior)
+        logits, _ = predict_labels(self.model, self.encoded(), CPU_TOKENS, behavior=behavior)
         return [functional.softmax(row) for row in logits.tolist()]
 
     def predictions(self) -> list[list[float]]:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, pack
-from abft_fast.core.attention import NAME, PackedForward
+from abft_fast.core.attention import NAME
 from abft_fast.core.backbone import backbone, decoder_layers
 from abft_fast.core.language_model_loss import TargetedPrompt, language_model_loss
-from abft_fast.core.objective import run_packed
+from abft_fast.core.packed_forward import PackedForward
+from abft_fast.core.run_packed import run_packed
 from benchmarks.record import DEVICE, GPU
 from benchmarks.steps import DTYPE, Contender, Step
 
@@ -108,7 +109,7 @@ def packed_without_loss(step: Step) -> None:
 def packed_pass(step: Step) -> Tensor:
     """The packed forward alone: last hidden states."""
     unlabeled = [EncodedPrompt(prompt.input_ids, [], []) for prompt in step.prompts]
-    forward = PackedForward(pack(unlabeled), {"penalty": 0.0, "reward": 0.0})
+    forward = PackedForward(pack(unlabeled))
     return run_packed(backbone(step.model), forward).last_hidden_state
 
 

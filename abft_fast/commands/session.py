@@ -162,7 +162,7 @@ class Job(ModelOnDevice):
             with self.progress.bar(label, own) as advance:
 
                 def predict(encoded: EncodedPrompts, behavior: bool, advance=advance):
-                    return inference.predict(
+                    return inference.predict_labels(
                         self.model,
                         encoded,
                         CPU_TOKENS

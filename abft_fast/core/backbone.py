@@ -1,4 +1,4 @@
-"""What this library knows of a transformers decoder: its layers and its Q/K projections."""
+"""A decoder of transformers: its layers, its Q and K projections, and how it is prepared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from abft_fast.core import attention
+from abft_fast.core.blocks import BlockBoundary
+from abft_fast.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +22,7 @@ _FUSED = ("c_attn", "qkv_proj", "query_key_value")
 
 @dataclass(frozen=True)
 class Projection:
-    """One linear map that yields Q, K, or both with V beside them.
+    """A linear map that yields Q, K, or a fused one that yields V too.
 
     Attributes:
         name: the module's full name inside the model.
@@ -36,20 +38,24 @@ class Projection:
 
 
 def without_peft(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper, its adapters still in place; any other model as it is."""
+    """Return the model inside PEFT's wrapper, adapters in place, or any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def backbone(model: nn.Module) -> PreTrainedModel:
-    """The decoder without its LM head, out of a bare, headed or PEFT-wrapped model."""
+    """Return the decoder without its LM head, out of a bare, headed or PEFT-wrapped model.
+
+    Raises:
+        UnsupportedModel: the model is none of transformers.
+    """
     model = without_peft(model)
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a transformers model, not {type(model).__name__}")
+        raise UnsupportedModel(f"model must be a transformers model, not {type(model).__name__}")
     return model.base_model
 
 
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Attention modules by layer index; layers without Q and K projections are not in it."""
+    """Return attention modules by layer index; layers without Q and K projections are left out."""
     found = {}
     for module in backbone(model).modules():
         if getattr(module, "layer_idx", None) is None:  # almost all, and this runs every forward
@@ -62,10 +68,10 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def query_key_projections(model: nn.Module) -> list[Projection]:
-    """The Q and K projections of every attention layer, in order.
+    """Return the Q and K projections of every attention layer, in order.
 
     Raises:
-        ValueError: the family keeps them under names, or fused in a way, that is not known here.
+        UnsupportedModel: the family keeps them under unknown names, or fused in an unknown way.
     """
     names = {module: name for name, module in model.named_modules()}
     found = []
@@ -79,7 +85,7 @@ def query_key_projections(model: nn.Module) -> list[Projection]:
             projection = getattr(module, child)
             found.append(Projection(names[projection], projection, layer, rows))
     if not found:
-        raise ValueError(
+        raise UnsupportedModel(
             f"{backbone(model).config.model_type}: no query and key projections found "
             f"(looked for {'+'.join(_SEPARATE)}, {', '.join(_FUSED)})"
         )
@@ -87,10 +93,10 @@ def query_key_projections(model: nn.Module) -> list[Projection]:
 
 
 def _query_key_rows(config: PreTrainedConfig) -> Tensor:
-    """Which outputs of a family's fused projection are Q or K.
+    """Return which outputs of a family's fused projection are Q or K.
 
     Raises:
-        ValueError: the layout of this family's projection is not known.
+        UnsupportedModel: the layout of this family's projection is not known.
     """
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -102,7 +108,7 @@ def _query_key_rows(config: PreTrainedConfig) -> Tensor:
             return torch.arange((heads + 2 * kv_heads) * head_dim) < (heads + kv_heads) * head_dim
         case "gpt_neox":  # Q, K, V of head 0, then of head 1, ...
             return torch.arange(heads * 3 * head_dim) % (3 * head_dim) < 2 * head_dim
-    raise ValueError(
+    raise UnsupportedModel(
         f"{config.model_type}: where Q and K are in its fused projection is not known, "
         "so it cannot be trained"
     )
@@ -111,23 +117,25 @@ def _query_key_rows(config: PreTrainedConfig) -> Tensor:
 def prepare(model: nn.Module) -> PreTrainedModel:
     """Route the model's attention through this library, once, and return its backbone.
 
-    The model keeps working as before: without packed prompts the attention is an ordinary one.
+    The model still works as before: without packed prompts its attention is an ordinary one.
 
     Raises:
-        ValueError: the family does not call attention through transformers' AttentionInterface,
-            or has no attention at all.
+        UnsupportedModel: the family does not call attention through transformers'
+            AttentionInterface, or has no attention at all.
     """
     inner = backbone(model)
     layers = decoder_layers(inner)
-    prepared = any(isinstance(h, _BlockBoundary) for h in layers[0]._forward_pre_hooks.values())
+    prepared = any(isinstance(h, BlockBoundary) for h in layers[0]._forward_pre_hooks.values())
     if prepared and inner.config._attn_implementation == attention.NAME:
         return inner
     family = inner.config.model_type
     with_attention = attention_layers(model)
     if not with_attention:
-        raise ValueError(f"{family}: no attention layer with Q and K projections; not supported")
+        raise UnsupportedModel(
+            f"{family}: no attention layer with Q and K projections; not supported"
+        )
     if not inner._can_set_attn_implementation():
-        raise ValueError(
+        raise UnsupportedModel(
             f"{family}: its attention is not called through transformers' AttentionInterface, "
             "so the loss cannot see it; not supported"
         )
@@ -135,16 +143,16 @@ def prepare(model: nn.Module) -> PreTrainedModel:
     _keep_gradients_through_nf4(inner)
     if not prepared:
         for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(_BlockBoundary(index), with_kwargs=True)
+            layer.register_forward_pre_hook(BlockBoundary(index), with_kwargs=True)
             if index not in with_attention:
                 logger.warning("%s: layer %d has no attention, so no loss", family, index)
     return inner
 
 
 def _keep_gradients_through_nf4(inner: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking NF4 weights on a CPU, as it does in forwards without grad.
+    """Keep bitsandbytes from repacking NF4 weights on a CPU, as forwards without gradients do.
 
-    Its products with repacked weights have no gradient, in later forwards either, and say nothing.
+    Products with repacked weights silently have no gradient, in later forwards too.
     """
     for module in inner.modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
@@ -152,7 +160,9 @@ def _keep_gradients_through_nf4(inner: PreTrainedModel) -> None:
         module.support_avx512bf16_for_cpu = False
         weight = module.weight
         if getattr(weight, "quant_state", None) is None:
-            raise ValueError("its config.json says 4 bits, its files hold no state of quantization")
+            raise UnsupportedModel(
+                "config.json says 4 bits, but the files hold no state of quantization"
+            )
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
@@ -162,7 +172,7 @@ def _keep_gradients_through_nf4(inner: PreTrainedModel) -> None:
 
 
 def must_run_alone(inner: PreTrainedModel, longest: int) -> bool:
-    """Whether prompts of up to `longest` tokens would leak into each other when packed.
+    """Return whether prompts of up to `longest` tokens would leak into each other when packed.
 
     Layers without attention carry state along the whole batch, and RoPE that depends on length
     (longrope, dynamic NTK) takes the batch's longest prompt for every prompt's.
@@ -177,32 +187,13 @@ def must_run_alone(inner: PreTrainedModel, longest: int) -> bool:
 
 
 def decoder_layers(inner: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers of a backbone.
+    """Return the list of decoder layers of a backbone.
 
     Raises:
-        ValueError: the model is no plain decoder.
+        UnsupportedModel: the model is no plain decoder.
     """
     count = getattr(inner.config, "num_hidden_layers", None)
     for module in inner.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise ValueError(f"{inner.config.model_type}: not a text decoder with a list of layers")
-
-
-class _BlockBoundary:
-    """Forward pre-hook: detach the hidden states that enter a block of layers.
-
-    It stays on the model, because checkpointing runs layers again long after the call that asked;
-    what to do is in that call's own keywords.
-    """
-
-    def __init__(self, index: int):
-        self.index = index
-
-    def __call__(self, module, args, kwargs):
-        forward = kwargs.get("abft")
-        if forward is None or not forward.enter(self.index, module):
-            return None
-        if args:
-            return (args[0].detach(), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
+    raise UnsupportedModel(f"{inner.config.model_type}: not a text decoder with a list of layers")

@@ -1,19 +1,25 @@
-"""The label words' rows of an LM head: evaluation reads no others, training reads none."""
+"""Logits of the label words alone: evaluation needs no other row of the LM head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from abft_fast.core.backbone import without_peft
+from abft_fast.core.backbone import must_run_alone, prepare, without_peft
+from abft_fast.core.behavior import AttentionBehavior, mean_over_batches
+from abft_fast.core.packed_forward import PackedForward
+from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
+from abft_fast.core.run_packed import run_packed
 
 
 def keep_label_rows(model: nn.Module, label_ids: Sequence[int]) -> None:
-    """Free all other rows of the LM head, 2 GB of a 70B model's; logits are then the labels' alone.
+    """Free all rows of the LM head but the label words': 2 GB of a 70B model.
 
-    Scales and soft-caps of logits stay the model's own. Heads that share their weight with the
-    input embedding, are quantized, adapted or offloaded, stay whole.
+    Afterwards the model's logits are the label words' alone; its scale and soft-cap of logits stay.
+    A head stays whole if it shares its weight with the input embedding, or is quantized, adapted or
+    offloaded.
     """
     head = without_peft(model).get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.is_meta or hasattr(head, "label_ids"):
@@ -28,10 +34,10 @@ def keep_label_rows(model: nn.Module, label_ids: Sequence[int]) -> None:
 
 
 def label_columns(model: nn.Module, label_ids: Sequence[int]) -> list[int]:
-    """Where the label words' logits are in the model's output.
+    """Return the columns of the label words' logits in the model's output.
 
     Raises:
-        ValueError: only rows of other tokens were kept.
+        ValueError: the LM head has kept no row of a label word.
     """
     kept = getattr(without_peft(model).get_output_embeddings(), "label_ids", None)
     if kept is None:
@@ -40,3 +46,28 @@ def label_columns(model: nn.Module, label_ids: Sequence[int]) -> list[int]:
     if missing:
         raise ValueError(f"token {min(missing)} is not one of the {len(kept)} the LM head has kept")
     return [kept.index(token) for token in label_ids]
+
+
+def label_logits(
+    model: nn.Module,
+    prompts: Sequence[EncodedPrompt],
+    label_ids: Sequence[int],
+    attention: str = "auto",
+) -> tuple[Tensor, AttentionBehavior, PackedPrompts]:
+    """Return the label words' logits after each of R prompts, and what attention did meanwhile.
+
+    Returns:
+        Logits (R, labels), the attention behavior, and the packed prompts.
+
+    Raises:
+        ValueError: the LM head has kept no row of a label word, or as `run_packed`.
+    """
+    packed = pack(prompts)
+    forward = PackedForward(packed, attention=attention)
+    if len(prompts) > 1 and must_run_alone(prepare(model), forward.longest):
+        alone = [label_logits(model, [prompt], label_ids, attention) for prompt in prompts]
+        behaviors = [behavior for _, behavior, _ in alone]
+        return torch.cat([rows for rows, _, _ in alone]), mean_over_batches(behaviors), packed
+    last = packed.cu_seqlens[1:].long() - 1
+    output = run_packed(model, forward, logits_to_keep=last)
+    return output.logits[0][:, label_columns(model, label_ids)], forward.behavior(), packed

@@ -1,6 +1,6 @@
 """A language model's loss on packed prompts, at chosen tokens only.
 
-It is what the baselines train: end-to-end fine-tuning, MetaICL, PICL.
+The baselines train it: end-to-end fine-tuning, MetaICL, PICL.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from abft_fast.core.attention import NO_LOSS, AttentionBehavior, PackedForward
 from abft_fast.core.backbone import must_run_alone, prepare
-from abft_fast.core.objective import join, run_packed
+from abft_fast.core.behavior import AttentionBehavior, mean_over_batches
+from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
+from abft_fast.core.run_packed import run_packed
 
 
 @dataclass(frozen=True)
 class TargetedPrompt(EncodedPrompt):
-    """A prompt, and what the model is to predict in it.
+    """A prompt and the tokens that the model is to predict in it.
 
     Attributes:
         target_positions: the tokens after which it predicts, below n.
@@ -32,24 +33,26 @@ class TargetedPrompt(EncodedPrompt):
 
 
 def label_target(prompt: EncodedPrompt, label_id: int) -> TargetedPrompt:
-    """The query's label, after the prompt's last token."""
+    """Return the prompt with one target: the query's label, after the prompt's last token."""
     return TargetedPrompt(**vars(prompt), target_positions=[len(prompt) - 1], targets=[label_id])
 
 
 def every_token(input_ids: list[int]) -> TargetedPrompt:
-    """Each token after those before it."""
+    """Return a prompt whose targets are all its tokens but the first."""
     return TargetedPrompt(input_ids, [], [], list(range(len(input_ids) - 1)), input_ids[1:])
 
 
 def language_model_loss(
     model: nn.Module, prompts: Sequence[TargetedPrompt], *, attention: str = "auto"
 ) -> AttentionBehavior:
-    """One packed forward; logits, over the whole vocabulary, of the targets' rows alone.
+    """Run one packed forward and return the cross-entropy at the prompts' targets.
+
+    Only the targets' rows get logits, over the whole vocabulary.
 
     Args:
         model: a transformers decoder with LM head, quantized or not, LoRA or not.
         prompts: each with at least one target.
-        attention: what computes attention, by `abft_kernels.choose_attention`.
+        attention: which attention runs; see `abft_kernels.choose_attention`.
 
     Returns:
         AttentionBehavior whose loss is the cross-entropy in nats, mean over a prompt's targets,
@@ -64,15 +67,14 @@ def language_model_loss(
     batches = [prompts]
     if len(prompts) > 1 and must_run_alone(inner, max(map(len, prompts))):
         batches = [[prompt] for prompt in prompts]
-    found = [_packed_loss(model, batch, attention) for batch in batches]
-    return join(found)
+    return mean_over_batches([_packed_loss(model, batch, attention) for batch in batches])
 
 
 def _packed_loss(
     model: nn.Module, prompts: Sequence[TargetedPrompt], attention: str
 ) -> AttentionBehavior:
     packed = pack(prompts)
-    forward = PackedForward(packed, NO_LOSS, attention)
+    forward = PackedForward(packed, attention=attention)
     device = model.get_input_embeddings().weight.device
     starts = packed.cu_seqlens.tolist()
     positions = [

@@ -9,12 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from abft_fast.core.attention import NO_LOSS, PackedForward
 from abft_fast.core.backbone import attention_layers, must_run_alone, prepare
-from abft_fast.core.label_logits import label_columns
-from abft_fast.core.objective import run_packed
+from abft_fast.core.label_logits import label_columns, label_logits
+from abft_fast.core.packed_forward import KeysAndValues, PackedForward
 from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
-from abft_fast.evaluation.inference import label_logits
+from abft_fast.core.run_packed import run_packed
 
 
 class SharedPrefix:
@@ -34,7 +33,7 @@ class SharedPrefix:
         self.ids = list(ids)
         self.model, self.attention = model.eval(), attention
         self.computed = 0
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: KeysAndValues = {}
 
     def shorten(self, length: int) -> None:
         """Go on with its first `length` tokens; nothing is computed again."""
@@ -90,14 +89,14 @@ class SharedPrefix:
         if self.ids and not self._kept:
             self._kept = self._compute()
         self.computed += len(own.input_ids)
-        forward = PackedForward(own, NO_LOSS, self.attention, prefix=self._kept or None)
+        forward = PackedForward(own, attention=self.attention, prefix=self._kept or None)
         return run_packed(model, forward, **kwargs)
 
-    def _compute(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def _compute(self) -> KeysAndValues:
         last = max(attention_layers(self.model))
-        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        kept: KeysAndValues = {}
         packed = pack([EncodedPrompt(self.ids, [], [])])
-        forward = PackedForward(packed, NO_LOSS, self.attention, stop_after=last, keep=kept)
+        forward = PackedForward(packed, attention=self.attention, stop_after=last, keep=kept)
         run_packed(prepare(self.model), forward)
         self.computed += len(self.ids)
         return kept

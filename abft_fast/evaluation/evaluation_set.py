@@ -10,8 +10,8 @@ from torch import Tensor
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.data.catalog import Dataset
 from abft_fast.errors import UserError
+from abft_fast.evaluation.behavior import Behavior, BehaviorMean
 from abft_fast.evaluation.calibration import Calibration
-from abft_fast.evaluation.inference import Behavior, BehaviorMean
 from abft_fast.evaluation.protocols import Protocol
 from abft_fast.options import Options
 from abft_fast.prompts import EncodedPrompts, PromptEncoder

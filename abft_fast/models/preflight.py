@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from abft_fast.core import attention
-from abft_fast.core.attention import NO_LOSS, PackedForward
 from abft_fast.core.backbone import backbone, must_run_alone, prepare, without_peft
-from abft_fast.core.objective import run_packed
+from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
+from abft_fast.core.run_packed import run_packed
 from abft_fast.core.shared_prefix import SharedPrefix
 from abft_fast.errors import UserError
 from abft_fast.models.checkpoint_files import shards
@@ -50,7 +50,7 @@ def check_attention(
     with torch.no_grad(), autocast():
         packed, attentions = [], {}
         for batch in batches:
-            forward = PackedForward(pack(batch), NO_LOSS, attention_backend)
+            forward = PackedForward(pack(batch), attention=attention_backend)
             packed.append(run_packed(inner, forward).last_hidden_state[0])
             attentions |= forward.attentions
         arithmetic = _arithmetic(packed[0])

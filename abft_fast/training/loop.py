@@ -17,8 +17,8 @@ from abft_fast.commands.session import Job, check_same_data
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.data import own
 from abft_fast.errors import RunError
+from abft_fast.evaluation.behavior import Behavior, BehaviorMean
 from abft_fast.evaluation.evaluation_set import EvaluationSet
-from abft_fast.evaluation.inference import Behavior, BehaviorMean
 from abft_fast.models import loading, trainable
 from abft_fast.models.preflight import check_gradients
 from abft_fast.options import TrainConfig

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from abft_fast.core.attention import AttentionBehavior
+from abft_fast.core.behavior import AttentionBehavior
 from abft_fast.core.language_model_loss import every_token, label_target, language_model_loss
 from abft_fast.core.objective import attention_behavior_loss
 from abft_fast.core.packing import EncodedPrompt, PackedPrompts

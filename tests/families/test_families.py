@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.core.backbone import backbone, decoder_layers, prepare, query_key_projections
-from abft_fast.evaluation.inference import label_logits
+from abft_fast.core.label_logits import label_logits
 from abft_fast.models.preflight import check_attention
 from abft_fast.models.trainable import enable_checkpointing, train_lora, trained_parameters
 from tests.tiny_models import FAMILIES, tiny_longrope, tiny_model

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from abft_fast import EncodedPrompt
+from abft_fast.core.label_logits import label_logits
 from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
-from abft_fast.evaluation.inference import label_logits
 from abft_fast.models.preflight import shared_prefix_is_exact
 from abft_fast.models.trainable import train_lora
 from tests.families.test_families import nf4_llama, tiny_hybrid

@@ -6,7 +6,7 @@ from accelerate import dispatch_model
 
 from abft_fast import attention_behavior_loss, pack
 from abft_fast.core.backbone import backbone, decoder_layers
-from abft_fast.evaluation.inference import label_logits
+from abft_fast.core.label_logits import label_logits
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.loading import load
 from abft_fast.models.preflight import check_attention

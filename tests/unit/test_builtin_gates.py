@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path, data
-from abft_fast.evaluation.inference import Behavior, predict
+from abft_fast.evaluation.behavior import Behavior
+from abft_fast.evaluation.inference import predict_labels
 from abft_fast.options import TrainConfig
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.token_budget import CPU_TOKENS
@@ -58,7 +59,7 @@ def ask():
         if relabel is not None:
             prompts = [changed(prompt, relabel) for prompt in prompts]
         encoded = PromptEncoder(tokenizer, dataset).encode(prompts)
-        logits, heads = predict(model, encoded, CPU_TOKENS, behavior=relabel is None)
+        logits, heads = predict_labels(model, encoded, CPU_TOKENS, behavior=relabel is None)
         found, truth = logits.argmax(dim=1).numpy(), np.array(encoded.labels)
         assert len(truth) == 1024
         classes = range(logits.shape[1])

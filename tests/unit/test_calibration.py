@@ -13,7 +13,7 @@ from abft_fast import builtin_model_path, data
 from abft_fast.errors import UserError
 from abft_fast.evaluation.calibration import Calibration
 from abft_fast.evaluation.evaluation_set import EvaluationSet
-from abft_fast.evaluation.inference import predict
+from abft_fast.evaluation.inference import predict_labels
 from abft_fast.evaluation.staicc_adapter import Triplet, quiet
 from abft_fast.options import EvalConfig
 from abft_fast.options.resolve import resolve
@@ -67,7 +67,7 @@ def test_a_whole_evaluation_is_staiccs_own(builtin, kind):
     dataset = cut("tee", 8)
     ours, behavior = EvaluationSet(
         options, dataset, PromptEncoder.by_options(options, tokenizer, dataset, None)
-    ).run(lambda encoded, heads: predict(model, encoded, 2000, behavior=heads))
+    ).run(lambda encoded, heads: predict_labels(model, encoded, 2000, behavior=heads))
     assert behavior.induction_heads > 0
 
     reference = AutoModelForCausalLM.from_pretrained(builtin_model_path())
@@ -164,7 +164,9 @@ def test_prompts_left_out_of_an_evaluation(builtin):
     found = EvaluationSet(options, dataset, encoder)
     [encoded] = found.encoded
     assert 0 < encoded.dropped < 18
-    metrics, _ = found.run(lambda encoded, heads: predict(model, encoded, 2000, behavior=heads))
-    logits, _ = predict(model, encoded, 2000)
+    metrics, _ = found.run(
+        lambda encoded, heads: predict_labels(model, encoded, 2000, behavior=heads)
+    )
+    logits, _ = predict_labels(model, encoded, 2000)
     right = logits.argmax(-1) == torch.tensor(encoded.labels)
     assert metrics["accuracy"] == pytest.approx(right.double().mean().item())

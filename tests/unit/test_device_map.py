@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from abft_fast import attention_behavior_loss, builtin_model_path, pack
 from abft_fast.core.backbone import backbone, decoder_layers
+from abft_fast.core.label_logits import label_logits
 from abft_fast.errors import UserError
-from abft_fast.evaluation.inference import label_logits
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.preflight import check_attention
 from abft_fast.models.trainable import enable_checkpointing, train_lora, trained_parameters

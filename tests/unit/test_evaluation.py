@@ -7,7 +7,9 @@ from StaICC.util import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, data, pack
-from abft_fast.evaluation.inference import BehaviorMean, label_logits, predict
+from abft_fast.core.label_logits import label_logits
+from abft_fast.evaluation.behavior import BehaviorMean
+from abft_fast.evaluation.inference import predict_labels
 from abft_fast.evaluation.protocols import Protocol
 from abft_fast.prompts import PromptEncoder
 from tests.tiny_models import FAMILIES, tiny_model
@@ -35,7 +37,7 @@ def test_predictions_are_those_of_staiccs_harness(builtin, reference, name):
     [call] = Protocol.of("Normal", dataset, 4, "staicc").calls
     prompts = call.prompts[:16]
     encoded = PromptEncoder(tokenizer, dataset, form="staicc").encode(prompts)
-    logits, _ = predict(model, encoded, token_budget=1000)
+    logits, _ = predict_labels(model, encoded, token_budget=1000)
     theirs = [
         standard_ICL_inference_with_torch_Causal_LM(
             call.template.render(prompt)[0],
@@ -55,9 +57,9 @@ def test_neither_token_budget_nor_behavior_changes_predictions(builtin):
     model, tokenizer = builtin
     dataset = data.load("trec")
     encoded = PromptEncoder(tokenizer, dataset).encode(dataset.test_prompts(4)[:30])
-    small, heads = predict(model, encoded, token_budget=1)
-    large, same_heads = predict(model, encoded, token_budget=10**6)
-    alone, none = predict(model, encoded, token_budget=10**6, behavior=False)
+    small, heads = predict_labels(model, encoded, token_budget=1)
+    large, same_heads = predict_labels(model, encoded, token_budget=10**6)
+    alone, none = predict_labels(model, encoded, token_budget=10**6, behavior=False)
     torch.testing.assert_close(small, large, rtol=0, atol=1e-4)
     assert torch.equal(large, alone)
     small, large = heads.result(), same_heads.result()
@@ -121,4 +123,4 @@ def test_logits_that_are_not_numbers_are_refused(builtin):
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError):
-        predict(model, encoded, token_budget=1000)
+        predict_labels(model, encoded, token_budget=1000)

@@ -8,8 +8,7 @@ import pytest
 from abft_fast import data
 from abft_fast.commands.report import print_run
 from abft_fast.commands.session import Job
-from abft_fast.core.label_logits import label_columns
-from abft_fast.evaluation.inference import label_logits
+from abft_fast.core.label_logits import label_columns, label_logits
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.progress import Progress

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from abft_fast import EncodedPrompt
-from abft_fast.core.label_logits import keep_label_rows
-from abft_fast.evaluation.inference import label_logits, predict
+from abft_fast.core.label_logits import keep_label_rows, label_logits
+from abft_fast.evaluation.inference import predict_labels
 from abft_fast.models.trainable import train_lora
 from abft_fast.prompts import EncodedPrompts
 from tests.tiny_models import FAMILIES, tiny_model
@@ -94,8 +94,8 @@ def test_evaluation_finds_the_same(family):
     """Of every family, tied or not as it comes."""
     model = tiny_model(family)
     given = EncodedPrompts(prompts() * 4, [0, 1, 2] * 4, label_ids=LABELS)
-    before = predict(model, given, 1000)
+    before = predict_labels(model, given, 1000)
     keep_label_rows(model, [*LABELS, 3])  # of several datasets
-    after = predict(model, given, 1000)
+    after = predict_labels(model, given, 1000)
     torch.testing.assert_close(after[0], before[0], rtol=1e-5, atol=1e-5)
     assert after[1].result() == before[1].result()

@@ -1,0 +1,106 @@
+"""Gradients that stay inside a block of consecutive layers (`gradient="local"` or N).
+
+The hidden states that enter a block are detached. As soon as the block's last attention is done,
+its losses become gradients and its graph is freed: no graph is longer than a block, and none holds
+what comes after that attention in its layer. Where a layer is checkpointed, graphs are kept to the
+end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from abft_fast.core.behavior import LayerResults
+
+
+class BlockGradients:
+    """The gradients of one packed forward, found block by block.
+
+    Args:
+        size: layers a block.
+        results: where the attention function stores each layer's losses.
+    """
+
+    def __init__(self, size: int, results: LayerResults):
+        self.size = size
+        self._results = results
+        self._grad_enabled = torch.is_grad_enabled()
+        self._keep_graph = False
+        self._parameters: list[nn.Parameter] = []  # of the block that runs
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []  # of the blocks before
+
+    def enter_layer(self, index: int, layer: nn.Module, *, checkpointed: bool) -> bool:
+        """Begin a decoder layer; return whether a block begins, whose input is to be detached."""
+        # What autograd saves inside a checkpointed layer cannot be read before that layer ends.
+        self._keep_graph |= checkpointed
+        begins = index % self.size == 0
+        if begins:
+            self.finish_block()
+            self._parameters = []
+            torch.set_grad_enabled(self._grad_enabled)
+        self._parameters += [p for p in layer.parameters() if p.requires_grad]
+        return begins
+
+    def finish_layer(self, index: int) -> None:
+        """Finish the block if this layer is its last one; nothing needs a graph before the next."""
+        if (index + 1) % self.size == 0 and not self._keep_graph:
+            self.finish_block()
+            torch.set_grad_enabled(False)
+
+    def finish_block(self) -> None:
+        """Replace the graphs of the block's losses by the gradients of its parameters."""
+        layers = self._results.with_graph()
+        parameters = list(dict.fromkeys(self._parameters))
+        if not layers or not parameters or self._keep_graph:
+            return
+        loss = self._results.mean_loss(layers)
+        with torch.autocast(loss.device.type, enabled=False):
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        pairs = zip(parameters, gradients, strict=True)
+        self._gradients += [(p, gradient) for p, gradient in pairs if gradient is not None]
+        self._results.drop_graphs()
+
+    def attach(self, loss: Tensor) -> Tensor:
+        """Return the loss; its backward hands out the gradients that were found."""
+        if not self._gradients:
+            return loss
+        parameters, gradients = zip(*self._gradients, strict=True)
+        return _WithGradients.apply(loss, gradients, *parameters)
+
+
+class _WithGradients(torch.autograd.Function):
+    """A scalar, and the gradients of parameters that were found on the way to it."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *parameters):
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        return grad_loss, None, *(g * grad_loss.to(g.device) for g in ctx.gradients)
+
+
+class BlockBoundary:
+    """Forward pre-hook of a decoder layer: detach the hidden states that enter a block.
+
+    The hook stays on the model, because checkpointing runs layers again long after the forward. The
+    forward's own keyword `abft` says what to do.
+    """
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        """Return the layer's new arguments, or None to leave them."""
+        forward = kwargs.get("abft")
+        if forward is None or not forward.enter_layer(self.index, module):
+            return None
+        if args:
+            return (args[0].detach(), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}

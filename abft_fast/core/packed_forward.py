@@ -1,0 +1,118 @@
+"""One packed forward: its batch, what is asked of its last rows, and their answers by layer.
+
+The object travels with the model's forward as the keyword `abft`: there is no global state, and
+checkpointing's second run of a layer sees the same object.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from abft_kernels import LastRowLoss
+from torch import Tensor, nn
+
+from abft_fast.core.behavior import AttentionBehavior, LayerResults
+from abft_fast.core.blocks import BlockGradients
+from abft_fast.core.packing import PackedPrompts
+
+KeysAndValues = dict[int, tuple[Tensor, Tensor]]
+"""Each layer's keys and values, (T, Hkv, D), by layer index."""
+
+
+class LossComplete(Exception):  # noqa: N818 - no error
+    """Raised in the last layer's attention to leave the forward: the loss needs nothing after."""
+
+
+def _no_loss() -> dict[str, Any]:
+    return {"penalty": 0.0, "reward": 0.0}
+
+
+@dataclass
+class PackedForward:
+    """The state of one packed forward.
+
+    Attributes:
+        packed: the batch.
+        loss_options: penalty, reward and, where it is not the default, head_filter. By default both
+            factors are 0: the forward asks for attention alone.
+        attention: what is to compute attention; see `abft_kernels.choose_attention`.
+        block: layers that a gradient may cross; None for all of them.
+        stop_after: layer whose attention ends the forward; None runs the forward to its end.
+        keep: where it is given, each layer's keys and values are stored in it.
+        prefix: keys and values that an earlier forward kept of the beginning of all these prompts.
+            Positions of `packed` continue after the prefix; the batch has no labels, and no loss is
+            computed.
+        results: losses and masses by layer, stored by the attention function.
+        attentions: which attention ran, stored by the attention function: (attention, backend of
+            the loss) -> why no faster attention ran.
+    """
+
+    packed: PackedPrompts
+    loss_options: dict[str, Any] = field(default_factory=_no_loss)
+    attention: str = "auto"
+    block: int | None = None
+    stop_after: int | None = None
+    keep: KeysAndValues | None = None
+    prefix: KeysAndValues | None = None
+    attentions: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bounds = itertools.pairwise(self.packed.cu_seqlens.tolist())
+        self.longest = max(end - start for start, end in bounds)
+        self.context = self.longest  # keys of the longest prompt's last row
+        if self.prefix is not None:
+            key, _ = next(iter(self.prefix.values()))
+            self.context += len(key)
+        self.results = LayerResults(len(self.packed))
+        self._blocks = None if self.block is None else BlockGradients(self.block, self.results)
+        self._checkpointed = False  # the layer that runs
+        self._by_device: dict[torch.device, tuple[PackedPrompts, dict[str, Any]]] = {}
+
+    def on(self, device: torch.device) -> PackedPrompts:
+        """Return the batch on a layer's device; layers may live on several devices."""
+        return self._moved(device)[0]
+
+    def loss_options_on(self, device: torch.device) -> dict[str, Any]:
+        """Return the loss's options; the factors are tensors, so that no layer has to copy them."""
+        return self._moved(device)[1]
+
+    def _moved(self, device: torch.device) -> tuple[PackedPrompts, dict[str, Any]]:
+        if device not in self._by_device:
+            factors = {
+                name: torch.as_tensor(self.loss_options[name], device=device)
+                for name in ("penalty", "reward")
+            }
+            self._by_device[device] = self.packed.to(device), {**self.loss_options, **factors}
+        return self._by_device[device]
+
+    def enter_layer(self, index: int, layer: nn.Module) -> bool:
+        """Begin a decoder layer; return whether its input is to be detached."""
+        self._checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+        if self._blocks is None:
+            return False
+        return self._blocks.enter_layer(index, layer, checkpointed=self._checkpointed)
+
+    def ends_in(self, index: int) -> bool:
+        """Whether nothing of a layer is needed but the scores of its last rows."""
+        return index == self.stop_after and not self._checkpointed
+
+    def store(self, index: int, result: LastRowLoss | None) -> None:
+        """Store the layer's losses, or None to record that it ran."""
+        if index in self.results:  # checkpointing's second run, which only rebuilds
+            return
+        self.results.store(index, result)
+        if self._blocks is not None:
+            self._blocks.finish_layer(index)
+
+    def behavior(self) -> AttentionBehavior:
+        """Return the results of all layers, on the first layer's device."""
+        if self._blocks is not None:
+            self._blocks.finish_block()
+        loss = self.results.mean_loss()
+        if self._blocks is not None:
+            loss = self._blocks.attach(loss)
+        self.results.drop_graphs()  # a checkpoint's closure holds this object in a cycle
+        return self.results.behavior(loss)
