@@ -60,8 +60,8 @@ class PackedForward:
     attentions: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        bounds = itertools.pairwise(self.packed.cu_seqlens.tolist())
-        self.longest = max(end - start for start, end in bounds)
+        bounds = self.packed.cu_seqlens.tolist()
+        self.longest = max(end - start for start, end in itertools.pairwise(bounds))
         self.context = self.longest  # keys of the longest prompt's last row
         if self.prefix is not None:
             key, _ = next(iter(self.prefix.values()))
