@@ -13,7 +13,7 @@ from tests.command_line import COMMAND, abft_fast, environment
 
 pytestmark = pytest.mark.cli
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/guides/label-a-file.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -39,13 +39,12 @@ def predict(folder, *arguments, **options):
     return abft_fast("predict", *files, "--device", "cpu", *arguments, cwd=folder, **options)
 
 
-def test_what_readme_says_runs(tmp_path):
-    section = README[README.index("## Labelling a file") :]
-    demos, queries, template = re.findall(r"```(?:csv|yaml)\n(.*?)```", section, re.DOTALL)[:3]
+def test_what_the_guide_says_runs(tmp_path):
+    demos, queries, template = re.findall(r"```(?:csv|yaml)\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "demos.csv").write_text(demos)
     (tmp_path / "queries.csv").write_text(queries)
     (tmp_path / "reviews.yaml").write_text(template)
-    command = re.search(r"abft-fast (predict .*?)\n```", section, re.DOTALL)[1]
+    command = re.search(r"abft-fast (predict .*?)\n```", PAGE, re.DOTALL)[1]
     result = abft_fast(*command.replace("\\\n", "").split(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     with (tmp_path / "predictions.csv").open(newline="") as file:

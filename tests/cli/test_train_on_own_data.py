@@ -1,4 +1,4 @@
-"""Training on a file of the user's, as README has it."""
+"""Training on a file of the user's, as the guide has it."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from tests.command_line import abft_fast
 
 pytestmark = pytest.mark.cli
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/guides/own-data.md").read_text(encoding="utf-8")
 FEW = ["--train-samples", 8, "--epochs", 1, "--k", 2, "--device", "cpu"]
 
 
@@ -32,9 +32,8 @@ def write_reviews(path, header="text,label"):
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    """README's two commands, with little to train on; their folder and results."""
-    section = README.split("## Your own data")[1].split("\n## ")[0]
-    commands, template = re.findall(r"```(?:yaml)?\n(.*?)```", section, re.DOTALL)
+    """The guide's two commands, with little to train on; their folder and results."""
+    commands, template = re.findall(r"```(?:bash|yaml)\n(.*?)```", PAGE, re.DOTALL)
     folder = tmp_path_factory.mktemp("own")
     write_reviews(folder / "reviews.csv")
     (folder / "reviews.yaml").write_text(template)
