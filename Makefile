@@ -1,4 +1,5 @@
-.PHONY: install train test lint bench bench-gpu report builtin-model options kernels-report clean
+.PHONY: install train test lint bench bench-gpu report builtin-model options figures docs \
+	kernels-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -49,13 +50,26 @@ builtin-model: install
 options: install
 	$(BIN)/python -m abft_fast.cli.options_table docs/reference/options.md
 
-# README's performance section, docs/performance/measurements.md and docs/performance/plots/, from benchmarks/results/.
+# The pages of docs/performance and their plots, from benchmarks/results/.
 report: install
 	$(BIN)/python -m benchmarks.report
+
+# The drawings of the documentation; the standard library is enough.
+figures:
+	$(PYTHON) docs/figures/draw.py
+
+# The site, in site/. It has a virtual environment of its own, as it needs no torch.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/.installed: docs/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
+	touch $@
 
 # Every variant of the kernels for every GPU target; no GPU needed, an hour on two cores.
 kernels-report: install
 	$(BIN)/python kernels/compile_report.py --output docs/performance/kernels.md
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-docs site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -24,7 +24,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     markdown = _BLOCK.sub(
         lambda found: f'<div class="equation">{convert(found[1], display="block")}</div>', markdown
     )
-    return _INLINE.sub(lambda found: convert(found[1]), markdown)
+    # The span keeps a formula at a line's start from ending the paragraph.
+    return _INLINE.sub(lambda found: f"<span>{convert(found[1])}</span>", markdown)
 
 
 class _Resources(HTMLParser):
