@@ -1,10 +1,12 @@
-"""Write the table of docs/reference/options.md: `python -m abft_fast.cli.options_table FILE`."""
+"""Write the tables of docs/reference/options.md: `python -m abft_fast.cli.options_table FILE`."""
 
 from __future__ import annotations
 
 import re
 import sys
 from pathlib import Path
+
+from pydantic.fields import FieldInfo
 
 from abft_fast.cli.app import default_text, values_text
 from abft_fast.options import (
@@ -31,30 +33,40 @@ _VERBS = {
 _BEGIN, _END = "<!-- options: begin -->", "<!-- options: end -->"
 
 
-def table() -> str:
-    """A markdown table of every option of every verb."""
-    lines = ["| option | value | default | what it does | verbs |", "|---|---|---|---|---|"]
+def tables() -> str:
+    """Return a markdown table for each set of verbs that share options."""
     verbs_of: dict[tuple[str, str], list[str]] = {}
     fields = {}
     for verb, config in _VERBS.items():
         for name, field in config.model_fields.items():
             verbs_of.setdefault((name, field.description), []).append(verb)
-            fields.setdefault((name, field.description), field)
-    for (name, description), field in fields.items():
-        verbs = verbs_of[name, description]
-        value = "" if field.annotation is bool else values_text(field).replace("|", "\\|")
-        option = f"`{name.upper()}`" if is_positional(field) else f"`{flag(name)}`"
-        if field.default is True:
-            option += f" / `--no-{flag(name)[2:]}`"
-        default = default_text(field).strip("[]")
-        lines.append(f"| {option} | {value} | {default} | {description} | {', '.join(verbs)} |")
-    return "\n".join(lines)
+            fields[name, field.description] = field
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for (name, description), verbs in verbs_of.items():
+        line = _row(name, fields[name, description])
+        groups.setdefault(tuple(verbs), []).append(line)
+    parts = []
+    for verbs, rows in groups.items():
+        title = ", ".join(f"`{verb}`" for verb in verbs)
+        header = ["| option | value | default | what it does |", "|---|---|---|---|"]
+        parts.append("\n".join([f"## {title}", "", *header, *rows]))
+    return "\n\n".join(parts)
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    value = "" if field.annotation is bool else values_text(field).replace("|", ", ")
+    option = f"`{name.upper()}`" if is_positional(field) else f"`{flag(name)}`"
+    if field.default is True:
+        option += f"<br>`--no-{flag(name)[2:]}`"
+    default = default_text(field).strip("[]")
+    description = field.description.replace("<", "&lt;")
+    return f"| {option} | {value} | {default} | {description} |"
 
 
 def insert(text: str) -> str:
-    """A text with the table between its two marks."""
+    """Return a text with the tables between its two marks."""
     return re.sub(
-        f"{_BEGIN}.*{_END}", lambda _: f"{_BEGIN}\n{table()}\n{_END}", text, flags=re.DOTALL
+        f"{_BEGIN}.*{_END}", lambda _: f"{_BEGIN}\n\n{tables()}\n\n{_END}", text, flags=re.DOTALL
     )
 
 

@@ -216,7 +216,7 @@ def flow() -> Drawing:
     drawing.line(right, 48 + height + 2, right, turn)
     drawing.line(right, turn, left, turn)
     drawing.line(left, turn, left, turn + 26, arrow=True)
-    drawing.text(24, 32, "Data flow one way", bold=True)
+    drawing.text(24, 32, "Data flows one way", bold=True)
     drawing.text(
         736,
         32,
