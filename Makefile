@@ -62,9 +62,10 @@ figures:
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
-.venv-docs/.installed: docs/requirements.txt constraints.txt
+.venv-docs/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		mkdocs-material 'mkdocstrings[python]' latex2mathml
 	touch $@
 
 # Every variant of the kernels for every GPU target; no GPU needed, an hour on two cores.
