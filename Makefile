@@ -58,14 +58,16 @@ report: install
 figures:
 	$(PYTHON) docs/figures/draw.py
 
-# The site, in site/. It has a virtual environment of its own, as it needs no torch.
+# The site, in site/. Its virtual environment has the extra `docs` alone: no torch is needed.
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
-.venv-docs/.installed: constraints.txt
+.venv-docs/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))\
+		['project']['optional-dependencies']['docs'], sep='\n')" > .venv-docs/docs.txt
 	.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
-		mkdocs-material 'mkdocstrings[python]' latex2mathml
+		-r .venv-docs/docs.txt
 	touch $@
 
 # Every variant of the kernels for every GPU target; no GPU needed, an hour on two cores.
