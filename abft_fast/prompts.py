@@ -1,4 +1,4 @@
-"""Prompts: text -> token ids, where the labels are, and which of them are the query's own."""
+"""Prompts: texts become token ids, label positions, and which labels are the query's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.data.catalog import DATASETS, Dataset, Prompt
 from abft_fast.errors import UserError
-from abft_fast.options import Options
+from abft_fast.options import PromptOptions, flag
 
 _CHUNK = 64  # prompts tokenized at a time, so that too long ones are refused at once
 
@@ -37,16 +37,17 @@ class Template:
 
     @classmethod
     def of(cls, dataset: Dataset, form: str) -> Template:
-        """The template of a dataset in form `ours` or `staicc`."""
+        """Return the template of a dataset in form `ours` or `staicc`."""
         words = dataset.label_words if form == "ours" else dataset.staicc_label_words
         return cls(dataset.input_prefix, dataset.label_prefix, words, form)
 
     def render(self, prompt: Prompt) -> tuple[str, list[tuple[int, int]]]:
-        """The prompt's text and the (start, end) characters of each demonstration's label word."""
+        """Return the prompt's text and the (start, end) of each demonstration's label word."""
         text, spans = self.instruction, []
         for example in prompt.demonstrations:
             text += self._question(example.text)
-            text += " " if self.form == "ours" else ""
+            if self.form == "ours":
+                text += " "
             word = self.label_words[example.label]
             spans.append((len(text), len(text) + len(word)))
             text += word + self.label_affix
@@ -81,10 +82,21 @@ class EncodedPrompts:
 
 
 class PromptEncoder:
-    """Tokenizes one dataset's prompts for one model, after checking that its labels can be told.
+    """Tokenize one dataset's prompts for one model; check first that labels can be told apart.
+
+    Args:
+        tokenizer: the model's fast tokenizer.
+        dataset: prompts are of this dataset.
+        form: `"ours"` or `"staicc"`; see `Template`.
+        label_token: `"single"` refuses label words of several tokens, `"first"` uses their first
+            token (at the query in StaICC's form their last, as StaICC does).
+        max_length: tokens a prompt may have at most; None for any number.
+        on_long_prompt: what happens to a longer prompt: `"refuse"`, `"drop"` or
+            `"fewer-demonstrations"`.
+        name_flags: name arguments in errors as the command line's flags.
 
     Attributes:
-        label_ids: the token each label word is at the query, in the order of the label words.
+        label_ids: the token of each label word at the query, in the order of the label words.
 
     Raises:
         UserError: a label word is several tokens, two label words are the same token, or a word
@@ -100,6 +112,7 @@ class PromptEncoder:
         label_token: str = "single",
         max_length: int | None = None,
         on_long_prompt: str = "refuse",
+        name_flags: bool = False,
     ):
         if not tokenizer.is_fast:
             raise UserError(
@@ -112,8 +125,10 @@ class PromptEncoder:
         self.max_length = max_length
         self.on_long_prompt = on_long_prompt
         self._label_token = label_token
-        own = dataset.name not in DATASETS
-        self._another = "another model" + " or other words by --template" * own
+        self._name_flags = name_flags
+        self._another = "another model"
+        if dataset.name not in DATASETS:
+            self._another += " or other words" + (" by --template" if name_flags else "")
         self._example = dataset.training[0]
         self._demonstration_ids = self._check_demonstration_labels()
         self.label_ids = self._check_query_labels(self.template)
@@ -123,18 +138,19 @@ class PromptEncoder:
             if form == "ours" and query_id != id_:
                 raise UserError(
                     f"{self.dataset}: label word {word!r} is token {id_} in demonstrations but "
-                    f"{query_id} at the query in this tokenizer; use --prompt-form staicc"
+                    f"{query_id} at the query in this tokenizer; use "
+                    f"{self._setting('form', 'staicc')}"
                 )
 
     @classmethod
     def by_options(
         cls,
-        options: Options,
+        options: PromptOptions,
         tokenizer: PreTrainedTokenizerBase,
         dataset: Dataset,
         max_length: int | None,
     ) -> PromptEncoder:
-        """The encoder of a run with these options."""
+        """Return the encoder of a run with these options."""
         return cls(
             tokenizer,
             dataset,
@@ -142,6 +158,7 @@ class PromptEncoder:
             label_token=options.label_token,
             max_length=max_length,
             on_long_prompt=options.on_long_prompt,
+            name_flags=True,
         )
 
     def encode(self, prompts: Sequence[Prompt], template: Template | None = None) -> EncodedPrompts:
@@ -163,8 +180,8 @@ class PromptEncoder:
         longest = 0
         for start in range(0, len(prompts), _CHUNK):
             chunk = prompts[start : start + _CHUNK]
-            found = self._encode(chunk, template)
-            for i, (prompt, encoded) in enumerate(zip(chunk, found, strict=True), start):
+            pairs = zip(chunk, self._encode(chunk, template), strict=True)
+            for i, (prompt, encoded) in enumerate(pairs, start):
                 kept: EncodedPrompt | None = encoded
                 if self.max_length is not None and len(encoded) > self.max_length:
                     longest = max(longest, len(encoded))
@@ -178,18 +195,18 @@ class PromptEncoder:
             if longest and self.on_long_prompt == "refuse":
                 raise UserError(
                     f"{self.dataset}: a prompt of {longest} tokens is longer than the model's "
-                    f"context of {self.max_length} tokens: lower --k, or pass "
-                    "--on-long-prompt drop or fewer-demonstrations"
+                    f"context of {self.max_length} tokens: {self._fewer_demonstrations()}, or pass "
+                    f"{self._setting('on_long_prompt', 'drop', 'fewer-demonstrations')}"
                 )
         if not result.prompts:
             raise UserError(
                 f"{self.dataset}: all {len(prompts)} prompts are longer than the model's context "
-                f"of {self.max_length} tokens: lower --k"
+                f"of {self.max_length} tokens: {self._fewer_demonstrations()}"
             )
         return result
 
     def _fit(self, prompt: Prompt, template: Template) -> EncodedPrompt | None:
-        """The prompt with as many of its last demonstrations as fit; None to drop it."""
+        """Return the prompt with as many of its last demonstrations as fit; None to drop it."""
         if self.on_long_prompt != "fewer-demonstrations":
             return None
         for first in range(1, len(prompt.demonstrations)):
@@ -219,7 +236,7 @@ class PromptEncoder:
         return encoded
 
     def _tokenize(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """Token ids and character offsets, less any special tokens a tokenizer puts at the end."""
+        """Return token ids and character offsets, without special tokens at the end."""
         batch = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
         result = []
         for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True):
@@ -230,14 +247,14 @@ class PromptEncoder:
         return result
 
     def _check_demonstration_labels(self) -> list[int]:
-        found = []
+        tokens = []
         query = self._example
         for label in range(len(self.template.label_words)):
             demonstration = type(query)(query.text, label)
             text, spans = self.template.render(Prompt((demonstration,), query))
             ids, offsets = self._tokenize([text])[0]
-            found.append([ids[i] for i in _overlapping(offsets, spans[0])])
-        return self._distinct_tokens(found, "in demonstrations")
+            tokens.append([ids[i] for i in _overlapping(offsets, spans[0])])
+        return self._distinct_tokens(tokens, "in demonstrations")
 
     def _check_query_labels(self, template: Template) -> list[int]:
         if template.form == "staicc":  # its harness looks a word up alone, last token
@@ -248,27 +265,28 @@ class PromptEncoder:
             return self._distinct_tokens(alone, "at the query")
         question, _ = template.render(Prompt((), self._example))
         before, _ = self._tokenize([question])[0]
-        found = []
+        tokens = []
         for word in template.label_words:
             ids, _ = self._tokenize([f"{question} {word}"])[0]
             if ids[: len(before)] != before:
                 raise UserError(
                     f"{self.dataset}: label word {word!r} merges with the text before it in this "
-                    "tokenizer, so it cannot be predicted; use another model or --prompt-form"
+                    "tokenizer, so it cannot be predicted; use another model or "
+                    f"{self._setting('form', 'staicc')}"
                 )
-            found.append(ids[len(before) :])
-        return self._distinct_tokens(found, "at the query")
+            tokens.append(ids[len(before) :])
+        return self._distinct_tokens(tokens, "at the query")
 
-    def _distinct_tokens(self, found: list[list[int]], where: str) -> list[int]:
-        listing = ", ".join(
-            f"{word!r} -> {ids}" for word, ids in zip(self.template.label_words, found, strict=True)
-        )
-        if self._label_token == "single" and any(len(ids) != 1 for ids in found):
+    def _distinct_tokens(self, tokens: list[list[int]], where: str) -> list[int]:
+        """Return each label word's token, given the tokens of all words; refuse equal ones."""
+        words = zip(self.template.label_words, tokens, strict=True)
+        listing = ", ".join(f"{word!r} -> {ids}" for word, ids in words)
+        if self._label_token == "single" and any(len(ids) != 1 for ids in tokens):
             raise UserError(
                 f"{self.dataset}: label words are several tokens {where} ({listing}): "
-                f"pass --label-token first, or use {self._another}"
+                f"pass {self._setting('label_token', 'first')}, or use {self._another}"
             )
-        first = [ids[0] for ids in found]
+        first = [ids[0] for ids in tokens]
         if len(set(first)) != len(first):
             raise UserError(
                 f"{self.dataset}: label words share a token {where} ({listing}), so they cannot "
@@ -276,9 +294,19 @@ class PromptEncoder:
             )
         return first
 
+    def _setting(self, argument: str, *values: str) -> str:
+        """Name an argument and its values as the caller gives them."""
+        if self._name_flags:
+            name = "prompt_form" if argument == "form" else argument
+            return f"{flag(name)} {' or '.join(values)}"
+        return f"{argument}={' or '.join(map(repr, values))}"
+
+    def _fewer_demonstrations(self) -> str:
+        return "lower --k" if self._name_flags else "use fewer demonstrations"
+
 
 def _overlapping(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> list[int]:
-    """Tokens that share a character with a span; offsets never go back."""
+    """Return the tokens that share a character with a span; offsets never go back."""
     first = bisect_right(offsets, span[0], key=lambda offset: offset[1])
-    found = itertools.takewhile(lambda i: offsets[i][0] < span[1], range(first, len(offsets)))
-    return list(found)
+    tokens = range(first, len(offsets))
+    return list(itertools.takewhile(lambda i: offsets[i][0] < span[1], tokens))

@@ -21,8 +21,7 @@ from abft_fast.cli.original_options import translate
 from abft_fast.commands import adapter_origin
 from abft_fast.data import mauve_prefixes, own
 from abft_fast.errors import Interrupted, ProcessEnded, RunError, SaidByMain, UserError
-from abft_fast.models.adapter_folder import check_adapter
-from abft_fast.models.model_folder import check_model, check_model_folder
+from abft_fast.models.files import check_adapter, check_model, check_model_folder
 from abft_fast.options import (
     CommandOptions,
     EvalConfig,

@@ -72,12 +72,9 @@ class Labeller(ModelOnDevice):
         super().__init__(config, progress)
         self.dataset = dataset
         self.context = loading.context_length(self.shape)
-        self.encoder = PromptEncoder(
-            loading.read_tokenizer(config.model),
-            dataset,
-            form=config.prompt_form,
-            label_token=config.label_token,
-        )
+        tokenizer = loading.read_tokenizer(config.model)
+        # Too long prompts are refused or dropped below, where a row's place is known.
+        self.encoder = PromptEncoder.by_options(config, tokenizer, dataset, max_length=None)
         (bare,) = self._encode([""])
         if self._is_too_long(bare):
             raise UserError(

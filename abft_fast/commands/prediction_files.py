@@ -17,7 +17,7 @@ from abft_fast.data.catalog import Dataset, Example
 from abft_fast.data.tables import Row
 from abft_fast.data.template_file import TemplateFile, read_template
 from abft_fast.errors import RunError, UserError
-from abft_fast.models.adapter_folder import check_adapter
+from abft_fast.models.files import check_adapter
 from abft_fast.options import PredictConfig
 from abft_fast.runtime.files import atomic_file, check_output
 

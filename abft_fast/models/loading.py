@@ -20,10 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from abft_fast.builtin import builtin_model_path
 from abft_fast.core.backbone import prepare
-from abft_fast.errors import UserError
-from abft_fast.models.checkpoint_files import find_damage
+from abft_fast.errors import UnsupportedModel, UserError
 from abft_fast.models.device_map import does_not_fit
-from abft_fast.models.model_folder import check_model_folder
+from abft_fast.models.files import check_model_folder, find_damage
 from abft_fast.models.shapes import SYNTHETIC, known_names, known_shape
 from abft_fast.models.stored_format import check_format, stored_format
 from abft_fast.models.synthetic import quantization, random_model
@@ -87,7 +86,7 @@ def load(
         raise UserError(f"model {name}: synthetic weights are on one GPU; leave out --device-map")
     try:
         prepare(model)
-    except ValueError as error:
+    except UnsupportedModel as error:
         raise UserError(f"model {name}: {error}") from error
     return model
 

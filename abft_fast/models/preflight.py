@@ -1,4 +1,4 @@
-"""Last checks before a run, on this very model: attention, finite values, gradients."""
+"""Check this very model before a run: its attention, finite values, gradients."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.core.run_packed import run_packed
 from abft_fast.core.shared_prefix import SharedPrefix
-from abft_fast.errors import UserError
-from abft_fast.models.checkpoint_files import shards
+from abft_fast.errors import UnsupportedModel, UserError
+from abft_fast.models.files import shards
 from abft_fast.models.loading import checkpoint_folder
 
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -30,15 +30,21 @@ def check_attention(
     autocast: Callable = contextlib.nullcontext,
     attention_backend: str = "auto",
 ) -> dict[tuple[str, str], str]:
-    """Compare last hidden states of a short and a long prompt, packed and each by itself.
+    """Compare last hidden states of a short and a long prompt, packed and one by one.
+
+    Args:
+        model: a decoder of transformers, on its device.
+        prompts: the shortest and the longest (up to 2,048 tokens) are compared.
+        autocast: context manager around each forward.
+        attention_backend: which attention is to run; see `abft_kernels.choose_attention`.
 
     Returns:
-        What the packed attention ran on; see `PackedForward.attentions`.
+        Which attention ran: (attention, backend of the loss) -> why no faster attention ran.
 
     Raises:
-        UserError: they differ: the family does something in its attention that the packed one
-            does not know; or the model's own are not finite.
-        ValueError: as in `run_packed`, or the attention asked for cannot run.
+        UserError: the hidden states differ, because the family's attention does something that
+            packed attention does not know; or the model's own hidden states are not finite.
+        UnsupportedModel: the packed forward cannot run, as where the attention asked for cannot.
     """
     ordered = sorted(prompts, key=len)
     longest = next((p for p in reversed(ordered) if len(p) <= _LONGEST), ordered[0])
@@ -51,7 +57,11 @@ def check_attention(
         packed, attentions = [], {}
         for batch in batches:
             forward = PackedForward(pack(batch), attention=attention_backend)
-            packed.append(run_packed(inner, forward).last_hidden_state[0])
+            try:
+                output = run_packed(inner, forward)
+            except ValueError as error:  # as where the attention asked for cannot run here
+                raise UnsupportedModel(str(error)) from error
+            packed.append(output.last_hidden_state[0])
             attentions |= forward.attentions
         arithmetic = _arithmetic(packed[0])
         inner.set_attn_implementation("eager")
@@ -61,13 +71,13 @@ def check_attention(
             ]
         finally:
             inner.set_attn_implementation(attention.NAME)
-    expected = torch.cat([output.last_hidden_state[0] for output in eager]).float()
+    expected = torch.cat([output.last_hidden_state[0] for output in eager])
     if not expected.isfinite().all():
         raise UserError(
             f"{_where_not_finite(model, pair, autocast)}: its values are not finite: download it "
             f"again; if it is whole, the model overflows in {str(arithmetic).split('.')[-1]}"
         )
-    error = ((torch.cat(packed).float() - expected).norm() / expected.norm()).item()
+    error = _relative_error(torch.cat(packed), expected)
     if not error <= _tolerance(inner, arithmetic):
         raise UserError(
             f"{inner.config.model_type}: packed attention differs from the model's own by "
@@ -79,24 +89,28 @@ def check_attention(
 def shared_prefix_is_exact(
     shared: SharedPrefix, prompts: Sequence[list[int]], autocast: Callable = contextlib.nullcontext
 ) -> bool:
-    """Whether a short and a long prompt's hidden states after the prefix are those of whole ones.
+    """Return whether hidden states after the prefix equal those of whole prompts.
 
-    A family may do what depends on more than a token's position and the keys before it.
+    A short and a long prompt are compared. A family may depend on more than a token's position and
+    the keys before it.
     """
     pair = [min(prompts, key=len), max(prompts, key=len)]
     if not shared.can_share(len(pair[1])):  # it is given whole prompts anyway
         return True
     with torch.no_grad(), autocast():
-        found = shared.hidden_states(pair)
+        continued = shared.hidden_states(pair)
         whole = SharedPrefix(shared.model, [], shared.attention).hidden_states(pair)
-        tolerance = _tolerance(prepare(shared.model), _arithmetic(found[0]))
-    expected = torch.cat([all_[-len(own) :] for all_, own in zip(whole, found, strict=True)])
-    difference = (torch.cat(found).float() - expected.float()).norm() / expected.float().norm()
-    return difference.item() <= tolerance
+        tolerance = _tolerance(prepare(shared.model), _arithmetic(continued[0]))
+    expected = [states[-len(own) :] for states, own in zip(whole, continued, strict=True)]
+    return _relative_error(torch.cat(continued), torch.cat(expected)) <= tolerance
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def _arithmetic(hidden: Tensor) -> torch.dtype:
-    """What products are computed in, given hidden states."""
+    """Return the dtype that products are computed in, given hidden states."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
@@ -108,13 +122,13 @@ def _tolerance(inner: nn.Module, arithmetic: torch.dtype) -> float:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Make sure that a quantized model's layers pass gradients on, one layer of each kind.
+    """Make sure that a quantized model's layers pass gradients on; test one layer of each kind.
 
-    One without a backward loses them in silence, and the gradient around it hides that. Of a linear
-    map, <y, y> = <x, transpose(y)>.
+    A layer without a backward loses gradients silently, and the gradient that flows around it hides
+    the loss. The test: for a linear map y = Wx, <y, y> = <x, transpose(W) y>.
 
     Raises:
-        UserError: a kind of layer does not.
+        UserError: a kind of layer passes no gradient, or a wrong one.
     """
     if getattr(model.config, "quantization_config", None) is None:
         return
@@ -128,12 +142,12 @@ def check_gradients(model: nn.Module) -> None:
         y = module(x)
         bias = getattr(module, "bias", None)
         direction = (y if bias is None else y - bias).detach()
-        found = 0.0
+        product = 0.0
         if y.requires_grad:
             (grad,) = torch.autograd.grad(y, x, direction)
-            found = (grad.float() * x).sum().item()
+            product = (grad.float() * x).sum().item()
         expected = direction.float().square().sum().item()
-        if not abs(found - expected) <= _GRADIENT_TOLERANCE * expected:
+        if not abs(product - expected) <= _GRADIENT_TOLERANCE * expected:
             raise UserError(
                 f"{name} ({type(module).__name__}) passes no right gradient on: use the "
                 "unquantized checkpoint with --quantized"
@@ -143,14 +157,15 @@ def check_gradients(model: nn.Module) -> None:
 def _where_not_finite(
     model: nn.Module, prompts: Sequence[EncodedPrompt], autocast: Callable
 ) -> str:
-    """The first layer whose output is no finite number, and the file of its weights."""
+    """Return the first layer whose output is not finite, and the file of its weights."""
     model = without_peft(model)
-    found: list[str] = []
+    not_finite: list[str] = []
 
     def watch(name: str) -> Callable:
         def look(module, args, output) -> None:
-            if not found and isinstance(output, torch.Tensor) and not output.isfinite().all():
-                found.append(name)
+            is_tensor = isinstance(output, torch.Tensor)
+            if not not_finite and is_tensor and not output.isfinite().all():
+                not_finite.append(name)
 
         return look
 
@@ -169,11 +184,12 @@ def _where_not_finite(
         for hook in hooks:
             hook.remove()
     path = model.config.name_or_path
-    if not found:
+    if not not_finite:
         return f"model {path}"
+    layer = not_finite[0]
     folder = checkpoint_folder(path)
     files = {} if folder is None else shards(folder)
     for file, names in files.items():
-        if not names or any(name.startswith(f"{found[0]}.") for name in names):
-            return f"{found[0]} of {file}"
-    return f"{found[0]} of model {path}"
+        if not names or any(name.startswith(f"{layer}.") for name in names):
+            return f"{layer} of {file}"
+    return f"{layer} of model {path}"

@@ -1,4 +1,4 @@
-"""What of a decoder is trained: W_Q and W_K, or, by methods that need it, all."""
+"""Set which weights of a decoder are trained: W_Q and W_K, or, for some methods, all of them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ from abft_fast.core.backbone import (
     query_key_projections,
 )
 from abft_fast.errors import UserError
-from abft_fast.models.adapter_folder import check_adapter
+from abft_fast.models.files import check_adapter
 
 
 def set_trained(model: PreTrainedModel, trainable: str, rank: int) -> nn.Module:
-    """Make a model's `lora` of a rank, `full` W_Q and W_K, or the whole `model` what learns.
+    """Train LoRA on W_Q and W_K (`lora`), W_Q and W_K (`full`), or every weight (`model`).
+
+    Args:
+        model: a decoder of transformers.
+        trainable: `lora`, `full` or `model`.
+        rank: of LoRA.
 
     Raises:
         UserError: the model does not allow it.
@@ -47,7 +52,7 @@ def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:
     Raises:
         UserError: PEFT would touch other modules than W_Q and W_K.
     """
-    projections = _projections(model)
+    projections = query_key_projections(model)
     names = {p.name.rsplit(".", 1)[-1] for p in projections}
     config = LoraConfig(
         r=rank,
@@ -82,7 +87,7 @@ def train_weights(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UserError: the weights are quantized.
     """
-    projections = _projections(model)
+    projections = query_key_projections(model)
     _refuse_quantized(model, "full")
     model.requires_grad_(False)
     for projection in projections:
@@ -106,7 +111,7 @@ def train_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that learn, by name."""
+    """Return the parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -132,7 +137,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put a trained adapter on its model.
 
     Raises:
-        UserError: the folder holds no adapter, or one of another model.
+        UserError: the folder holds no adapter, or an adapter of another model.
     """
     check_adapter(folder)
     try:
@@ -155,13 +160,6 @@ def _refuse_quantized(model: PreTrainedModel, trainable: str) -> None:
             f"{model.config.model_type}'s weights are quantized: --trainable {trainable} needs "
             "float weights, use --trainable lora"
         )
-
-
-def _projections(model: PreTrainedModel) -> list[Projection]:
-    try:
-        return query_key_projections(model)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _train_rows(projection: Projection, weight: nn.Parameter, dim: int) -> None:

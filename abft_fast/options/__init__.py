@@ -5,6 +5,7 @@ from abft_fast.options.data import CalibrationType, TestType
 from abft_fast.options.evaluate import EvalConfig, Options
 from abft_fast.options.experiments import SweepConfig, TableConfig
 from abft_fast.options.merge import MergeConfig
+from abft_fast.options.model import PromptOptions
 from abft_fast.options.predict import PredictConfig
 from abft_fast.options.train import PlanConfig, TrainConfig
 
@@ -16,6 +17,7 @@ __all__ = [
     "Options",
     "PlanConfig",
     "PredictConfig",
+    "PromptOptions",
     "SweepConfig",
     "TableConfig",
     "TestType",

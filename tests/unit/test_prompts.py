@@ -5,6 +5,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from abft_fast import builtin_model_path, data
 from abft_fast.data.catalog import Dataset, Example, Prompt
 from abft_fast.errors import UserError
+from abft_fast.options import EvalConfig
+from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
 
 pytestmark = pytest.mark.unit
@@ -123,9 +125,13 @@ def test_too_long_prompts(tokenizer):
             prompts
         )
 
-    message = rf"subj: a prompt of {max(lengths)} tokens is longer .* --on-long-prompt"
+    message = rf"subj: a prompt of {max(lengths)} tokens is longer .* on_long_prompt='drop'"
     with pytest.raises(UserError, match=message):
         encode("refuse")
+    options = resolve(EvalConfig, {})
+    encoder = PromptEncoder.by_options(options, tokenizer, dataset, limit)
+    with pytest.raises(UserError, match="lower --k, or pass --on-long-prompt drop or fewer-demo"):
+        encoder.encode(prompts)
     result = encode("drop")
     assert (len(result.prompts), result.dropped, result.shortened) == (40 - over, over, 0)
     assert len(result.labels) == 40 - over

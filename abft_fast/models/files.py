@@ -1,7 +1,7 @@
-"""What is wrong with the files of a checkpoint, by name; asked once reading them has failed.
+"""Name what is wrong with the files of a model or an adapter, before anything slow is imported.
 
 Headers and sizes are looked at. A change inside the numbers of a tensor cannot be seen without a
-checksum: see `abft_fast.models.preflight` for those that are no numbers any more.
+checksum; `abft_fast.models.preflight` finds those that are no numbers any more.
 """
 
 from __future__ import annotations
@@ -13,9 +13,65 @@ from pathlib import Path
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError, safe_open
 
+from abft_fast.errors import UserError
+
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_AGAIN = "download it again"
+
+
+def check_model_folder(path: str) -> None:
+    """Make sure that a model named by its folder is there.
+
+    Raises:
+        UserError: the folder is missing, or holds no config.json.
+    """
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise UserError(f"model folder {path} does not exist")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"model folder {path} holds no config.json")
+
+
+def check_model(name: str) -> None:
+    """Make sure that a model's folder is there and its weights are whole and no pickles.
+
+    Raises:
+        UserError: as `check_model_folder`, or a file of weights is damaged or a pickle.
+    """
+    if name == "builtin":
+        return
+    check_model_folder(name)
+    problem = find_damaged_weights(Path(name)) if Path(name).is_dir() else None
+    if problem is not None:
+        raise UserError(f"model {name}: {problem}")
+
+
+def check_adapter(folder: Path) -> None:
+    """Make sure that a folder holds an adapter with whole files.
+
+    Raises:
+        UserError: a file is missing or damaged, or the weights are a pickle.
+    """
+    if not (folder / _ADAPTER_CONFIG).is_file():
+        raise UserError(f"adapter {folder} holds no {_ADAPTER_CONFIG}")
+    try:
+        known = "peft_type" in json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        known = False
+    if not known:
+        raise UserError(
+            f"adapter {folder}: {_ADAPTER_CONFIG} is not what PEFT writes: copy it again"
+        )
+    if not (folder / _ADAPTER_WEIGHTS).is_file():
+        problem = pickle_problem(folder, "adapter_model*.bin")
+        raise UserError(f"adapter {folder}: {problem or f'it holds no {_ADAPTER_WEIGHTS}'}")
+    problem = weights_problem(folder / _ADAPTER_WEIGHTS)
+    if problem is not None:
+        raise UserError(f"adapter {folder}: {problem}")
+
 
 def find_damage(folder: Path) -> str | None:
-    """The first damaged file, what is wrong with it and what to do; None where all look whole."""
+    """Return a line on the first damaged file of a model and the fix; None where all look whole."""
     for path in sorted(folder.glob("*.json")):
         problem = _json_problem(path)
         if problem is not None:
@@ -24,7 +80,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def find_damaged_weights(folder: Path) -> str | None:
-    """The same for files of weights alone; pickles are such, as they are not read."""
+    """Return a line on the first damaged file of weights; a pickle counts as damaged."""
     try:
         files = shards(folder)
     except ValueError:
@@ -41,7 +97,7 @@ def find_damaged_weights(folder: Path) -> str | None:
 
 
 def pickle_problem(folder: Path, pattern: str) -> str | None:
-    """Why files of weights of such a name are not read; None where there are none."""
+    """Return a line on the first pickle of such a name; None where there is none."""
     found = sorted(folder.glob(pattern))
     if not found:
         return None
@@ -52,9 +108,9 @@ def pickle_problem(folder: Path, pattern: str) -> str | None:
 
 
 def shards(folder: Path) -> dict[Path, list[str]]:
-    """Names of the weights that each safetensors file of a checkpoint should hold.
+    """Return the names of the weights that each safetensors file of a checkpoint should hold.
 
-    Empty for a file that no index describes.
+    The names are empty for a file that no index describes.
     """
     index = folder / SAFETENSORS_INDEX_FILE
     if not index.is_file():
@@ -64,9 +120,6 @@ def shards(folder: Path) -> dict[Path, list[str]]:
     for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
         files.setdefault(folder / file, []).append(name)
     return files
-
-
-_AGAIN = "download it again"
 
 
 def _json_problem(path: Path) -> str | None:
@@ -80,7 +133,7 @@ def _json_problem(path: Path) -> str | None:
 
 
 def weights_problem(path: Path, expected: Collection[str] = ()) -> str | None:
-    """What is wrong with a safetensors file, which should hold the expected weights."""
+    """Return what is wrong with a safetensors file that should hold the expected weights."""
     if not path.is_file():
         return f"{path} is missing, which {SAFETENSORS_INDEX_FILE} names: {_AGAIN}"
     with path.open("rb") as file:
