@@ -161,7 +161,7 @@ def _keep_gradients_through_nf4(inner: PreTrainedModel) -> None:
         weight = module.weight
         if getattr(weight, "quant_state", None) is None:
             raise UnsupportedModel(
-                "config.json says 4 bits, but the files hold no state of quantization"
+                "config.json says 4 bits, its files hold no state of quantization"
             )
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
