@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from abft_fast.core.packing import EncodedPrompt
-from abft_fast.data.catalog import DATASETS, Dataset, Prompt
+from abft_fast.data import DATASETS, Dataset, Prompt
 from abft_fast.errors import UserError
 from abft_fast.options import PromptOptions, flag
 

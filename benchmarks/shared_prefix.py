@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from abft_fast import EncodedPrompt, builtin_model_path, data
 from abft_fast.core.label_logits import label_logits
 from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
-from abft_fast.data.catalog import Prompt
+from abft_fast.data import Prompt
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.token_budget import CPU_TOKENS

@@ -6,7 +6,7 @@ import functools
 import pytest
 from StaICC.util import dataset_interface, experimentor, functional, hgf_dataset_loader
 
-from abft_fast import data
+from abft_fast.data.staicc_files import SOURCES
 from abft_fast.evaluation.staicc_adapter import quiet
 
 KINDS = {
@@ -23,12 +23,12 @@ KINDS = {
 
 @functools.cache
 def _loaded(name):
-    return getattr(hgf_dataset_loader, data._SOURCES[name].loader)()
+    return getattr(hgf_dataset_loader, SOURCES[name].loader)()
 
 
 @functools.cache
 def _split(name, test):
-    calibration, demonstration, _ = data._SOURCES[name].split
+    calibration, demonstration, _ = SOURCES[name].split
     with quiet():
         return dataset_interface.triplet_dataset(_loaded(name), calibration, demonstration, test)
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from abft_fast.cli.original_options import translate
 from abft_fast.commands import adapter_origin
-from abft_fast.data import mauve_prefixes, own
+from abft_fast.data import mauve_prefixes
 from abft_fast.errors import Interrupted, ProcessEnded, RunError, SaidByMain, UserError
 from abft_fast.models.files import check_adapter, check_model, check_model_folder
 from abft_fast.options import (
@@ -32,6 +32,7 @@ from abft_fast.options import (
     SweepConfig,
     TableConfig,
     TrainConfig,
+    datasets,
     flag,
     is_positional,
 )
@@ -110,7 +111,7 @@ def _check_data(config: Options) -> None:
     """Say what is wrong with the user's own data before what is slow to import is."""
     training = isinstance(config, TrainConfig)
     if config.data_are_own:
-        dataset = own.by_options(config)
+        dataset = datasets.by_options(config)
         if training and config.method in ("ABFT", "E2E"):
             dataset.check_training(config.k)
         dataset.check_test(config.k)
@@ -145,7 +146,7 @@ def train_(flags: dict[str, Any]) -> None:
         run, options = Run.open(config.resume)
         here = {name: getattr(config, name) for name in _OF_THIS_CALL if name in flags}
         config = options.model_copy(update=here)
-        run.check_data(own.file_hashes(config))
+        run.check_data(datasets.file_hashes(config))
     check_model(config.model)
     from abft_fast.runtime.environment import uses_cpu
 
@@ -173,7 +174,7 @@ def eval_(flags: dict[str, Any]) -> None:
     """Evaluate a model, with or without an adapter, on a dataset's test prompts."""
     config = resolve(EvalConfig, flags)
     if config.output is not None:
-        check_output(config.output, read=own.paths(config))
+        check_output(config.output, read=datasets.paths(config))
     if config.adapter is not None:
         check_adapter(config.adapter)
     check_model(config.model)

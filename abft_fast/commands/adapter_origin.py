@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from abft_fast import data
-from abft_fast.data import own
 from abft_fast.errors import UserError
-from abft_fast.options import EvalConfig, Options, PredictConfig, flag
+from abft_fast.options import EvalConfig, Options, PredictConfig, datasets, flag
 from abft_fast.options.resolve import read_yaml
 from abft_fast.training.run_folder import Run
 
@@ -36,7 +35,7 @@ def check_tested_apart(config: EvalConfig) -> None:
     run = _options(config.adapter)
     if not run or not config.data_are_own:
         return
-    dataset = own.by_options(config)
+    dataset = datasets.by_options(config)
     if dataset.test_path != dataset.training_path:
         return  # test rows are in a file of their own
     now = config.model_dump(mode="json")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from abft_fast.data.catalog import Dataset
+from abft_fast.data import Dataset
 from abft_fast.data.own import OwnDataset
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.progress import Progress

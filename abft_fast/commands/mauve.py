@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from abft_fast.commands.session import Job
 from abft_fast.core.backbone import backbone
-from abft_fast.data.catalog import Dataset
+from abft_fast.data import Dataset
 from abft_fast.data.mauve_prefixes import prefixes
 from abft_fast.models import loading
 from abft_fast.options import TrainConfig

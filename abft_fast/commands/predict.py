@@ -14,7 +14,7 @@ from abft_fast.commands.session import ModelOnDevice
 from abft_fast.core.label_logits import keep_label_rows
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
-from abft_fast.data.catalog import Dataset, Example, Prompt
+from abft_fast.data import Dataset, Example, Prompt
 from abft_fast.data.tables import Row
 from abft_fast.errors import RunError, UserError
 from abft_fast.models import loading

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from abft_fast.data import tables
-from abft_fast.data.catalog import Dataset, Example
+from abft_fast.data import Dataset, Example, tables
 from abft_fast.data.tables import Row
 from abft_fast.data.template_file import TemplateFile, read_template
 from abft_fast.errors import RunError, UserError

@@ -13,7 +13,6 @@ from abft_fast import data
 from abft_fast.commands.data_report import show_data
 from abft_fast.core.label_logits import keep_label_rows
 from abft_fast.core.packing import EncodedPrompt
-from abft_fast.data import own
 from abft_fast.errors import UserError
 from abft_fast.evaluation import inference
 from abft_fast.evaluation.evaluation_set import EvaluationSet
@@ -22,7 +21,7 @@ from abft_fast.memory.simulation import CannotCount
 from abft_fast.models import loading
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.preflight import check_attention
-from abft_fast.options import EvalConfig, PredictConfig, TrainConfig
+from abft_fast.options import EvalConfig, PredictConfig, TrainConfig, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.runtime import processes
 from abft_fast.runtime.environment import uses_cpu
@@ -72,7 +71,7 @@ class Job(ModelOnDevice):
         tracker_folder: Path | None = None,
     ):
         super().__init__(config, progress, tracker_folder)
-        self.dataset = own.by_options(config)
+        self.dataset = datasets.by_options(config)
         self.encoder = PromptEncoder.by_options(
             config,
             loading.read_tokenizer(config.model),
@@ -216,7 +215,7 @@ def check_same_data(config: TrainConfig | EvalConfig) -> None:
         UserError: they do not.
     """
     with processes.fail_together():
-        files = own.file_hashes(config)
+        files = datasets.file_hashes(config)
     everyones = processes.gather(files)
     if len({tuple(found.values()) for found in everyones}) > 1:
         path = next(p for p in files if len({found.get(p) for found in everyones}) > 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from abft_fast.data.catalog import Dataset
+from abft_fast.data.dataset import Dataset
 from abft_fast.data.text_lines import read_lines
 from abft_fast.errors import UserError
 

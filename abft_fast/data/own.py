@@ -1,21 +1,19 @@
-"""The user's own data as a dataset: read, labelled and split, before anything heavy is imported."""
+"""Read the user's own data as a dataset, before anything heavy is imported."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from abft_fast import data
 from abft_fast.data import tables
-from abft_fast.data.catalog import Dataset, Example
+from abft_fast.data.dataset import Dataset, Example
 from abft_fast.data.template_file import TemplateFile, read_template
 from abft_fast.errors import UserError
-from abft_fast.options import Options, TrainConfig, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +36,17 @@ class OwnDataset(Dataset):
 
 
 @dataclass(frozen=True)
-class _Source:
-    """All that decides what a dataset holds; `files` so that a changed file is read again."""
+class OwnSource:
+    """Where the user's data are, and how they are read.
+
+    Attributes:
+        name: of the dataset.
+        training, test: files of examples; without a test file the training rows are split.
+        template: the file that says how prompts are written, if any.
+        text_column, label_column: what the columns are called.
+        test_share: the part of each label's rows to test on, where rows are split.
+        split_seed: the seed of the choice of these rows.
+    """
 
     name: str
     training: Path
@@ -49,7 +56,6 @@ class _Source:
     label_column: str
     test_share: float
     split_seed: int
-    files: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,73 +65,22 @@ class _Labelled:
     row: int
 
 
-def by_options(options: Options) -> Dataset:
-    """The dataset of a run: StaICC's by name, or the user's own.
+def load_own(source: OwnSource) -> OwnDataset:
+    """Read the user's files into a dataset, again only if one of them has changed.
 
     Raises:
-        UserError: a file is missing, unreadable, or a row in it is not what the options say.
+        UserError: a file is missing, unreadable, or a row in it is not what the source says.
     """
-    if not options.data_are_own:
-        return data.load(options.dataset)
-    path = Path(options.dataset)
-    parts = tables.parts(path)
-    if parts and "train" not in parts:
-        raise UserError(f"{path} has no part `train`; there are {', '.join(parts)}")
-    test = options.test_file or parts.get("test")
-    for name in ("test_share", "split_seed"):
-        if test is not None and getattr(options, name) != Options.model_fields[name].default:
-            raise UserError(
-                f"{flag(name)}: {path} has a part `test`, nothing is split: leave it out"
-            )
-    read = [p for p in (parts.get("train", path), test, options.template) if p is not None]
-    source = _Source(
-        name=options.dataset_name,
-        training=read[0],
-        test=test,
-        template=options.template,
-        text_column=options.text_column,
-        label_column=options.label_column,
-        test_share=options.test_share,
-        split_seed=options.split_seed,
-        files=tuple((str(p.resolve()), _sha256(p)) for p in read),
-    )
-    return _load(source)
+    paths = [p for p in (source.training, source.test, source.template) if p is not None]
+    return _load(source, tuple((str(path.resolve()), sha256(path)) for path in paths))
 
 
-def meta_dataset(config: TrainConfig, name: str) -> Dataset:
-    """One of the datasets that MetaICL trains on, by the options of the run.
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the names and digests of a dataset folder's files.
 
     Raises:
-        UserError: as `by_options`.
+        UserError: a file cannot be read.
     """
-    return by_options(config.model_copy(update={"dataset": name, "test_file": None}))
-
-
-def paths(options: Options) -> list[Path]:
-    """What of the user's a dataset is read from."""
-    named = (options.dataset if options.data_are_own else None, options.test_file, options.template)
-    return [Path(path) for path in named if path is not None]
-
-
-def file_hashes(options: Options) -> dict[str, str]:
-    """SHA-256, by path, of every file of the user's that the results depend on.
-
-    Raises:
-        UserError: a dataset's file is missing, unreadable or not what the options say.
-    """
-    found = dict(by_options(options).files) if options.data_are_own else {}
-    if isinstance(options, TrainConfig):
-        for name in options.meta_dataset_names if options.method == "MetaICL" else ():
-            if name not in data.DATASETS:
-                found |= meta_dataset(options, name).files
-        for path in (options.plain_text, options.mauve_prefix):
-            if path is not None and path.is_file():  # else who reads it says what it is
-                found[str(path.resolve())] = _sha256(path)
-    return found
-
-
-def _sha256(path: Path) -> str:
-    """SHA-256 of a file, or of a dataset's folder: of the digests of its files."""
     whole = hashlib.sha256()
     paths = tables.files_of(path)
     for file in paths:
@@ -141,7 +96,8 @@ def _sha256(path: Path) -> str:
 
 
 @lru_cache(maxsize=4)
-def _load(source: _Source) -> OwnDataset:
+def _load(source: OwnSource, files: tuple[tuple[str, str], ...]) -> OwnDataset:
+    """Read a dataset whose files have these paths and digests."""
     template = TemplateFile() if source.template is None else read_template(source.template)
     training = _read(source, source.training, template.labels, str(source.template))
     words = template.labels or {value: value for value in sorted({e.value for e in training})}
@@ -150,7 +106,7 @@ def _load(source: _Source) -> OwnDataset:
         training, test = _split(source, training)
         split = f"{source.test_share:g} of each label's rows, by --split-seed {source.split_seed}"
     else:
-        _check_distinct(source)
+        _check_distinct(source, files)
         test = _read(source, source.test, words, str(source.template or source.training))
         split = str(source.test)
     index = {value: label for label, value in enumerate(words)}
@@ -164,7 +120,7 @@ def _load(source: _Source) -> OwnDataset:
         training=examples[0],
         demonstrations=examples[0],
         test=examples[1],
-        files=source.files,
+        files=files,
         label_values=tuple(words),
         training_path=source.training,
         test_path=source.test or source.training,
@@ -175,11 +131,11 @@ def _load(source: _Source) -> OwnDataset:
 
 
 def _read(
-    source: _Source, path: Path, known: Collection[str] | None, known_from: str
+    source: OwnSource, path: Path, known: Collection[str] | None, known_from: str
 ) -> list[_Labelled]:
-    """A file's texts and label values; all are among `known`, where that is given."""
+    """Read a file's texts and label values; refuse a value not in `known`, where that is given."""
     text, label = source.text_column, source.label_column
-    found = []
+    examples = []
     for row in tables.read_rows(path, (text, label)):
         value = row.category(label, known or ())
         if known is not None and value not in known:
@@ -187,12 +143,12 @@ def _read(
                 f"{row.place(label)}: {value!r} is not among the labels of {known_from}: "
                 f"{tables.listed(known)}{tables.closest(value, known)}"
             )
-        found.append(_Labelled(row.text(text), value, row.number))
-    return found
+        examples.append(_Labelled(row.text(text), value, row.number))
+    return examples
 
 
-def _check_classes(source: _Source, training: list[_Labelled], words: Collection[str]) -> None:
-    """Every label has an example to train on, and one to test on where the rows are split."""
+def _check_classes(source: OwnSource, training: list[_Labelled], words: Collection[str]) -> None:
+    """Check that each label has a row to train on and, where the rows are split, one to test on."""
     rows = Counter(example.value for example in training)
     where = f"{source.training}, column {source.label_column!r}"
     if len(rows) == 1:
@@ -211,8 +167,8 @@ def _check_classes(source: _Source, training: list[_Labelled], words: Collection
         )
 
 
-def _check_distinct(source: _Source) -> None:
-    training, test = source.files[:2]
+def _check_distinct(source: OwnSource, files: Sequence[tuple[str, str]]) -> None:
+    training, test = files[:2]
     if training[1] == test[1]:
         raise UserError(
             f"{source.test} holds what {source.training} does: test on rows that are not trained "
@@ -220,8 +176,8 @@ def _check_distinct(source: _Source) -> None:
         )
 
 
-def _split(source: _Source, examples: list[_Labelled]) -> tuple[list[_Labelled], list[_Labelled]]:
-    """Rows to train and to test on, of each label its share, in the file's order."""
+def _split(source: OwnSource, examples: list[_Labelled]) -> tuple[list[_Labelled], list[_Labelled]]:
+    """Split each label's rows by the test share; both parts keep the file's order."""
     by_value: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         by_value.setdefault(example.value, []).append(index)

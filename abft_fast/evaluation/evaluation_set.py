@@ -8,7 +8,7 @@ from StaICC.util import functional
 from torch import Tensor
 
 from abft_fast.core.packing import EncodedPrompt
-from abft_fast.data.catalog import Dataset
+from abft_fast.data import Dataset
 from abft_fast.errors import UserError
 from abft_fast.evaluation.behavior import Behavior, BehaviorMean
 from abft_fast.evaluation.calibration import Calibration

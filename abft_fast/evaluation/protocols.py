@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from StaICC.util import experimentor, functional
 from StaICC.util.experimentor import single_experimentor
 
-from abft_fast.data.catalog import Dataset, Prompt
+from abft_fast.data import Dataset, Prompt
 from abft_fast.errors import UserError
 from abft_fast.evaluation.staicc_adapter import Triplet, install, quiet
 from abft_fast.options import TestType

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from StaICC.util import dataset_interface, hgf_dataset_loader
 from StaICC.util.experimentor import single_experimentor
 
-from abft_fast.data.catalog import Dataset, Example, Prompt
+from abft_fast.data import Dataset, Example, Prompt
+from abft_fast.data.sampling import Sampler
 from abft_fast.prompts import Template
 
 
@@ -92,19 +93,6 @@ class PromptWriter(dataset_interface.prompt_writter):
             ),
             Example(query_line[0], Example.NO_LABEL),
         )
-
-
-class Sampler(dataset_interface.demonstration_sampler):
-    """StaICC's draws, without its copy of all indices for each: 1,024 take 3 ms, not 1 s."""
-
-    def _get_next_sample(self) -> list[int]:
-        drawn: list[int] = []
-        for left in range(self._demonstration_set_size, self._demonstration_set_size - self._k, -1):
-            index = int(self._random.get_float() * left)
-            for earlier in sorted(drawn):  # those that are no longer in the list
-                index += earlier <= index
-            drawn.append(index)
-        return drawn
 
 
 def install(

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from abft_fast.data import own
 from abft_fast.errors import UserError
 from abft_fast.experiments.cell import CALIBRATIONS, Cell
 from abft_fast.experiments.sweep_file import (
@@ -18,7 +17,7 @@ from abft_fast.experiments.sweep_file import (
     parse_sweep,
     require_known,
 )
-from abft_fast.options import EvalConfig, TrainConfig
+from abft_fast.options import EvalConfig, TrainConfig, datasets
 from abft_fast.options.resolve import read_yaml, resolve
 
 _METHODS = (*get_args(TrainConfig.model_fields["method"].annotation), *CALIBRATIONS)
@@ -92,7 +91,7 @@ def _cell(options: dict[str, Any], groups: dict[str, Group], axes: list[str]) ->
     if method.lower() in CALIBRATIONS:
         return _evaluation_cell(method.lower(), options, groups, axes)
     config = resolve(TrainConfig, options)
-    files = tuple(own.file_hashes(config).items())
+    files = tuple(datasets.file_hashes(config).items())
     title = _title(options, groups, axes)
     return Cell("train", config.method, config, _labels(groups), title, files)
 
@@ -119,7 +118,7 @@ def _evaluation_cell(
             f"method trains, as in `- ABFT: {{method: ABFT, calibration: {given}}}`"
         )
     config = resolve(EvalConfig, {**options, "calibration": calibration})
-    files = tuple(own.file_hashes(config).items())
+    files = tuple(datasets.file_hashes(config).items())
     title = _title({**options, "method": method}, groups, axes)
     return Cell("eval", method, config, _labels(groups), title, files)
 

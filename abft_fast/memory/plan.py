@@ -13,7 +13,6 @@ from transformers import PreTrainedConfig
 
 from abft_fast.commands.data_report import show_data
 from abft_fast.core.packing import pack
-from abft_fast.data import own
 from abft_fast.errors import UserError
 from abft_fast.memory.simulation import (
     CannotCount,
@@ -26,7 +25,7 @@ from abft_fast.models import loading, trainable
 from abft_fast.models.shapes import SYNTHETIC, known_shape, with_layers
 from abft_fast.models.stored_format import stored_format
 from abft_fast.models.synthetic import skeleton
-from abft_fast.options import PlanConfig, TrainConfig
+from abft_fast.options import PlanConfig, TrainConfig, datasets
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.environment import free_memory, uses_cpu
 from abft_fast.runtime.launch import local_process_count
@@ -349,7 +348,7 @@ def plan_run(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
     here = Path(config.model).is_dir()
     known = None if here else known_shape(config.model.removeprefix(SYNTHETIC))
     shape = known or loading.read_config(config.model)
-    dataset = own.by_options(config)
+    dataset = datasets.by_options(config)
     tokenizer = loading.read_tokenizer("builtin" if known else config.model)
     context = loading.context_length(shape)
     prompts = config

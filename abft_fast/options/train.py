@@ -224,7 +224,7 @@ class TrainConfig(Options):
 
     @model_validator(mode="after")
     def _check_tested_apart(self) -> Self:
-        if METHODS[self.method].data_option == "meta_datasets":
+        if self.trains_on_meta_datasets:
             _ = self.meta_dataset_names
         return self
 
@@ -247,6 +247,11 @@ class TrainConfig(Options):
         """Whether any dataset of the run, tested or of MetaICL, is a file or folder."""
         names = self.meta_datasets.split(",") if self.meta_datasets else ()
         return self.data_are_own or not set(names) <= set(data.DATASETS)
+
+    @property
+    def trains_on_meta_datasets(self) -> bool:
+        """Return whether the training prompts come from `meta_dataset_names`."""
+        return METHODS[self.method].data_option == "meta_datasets"
 
     @property
     def meta_dataset_names(self) -> list[str]:

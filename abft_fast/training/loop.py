@@ -15,13 +15,12 @@ from torch import nn
 from abft_fast.commands import mauve
 from abft_fast.commands.session import Job, check_same_data
 from abft_fast.core.packing import EncodedPrompt, pack
-from abft_fast.data import own
 from abft_fast.errors import RunError
 from abft_fast.evaluation.behavior import Behavior, BehaviorMean
 from abft_fast.evaluation.evaluation_set import EvaluationSet
 from abft_fast.models import loading, trainable
 from abft_fast.models.preflight import check_gradients
-from abft_fast.options import TrainConfig
+from abft_fast.options import TrainConfig, datasets
 from abft_fast.runtime import processes
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.environment import peak_memory
@@ -69,7 +68,7 @@ def set_up(
 ) -> tuple[Job, list[EncodedPrompt], list[EvaluationSet]]:
     """What a run needs before its first evaluation: a job, training and test prompts, a folder."""
     set_seed(config.seed)
-    files = own.file_hashes(config)
+    files = datasets.file_hashes(config)
     job = Job(config, progress, run.folder)
     if not new and is_main():
         run.check_data(files)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abft_fast.core.language_model_loss import every_token, label_target
-from abft_fast.data import own
-from abft_fast.data.catalog import Dataset
-from abft_fast.options import TrainConfig
+from abft_fast.data import Dataset
+from abft_fast.options import TrainConfig, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.training.picl import intrinsic_tasks, paragraphs
 
@@ -58,7 +57,7 @@ def _meta_prompts(config: TrainConfig, encoder: PromptEncoder) -> EncodedPrompts
         count = config.train_samples // len(names) + (i < config.train_samples % len(names))
         if not count:
             continue
-        dataset = own.meta_dataset(config, name)
+        dataset = datasets.meta_dataset(config, name)
         its = PromptEncoder.by_options(config, encoder.tokenizer, dataset, encoder.max_length)
         found = _with_labels(config, dataset, its, count)
         together.prompts += found.prompts

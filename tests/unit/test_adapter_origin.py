@@ -3,9 +3,9 @@
 import pytest
 
 from abft_fast.commands.adapter_origin import check_tested_apart, differences
-from abft_fast.data.own import file_hashes
 from abft_fast.errors import UserError
 from abft_fast.options import EvalConfig, PredictConfig, TrainConfig
+from abft_fast.options.datasets import file_hashes
 from abft_fast.options.resolve import resolve
 from abft_fast.training.run_folder import Run
 

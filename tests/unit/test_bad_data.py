@@ -8,9 +8,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from abft_fast.data import own
 from abft_fast.errors import UserError
-from abft_fast.options import TrainConfig
+from abft_fast.options import TrainConfig, datasets
 from abft_fast.options.resolve import resolve
 
 pytestmark = pytest.mark.unit
@@ -21,7 +20,7 @@ COLUMNS = {"text": ["a", "b", "c", "d"], "label": [0, 1, 0, 1]}
 
 def refusal(**options):
     with pytest.raises(UserError) as caught:
-        own.by_options(resolve(TrainConfig, options))
+        datasets.by_options(resolve(TrainConfig, options))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

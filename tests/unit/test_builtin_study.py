@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 import pytest
 
 from abft_fast.builtin import builtin_model_path
-from abft_fast.data.catalog import PAPER_DATASETS
+from abft_fast.data import PAPER_DATASETS
 from abft_fast.experiments.grid import read_cells
 from tests.study_rows import largest_class, rows_of
 

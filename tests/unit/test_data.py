@@ -1,11 +1,15 @@
 """Real data: StaICC's files, splits and prompts are what StaICC itself makes of them."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
 from StaICC.util import experimentor, hgf_dataset_loader
 
 from abft_fast import data
+from abft_fast.data import staicc_files
+from abft_fast.data.staicc_files import SOURCES
 from abft_fast.errors import UserError
 from abft_fast.prompts import Template
 
@@ -13,7 +17,7 @@ pytestmark = pytest.mark.unit
 
 
 def staicc_experimentor(name, k=4):
-    source = data._SOURCES[name]
+    source = SOURCES[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return experimentor.single_experimentor(
@@ -71,7 +75,7 @@ def test_names_and_the_originals_indices():
 def test_a_changed_file_is_not_unpickled(tmp_path, monkeypatch):
     path = tmp_path / "trec.dataset"
     path.write_bytes(b"not the pickle")
-    monkeypatch.setattr(data, "_data_file", lambda source: path)
+    monkeypatch.setattr(staicc_files, "_data_file", lambda source: path)
     data.load.cache_clear()
     with pytest.raises(UserError, match="SHA-256"):
         data.load("trec")
@@ -84,3 +88,26 @@ def test_too_many_demonstrations_are_refused():
         dataset.training_prompts(1024, 1, seed=0)
     with pytest.raises(UserError, match="512"):
         dataset.test_prompts(513)
+
+
+def test_data_and_options_are_read_without_what_is_heavy():
+    code = (
+        "import sys, abft_fast.data, abft_fast.data.own, abft_fast.options.datasets\n"
+        "print(sorted({'StaICC', 'torch', 'transformers', 'datasets'} & sys.modules.keys()))\n"
+        "print(any(name.startswith('abft_fast.evaluation') for name in sys.modules))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split("\n")[:2] == ["[]", "False"]
+
+
+def test_test_prompts_need_neither_torch_nor_the_tests():
+    code = (
+        "import sys; from abft_fast import data; data.load('fp').test_prompts(2)\n"
+        "print([n for n in sys.modules if n in ('torch', 'abft_fast.evaluation')])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

@@ -10,9 +10,8 @@ import yaml
 from datasets import Dataset, DatasetDict
 
 from abft_fast.commands.data_report import oddities
-from abft_fast.data import own
 from abft_fast.errors import UserError
-from abft_fast.options import TrainConfig
+from abft_fast.options import TrainConfig, datasets
 from abft_fast.options.resolve import resolve, write_yaml
 from abft_fast.training.run_folder import Run
 
@@ -35,7 +34,7 @@ def write(path, rows):
 
 
 def load(**options):
-    return own.by_options(resolve(TrainConfig, {"dataset": "reviews.csv", **options}))
+    return datasets.by_options(resolve(TrainConfig, {"dataset": "reviews.csv", **options}))
 
 
 def test_without_a_template_values_are_the_words(reviews):
@@ -74,9 +73,9 @@ def test_a_split_takes_its_share_of_each_label(reviews, share):
 
 def test_a_split_is_that_of_its_seed_in_every_process(reviews):
     code = (
-        "from abft_fast.data import own; from abft_fast.options import TrainConfig\n"
+        "from abft_fast.options import datasets, TrainConfig\n"
         "from abft_fast.options.resolve import resolve\n"
-        "found = own.by_options(resolve(TrainConfig, {'dataset': 'reviews.csv'}))\n"
+        "found = datasets.by_options(resolve(TrainConfig, {'dataset': 'reviews.csv'}))\n"
         "print(found.test_rows); import sys; assert 'torch' not in sys.modules"
     )
     for seed in ("1", "2"):
@@ -140,16 +139,16 @@ def test_a_run_remembers_its_data(reviews, monkeypatch):
     given = {"dataset": "reviews.csv", "template": "t.yaml", "split_seed": "3"}
     config = resolve(TrainConfig, {**given, "output_dir": "run"})
     run = Run.reserve(config)
-    run.create(config, 0, dict(own.by_options(config).files))
+    run.create(config, 0, dict(datasets.by_options(config).files))
     (reviews.parent / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     run, options = Run.open(reviews.parent / "run")
-    dataset = own.by_options(options)
+    dataset = datasets.by_options(options)
     assert (dataset.input_prefix, len(dataset.files)) == ("a ", 2)
     run.check_data(dict(dataset.files))
     (reviews.parent / "t.yaml").write_text("input_prefix: 'b '\n")
     with pytest.raises(UserError, match=r"t\.yaml is not what run .* began with"):
-        run.check_data(dict(own.by_options(options).files))
+        run.check_data(dict(datasets.by_options(options).files))
     write_yaml(options, reviews.parent / "replay.yaml")
     replayed = resolve(TrainConfig, {"config": "../replay.yaml"})
     assert replayed.model_dump(exclude={"config"}) == options.model_dump(exclude={"config"})

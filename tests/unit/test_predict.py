@@ -12,7 +12,7 @@ from abft_fast import builtin_model_path, data
 from abft_fast.commands import predict
 from abft_fast.commands.merge import merge
 from abft_fast.commands.prediction_files import open_output, read_demonstrations
-from abft_fast.data.catalog import Example, Prompt
+from abft_fast.data import Example, Prompt
 from abft_fast.errors import RunError, UserError
 from abft_fast.models.loading import load
 from abft_fast.models.trainable import load_adapter, train_lora

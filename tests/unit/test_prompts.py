@@ -3,7 +3,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from abft_fast import builtin_model_path, data
-from abft_fast.data.catalog import Dataset, Example, Prompt
+from abft_fast.data import Dataset, Example, Prompt
 from abft_fast.errors import UserError
 from abft_fast.options import EvalConfig
 from abft_fast.options.resolve import resolve

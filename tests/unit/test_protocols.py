@@ -9,7 +9,7 @@ from StaICC.util import functional
 from transformers import AutoTokenizer
 
 from abft_fast import builtin_model_path, data
-from abft_fast.data.catalog import Dataset, Example
+from abft_fast.data import Dataset, Example
 from abft_fast.errors import UserError
 from abft_fast.evaluation.protocols import Protocol
 from abft_fast.evaluation.staicc_adapter import quiet
@@ -68,6 +68,15 @@ def test_prompts_are_staiccs_own(name, test_type):
     assert len(found) == len(theirs)
     for call, expected in zip(found, theirs, strict=True):
         assert [call.template.render(prompt)[0] for prompt in call.prompts] == expected
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, 16])
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_a_datasets_test_prompts_are_those_of_the_normal_test(name, k):
+    dataset = data.load(name)
+    [call] = Protocol.of("Normal", dataset, k).calls
+    assert dataset.test_prompts(k) == call.prompts
+    assert {len(prompt.demonstrations) for prompt in call.prompts} == {k}
 
 
 @pytest.mark.parametrize("name", data.DATASETS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from abft_fast.data.catalog import DATASETS
+from abft_fast.data import DATASETS
 from abft_fast.errors import UserError
 from abft_fast.experiments.cell import VANILLA
 from abft_fast.experiments.records import Record

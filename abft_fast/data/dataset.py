@@ -1,0 +1,114 @@
+"""A classification dataset, and the prompts that are drawn from it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from abft_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text; `label` indexes the dataset's label words, or is `NO_LABEL`."""
+
+    NO_LABEL: ClassVar[int] = -1
+
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """k demonstrations and a query, before any text is rendered."""
+
+    demonstrations: tuple[Example, ...]
+    query: Example
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A classification dataset with StaICC's split; `own.OwnDataset` has the user's own split.
+
+    Attributes:
+        name: the paper's short name, e.g. `"sst2"`.
+        input_prefix: what stands before a text, e.g. `"sentence: "`.
+        label_prefix: what stands before a label, e.g. `"sentiment: "`.
+        label_words: single-token label words (paper, Table 5).
+        staicc_label_words: the words StaICC itself uses; they differ for `subj`.
+        training: StaICC's 1,024 calibration examples; only these are trained on.
+        demonstrations: the pool test prompts draw their demonstrations from.
+        test: the 512 test queries.
+        files: path and SHA-256 of each file it was made of, where they are the user's own.
+        alternate_template: three values of each of four parts of the template, by StaICC's names;
+            None where there are none.
+    """
+
+    name: str
+    input_prefix: str
+    label_prefix: str
+    label_words: tuple[str, ...]
+    staicc_label_words: tuple[str, ...]
+    training: tuple[Example, ...]
+    demonstrations: tuple[Example, ...]
+    test: tuple[Example, ...]
+    files: tuple[tuple[str, str], ...] = ()
+    alternate_template: Mapping[str, Sequence] | None = None
+
+    def check_training(self, k: int) -> None:
+        """Check that prompts of k demonstrations can be drawn to train on.
+
+        Raises:
+            UserError: k + 1 is more than the training examples there are.
+        """
+        if k + 1 > len(self.training):
+            raise UserError(
+                f"k={k}: {self.name} has {len(self.training)} training examples, "
+                f"so k is at most {len(self.training) - 1}"
+            )
+
+    def check_test(self, k: int) -> None:
+        """Check that prompts of k demonstrations can be drawn to test on.
+
+        Raises:
+            UserError: k is more than the pool of demonstrations.
+        """
+        if k > len(self.demonstrations):
+            raise UserError(
+                f"k={k}: {self.name} has {len(self.demonstrations)} demonstrations to draw from"
+            )
+
+    def training_prompts(self, k: int, count: int, seed: int) -> list[Prompt]:
+        """Draw `count` prompts of k + 1 distinct training examples each (paper, A.1).
+
+        Raises:
+            UserError: as `check_training`.
+        """
+        self.check_training(k)
+        generator = random.Random(f"{self.name}-{seed}")
+        prompts = []
+        for _ in range(count):
+            *demonstrations, query = generator.sample(self.training, k + 1)
+            prompts.append(Prompt(tuple(demonstrations), query))
+        return prompts
+
+    def test_prompts(self, k: int) -> list[Prompt]:
+        """Return every test query twice, each time with its own k demonstrations.
+
+        StaICC's accuracy test (`Normal`) asks for the same prompts in the same order. Of its
+        datasets they are 1,024.
+
+        Raises:
+            UserError: k is more than the pool of demonstrations.
+        """
+        from abft_fast.data.sampling import Sampler  # StaICC is imported when it is needed
+
+        self.check_test(k)
+        queries = 2 * self.test
+        sampler = Sampler(k, len(self.demonstrations), len(queries))
+        return [
+            Prompt(tuple(self.demonstrations[index] for index in sampler[position]), query)
+            for position, query in enumerate(queries)
+        ]

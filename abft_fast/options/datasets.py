@@ -1,0 +1,77 @@
+"""The datasets that the options of a run name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from abft_fast import data
+from abft_fast.data import Dataset, tables
+from abft_fast.data.own import OwnSource, load_own, sha256
+from abft_fast.errors import UserError
+from abft_fast.options.base import flag
+from abft_fast.options.evaluate import Options
+from abft_fast.options.train import TrainConfig
+
+
+def by_options(options: Options) -> Dataset:
+    """Load the dataset of a run: one of StaICC's by name, or the user's own.
+
+    Raises:
+        UserError: a file is missing, unreadable, or a row in it is not what the options say.
+    """
+    if not options.data_are_own:
+        return data.load(options.dataset)
+    path = Path(options.dataset)
+    parts = tables.parts(path)
+    if parts and "train" not in parts:
+        raise UserError(f"{path} has no part `train`; there are {', '.join(parts)}")
+    test = options.test_file or parts.get("test")
+    for name in ("test_share", "split_seed"):
+        if test is not None and getattr(options, name) != Options.model_fields[name].default:
+            raise UserError(
+                f"{flag(name)}: {path} has a part `test`, nothing is split: leave it out"
+            )
+    return load_own(
+        OwnSource(
+            name=options.dataset_name,
+            training=parts.get("train", path),
+            test=test,
+            template=options.template,
+            text_column=options.text_column,
+            label_column=options.label_column,
+            test_share=options.test_share,
+            split_seed=options.split_seed,
+        )
+    )
+
+
+def meta_dataset(config: TrainConfig, name: str) -> Dataset:
+    """Load one of the datasets that MetaICL trains on, by the options of the run.
+
+    Raises:
+        UserError: as `by_options`.
+    """
+    return by_options(config.model_copy(update={"dataset": name, "test_file": None}))
+
+
+def paths(options: Options) -> list[Path]:
+    """Return the user's files and folders that the tested dataset is read from."""
+    named = (options.dataset if options.data_are_own else None, options.test_file, options.template)
+    return [Path(path) for path in named if path is not None]
+
+
+def file_hashes(options: Options) -> dict[str, str]:
+    """Return the SHA-256, by path, of every file of the user's that the results depend on.
+
+    Raises:
+        UserError: a dataset's file is missing, unreadable or not what the options say.
+    """
+    hashes = dict(by_options(options).files) if options.data_are_own else {}
+    if isinstance(options, TrainConfig):
+        for name in options.meta_dataset_names if options.trains_on_meta_datasets else ():
+            if name not in data.DATASETS:
+                hashes |= meta_dataset(options, name).files
+        for path in (options.plain_text, options.mauve_prefix):
+            if path is not None and path.is_file():  # a later reader says what is wrong with it
+                hashes[str(path.resolve())] = sha256(path)
+    return hashes
