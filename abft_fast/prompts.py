@@ -165,8 +165,10 @@ class PromptEncoder:
         """Tokenize prompts; those beyond the context length are refused, dropped or shortened.
 
         Args:
-            template: how they are written, if not by the dataset's own template; labels are then
-                predicted by the tokens they are under it, and may be others in demonstrations.
+            prompts: demonstrations and a query each.
+            template: how prompts are written, if not by the dataset's own template; label words are
+                then predicted by their tokens under this template, which may differ from those in
+                demonstrations.
 
         Raises:
             UserError: a prompt is too long and `on_long_prompt` is `refuse`, or none is left, or

@@ -47,7 +47,9 @@ def packed_attention(
 
     Args:
         module: the model's attention layer.
-        query, key, value: (1, H, T, D) of packed prompts.
+        query: (1, Hq, T, D) of packed prompts.
+        key: (1, Hkv, T, D).
+        value: (1, Hkv, T, D).
         attention_mask: of an ordinary batch; packed prompts need none.
         scaling: factor of the scores; None is 1 / sqrt(D).
         dropout: probability of dropping an attention weight.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One tokenized prompt; its last token is the query row the loss looks at.
+    """A tokenized prompt; its last token is the query row of the loss.
 
     Attributes:
         input_ids: n token ids.
@@ -30,7 +30,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class PackedPrompts:
-    """R prompts of T tokens together.
+    """R prompts laid end to end, T tokens in all.
 
     Attributes:
         input_ids: (T,) int64.
@@ -52,11 +52,11 @@ class PackedPrompts:
         return len(self.cu_seqlens) - 1
 
     def to(self, device: torch.device | str) -> PackedPrompts:
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         return PackedPrompts(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     def unpack(self) -> list[EncodedPrompt]:
-        """The prompts it was packed from."""
+        """Return the prompts that were packed."""
         tokens, labels = self.cu_seqlens.tolist(), self.label_offsets.tolist()
         ids, positions = self.input_ids.tolist(), self.label_positions.tolist()
         correct = self.label_is_correct.tolist()
@@ -69,7 +69,9 @@ class PackedPrompts:
 
 
 def pack(prompts: Sequence[EncodedPrompt]) -> PackedPrompts:
-    """Lay prompts end to end.
+    """Lay prompts end to end in one flat batch.
+
+    Three prompts of 2, 4 and 3 tokens have `cu_seqlens` [0, 2, 6, 9].
 
     Raises:
         ValueError: there is no prompt, one is empty, or a label position is not inside its prompt,

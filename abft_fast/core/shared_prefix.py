@@ -1,4 +1,4 @@
-"""Label logits of prompts that begin alike, whose beginning is computed once."""
+"""Label logits of prompts that begin alike; the shared beginning is computed once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from abft_fast.core.run_packed import run_packed
 
 
 class SharedPrefix:
-    """The first tokens of many prompts, with the keys and values that a model makes of them.
+    """The first tokens of many prompts, with the keys and values that a model computes for them.
 
-    Keys and values depend on the tokens before them alone, so every later prompt attends to those
-    that were kept. They are made at the first call, in evaluation mode, and are of the model as it
-    is then. Models of which that is not true (layers without attention, RoPE that depends on a
-    prompt's length) are given whole prompts.
+    Keys and values depend only on the tokens before them, so every later prompt attends to the ones
+    that were kept. The first call computes them, in evaluation mode, with the model as it is then.
+    In some models they depend on more (layers without attention, RoPE that depends on a prompt's
+    length): such a model runs on whole prompts.
 
     Attributes:
         ids: its tokens.
@@ -36,18 +36,18 @@ class SharedPrefix:
         self._kept: KeysAndValues = {}
 
     def shorten(self, length: int) -> None:
-        """Go on with its first `length` tokens; nothing is computed again."""
+        """Keep only the first `length` tokens; nothing is computed again."""
         self.ids = self.ids[:length]
         kept = {i: (k[:length], v[:length]) for i, (k, v) in self._kept.items()}
         self._kept = kept if self.ids else {}
 
     def can_share(self, longest: int) -> bool:
-        """Whether prompts of up to `longest` tokens, it included, can go on from its keys."""
+        """Return whether prompts of up to `longest` tokens, prefix included, can use the kept keys."""
         return not must_run_alone(prepare(self.model), longest)
 
     @torch.no_grad()
     def label_logits(self, prompts: Sequence[Sequence[int]], label_ids: Sequence[int]) -> Tensor:
-        """Logits of the label words after each prompt, (R, labels).
+        """Return the logits of the label words after each prompt, (R, labels).
 
         Args:
             prompts: token ids of whole prompts, all longer than the prefix they begin with.
@@ -67,17 +67,17 @@ class SharedPrefix:
 
     @torch.no_grad()
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """What the last layer yields for each prompt's n tokens after the prefix, (n, width).
+        """Return the last layer's states of each prompt's n tokens after the prefix, (n, width).
 
         Raises:
-            ValueError: as `label_logits`, or these prompts cannot go on from a prefix.
+            ValueError: as `label_logits`, or these prompts cannot share a prefix.
         """
         own = self._own(prompts)
         hidden = self._run(prepare(self.model), own).last_hidden_state[0]
         return list(hidden.split(own.cu_seqlens.diff().tolist()))
 
     def _own(self, prompts: Sequence[Sequence[int]]) -> PackedPrompts:
-        """What the prompts are after the prefix."""
+        """Return the prompts without the prefix, packed."""
         length = len(self.ids)
         for i, prompt in enumerate(prompts):
             if list(prompt[:length]) != self.ids or len(prompt) == length:
@@ -103,7 +103,7 @@ class SharedPrefix:
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The longest beginning all prompts share that leaves each a token of its own."""
+    """Return the longest shared beginning that leaves every prompt a token of its own."""
     first, last = min(prompts), max(prompts)  # in their order those furthest apart
     pairs = itertools.islice(zip(first, last, strict=False), min(map(len, prompts)) - 1)
     return [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]

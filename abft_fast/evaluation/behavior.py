@@ -25,14 +25,14 @@ class Behavior:
 
 
 class BehaviorMean:
-    """Running mean of what heads do, over batches of prompts."""
+    """Running mean of attention behavior over batches of prompts."""
 
     def __init__(self) -> None:
         self._prompts = self._with_heads = 0
         self._heads = self._share = 0.0
 
     def add(self, behavior: AttentionBehavior, packed: PackedPrompts) -> None:
-        """Count a batch in; one transfer from the device."""
+        """Add a batch; it takes one transfer from the device."""
         found = behavior.is_induction
         label = (behavior.label_mass * found).sum(dim=(0, 2)).double()
         correct = (behavior.correct_mass * found).sum(dim=(0, 2)).double()
@@ -52,13 +52,13 @@ class BehaviorMean:
         self._share += shares
 
     def join(self, other: BehaviorMean) -> None:
-        """Count in what another has counted."""
+        """Add the prompts of another mean."""
         self._prompts += other._prompts
         self._with_heads += other._with_heads
         self._heads += other._heads
         self._share += other._share
 
     def result(self) -> Behavior:
-        """The mean so far."""
+        """Return the mean so far."""
         share = self._share / self._with_heads if self._with_heads else None
         return Behavior(self._heads / max(self._prompts, 1), share)

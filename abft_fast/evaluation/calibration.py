@@ -1,7 +1,8 @@
-"""Calibration of label probabilities, StaICC's own, as baselines of the paper (its Table 1).
+"""StaICC's calibrations of label probabilities, baselines in the paper's Table 1.
 
-StaICC trains one with a run of the model for each prompt. Here it is trained twice: by a run that
-notes the prompts, and, once they are predicted together, by one that gives it the probabilities.
+StaICC trains a calibration by running the model once for each prompt. Here a calibration is trained
+twice: the first time its prompts are recorded; they are predicted together; the second time it gets
+their probabilities.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ _TRAINED = {
 
 
 class Calibration:
-    """One dataset's calibration, by prompts of its training examples.
+    """The calibration of one dataset's predictions, trained on prompts of its training examples.
 
     Attributes:
         call: the prompts whose predictions it learns from; None where it learns from none.
     """
 
     def __init__(self, kind: CalibrationType, triplet: Triplet, k: int, samples: int):
-        """
+        """Record the prompts that the calibration learns from.
+
         Args:
+            kind: which calibration.
+            triplet: the dataset as StaICC sees it.
             k: demonstrations a prompt.
             samples: prompts to learn from.
         """
@@ -49,9 +53,10 @@ class Calibration:
     def calibrate(
         self, predictions: Sequence[Probabilities], learnt_from: Probabilities | None
     ) -> Iterator[Probabilities]:
-        """The calibrated predictions of each call; prompts left out stay so.
+        """Yield the calibrated predictions of each call; prompts left out stay left out.
 
         Args:
+            predictions: probabilities of the label words, by call.
             learnt_from: predictions of the prompts in `call`.
         """
         if self.call is not None:

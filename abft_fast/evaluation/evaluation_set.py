@@ -1,4 +1,4 @@
-"""One dataset's test, ready to be run as often as wanted: tokenized before, scored after."""
+"""One dataset's test: prompts are tokenized once, then predicted and scored as often as needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Predict = Callable[[EncodedPrompts, bool], tuple[Tensor, BehaviorMean]]
 
 
 class EvaluationSet:
-    """A dataset's prompts under the protocol and the calibration of some options.
+    """A dataset's test prompts, by the protocol and the calibration of the options.
 
     Attributes:
         encoded: its prompts, tokenized, as they are to be predicted, those of the test first.
@@ -47,16 +47,16 @@ class EvaluationSet:
 
     @property
     def prompts(self) -> list[EncodedPrompt]:
-        """Those of the test itself, of its first part where it has several."""
+        """Return the prompts of the test itself, or of its first part where it has several."""
         return self.encoded[0].prompts
 
     @property
     def label_ids(self) -> set[int]:
-        """The tokens of all its label words."""
+        """Return the tokens of all its label words."""
         return {token for encoded in self.encoded for token in encoded.label_ids}
 
     def run(self, predict: Predict) -> tuple[dict[str, float | None], Behavior]:
-        """Its metrics, and what heads do on those of its prompts whose queries have a label."""
+        """Return the metrics, and the heads' behavior on prompts whose query has a label."""
         predictions, behavior = [], BehaviorMean()
         for encoded, size, has_labels in zip(
             self.encoded, self._sizes, self._has_labels, strict=True
@@ -72,7 +72,7 @@ class EvaluationSet:
         return self._protocol.score(calibrated), behavior.result()
 
     def _check_all_kept(self, options: Options) -> None:
-        """Refuse to leave out prompts where StaICC needs each."""
+        """Refuse dropped prompts where StaICC needs every one."""
         test_type = options.test_type
         if test_type.endswith("Sensitivity") and any(found.dropped for found in self.encoded):
             self._refuse(f"--test-type {test_type} compares all predictions of a query")

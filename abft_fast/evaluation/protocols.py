@@ -1,7 +1,7 @@
-"""StaICC's tests: which prompts are to be predicted, and what the predictions are worth.
+"""StaICC's tests: the prompts that are predicted, and the metrics of the predictions.
 
-Its experimentors draw the prompts and score the predictions; between the two lies a run of the
-model, or several. Source: StaICC 0.1.1; for unseen labels, Cho et al. 2025, A.4.
+StaICC's experimentors draw the prompts and score the predictions; the model runs in between. Source:
+StaICC 0.1.1; for unseen labels, Cho et al. 2025, A.4.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ _MOST_DRAWS = 10**7  # 2 minutes
 
 @dataclass(frozen=True)
 class Call:
-    """Prompts of one template, to be predicted together."""
+    """Prompts of one template, which are predicted together."""
 
     template: Template
     prompts: list[Prompt]
 
     @property
     def has_labels(self) -> bool:
-        """Whether the queries are real: those that only show a model's bias have no label."""
+        """Return whether the queries have labels; queries that only show a model's bias have none."""
         return any(prompt.query.label != prompt.query.NO_LABEL for prompt in self.prompts)
 
 
 @dataclass
 class _Part:
-    """An experimentor, and how its results are named."""
+    """An experimentor, and the names of its results."""
 
     experimentor: single_experimentor
     names: Callable[[dict], dict[str, float]]
@@ -84,9 +84,11 @@ class Protocol:
 
     @classmethod
     def of(cls, test_type: TestType, dataset: Dataset, k: int, form: str = "ours") -> Protocol:
-        """The prompts of a test.
+        """Draw the prompts of a test.
 
         Args:
+            test_type: which test.
+            dataset: queries and demonstrations are from it.
             k: demonstrations a prompt.
             form: `ours` or `staicc`, which may have other label words.
 
@@ -98,7 +100,7 @@ class Protocol:
             return _MAKERS[test_type](cls, dataset, k, form)
 
     def score(self, predictions: Iterable[Probabilities]) -> dict[str, float | None]:
-        """StaICC's metrics of the predictions of each call, flat, by name; None where undefined."""
+        """Return StaICC's metrics by name, given each call's predictions; None where undefined."""
         remaining = iter(predictions)
 
         def replay(prompt, label_space) -> list[list[float]]:
@@ -122,7 +124,7 @@ def _normal(cls, dataset: Dataset, k: int, form: str, *, unseen: bool = False) -
 
 
 def _check_unseen(dataset: Dataset, k: int) -> None:
-    """Refuse what StaICC would draw for ever: it draws until no demonstration has the label."""
+    """Refuse prompts that StaICC would draw forever: it draws until no demonstration has the label."""
     pool = Counter(example.label for example in dataset.demonstrations)
     size, draws = len(dataset.demonstrations), 0.0
     for label, queries in Counter(example.label for example in dataset.test).items():
@@ -251,7 +253,7 @@ def _consistency(queries: int) -> dict[str, Callable]:
 
 
 def _kept(metric: Callable) -> Callable:
-    """StaICC's metric, of the prompts not left out; nan where it has no value."""
+    """Return StaICC's metric over the prompts that were not left out; nan where it is undefined."""
 
     def of_kept(truth: list[int], predictions: Probabilities):
         pairs = [(t, row) for t, row in zip(truth, predictions, strict=True) if len(row)]

@@ -1,4 +1,4 @@
-"""A dataset as StaICC's experimentors see it, and a writer that gives them prompts, not strings."""
+"""A dataset as StaICC's experimentors see it, and a writer that writes `Prompt`s, not strings."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from abft_fast.prompts import Template
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without StaICC's progress on stdout and its warnings that settings are not the standard."""
+    """Silence StaICC's progress on stdout and its warnings about settings."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 class Part(hgf_dataset_loader.basic_datasets_loader):
-    """One of a dataset's three parts."""
+    """One of a dataset's three parts: calibration, demonstration or test."""
 
     def __init__(self, dataset: Dataset, template: Template, name: str, examples: Sequence):
         super().__init__()
@@ -40,7 +40,7 @@ class Part(hgf_dataset_loader.basic_datasets_loader):
 
 
 class Triplet(dataset_interface.triplet_dataset):
-    """A dataset already split, whoever split it; its test part is given by `install`."""
+    """A dataset that is already split; `install` gives it its test part."""
 
     def __init__(self, dataset: Dataset, form: str):  # StaICC's own would split
         self.template = Template.of(dataset, form)
@@ -52,19 +52,19 @@ class Triplet(dataset_interface.triplet_dataset):
         self.test = self.part("test", ())
 
     def part(self, name: str, examples: Sequence[Example]) -> Part:
-        """Some of the dataset's examples."""
+        """Return a part with some of the dataset's examples."""
         return Part(self.dataset, self.template, name, examples)
 
 
 class PromptWriter(dataset_interface.prompt_writter):
-    """StaICC's writer, but for its last step: what it writes is a `Prompt`, for `template`."""
+    """StaICC's writer, except its last step: it returns a `Prompt`, which `template` renders."""
 
     def __init__(self, triplet: Triplet, pseudo_queries: Iterator[list[str]] | None = None):
         super().__init__(triplet, pseudo_query_generater=pseudo_queries)
 
     @property
     def template(self) -> Template:
-        """How prompts are written at the moment; some experimentors change it."""
+        """Return how prompts are written now; some experimentors change it."""
         return Template(
             self._input_text_prefixes[0],
             self._label_prefix,
@@ -77,7 +77,7 @@ class PromptWriter(dataset_interface.prompt_writter):
         )
 
     def write_prompt(self, demos_indexes: list[int], query_index: int | None = None) -> Prompt:
-        """The demonstrations and a test query, which knows its label; pseudo queries have none."""
+        """Return demonstrations and a test query with its label; a pseudo query has none."""
         prompt = super().write_prompt(demos_indexes, query_index)
         if self.pseudo_prompt:
             return prompt
@@ -85,7 +85,7 @@ class PromptWriter(dataset_interface.prompt_writter):
         return dataclasses.replace(prompt, query=Example(prompt.query.text, label))
 
     def write_prompt_from_dataline(self, demos_lines, query_line, cut_by_length=0) -> Prompt:
-        """A prompt whose query's label is not known."""
+        """Return a prompt whose query's label is not known."""
         words = self._triplet_dataset.demonstration
         return Prompt(
             tuple(
@@ -98,7 +98,7 @@ class PromptWriter(dataset_interface.prompt_writter):
 def install(
     experimentor: single_experimentor, test: Sequence[Example], draws: int
 ) -> single_experimentor:
-    """Give an experimentor, made without test examples, those and as many draws, and our writer."""
+    """Give an experimentor that has no test examples these, as many draws, and our writer."""
     triplet = experimentor.triplet_dataset
     triplet.test = triplet.part("test", test)
     experimentor.prompt_former = PromptWriter(triplet, experimentor.prompt_former.pseudo_prompt)

@@ -1,4 +1,4 @@
-"""A model over all GPUs of this machine: its layers one after another, none on the CPU or disk."""
+"""Split a model by layers over all GPUs of this machine; no layer goes to the CPU or the disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FOR_WEIGHTS = 0.9  # of a GPU's free memory
 
 
 def over_all_gpus(device: torch.device) -> dict[str, Any] | None:
-    """What `from_pretrained` is told, for accelerate to split the model evenly; None on a CPU.
+    """Return arguments of `from_pretrained` that split the model evenly; None on a CPU.
 
     Raises:
         UserError: several processes were launched, each of which would want all GPUs.
@@ -32,7 +32,7 @@ def over_all_gpus(device: torch.device) -> dict[str, Any] | None:
 
 
 def refuse_offloaded(model: nn.Module, name: str) -> None:
-    """Make sure that no part was left out of the devices.
+    """Make sure that every part is on a GPU.
 
     Raises:
         UserError: a part is on the disk or, beside GPUs, on the CPU.
@@ -43,7 +43,7 @@ def refuse_offloaded(model: nn.Module, name: str) -> None:
 
 
 def does_not_fit(name: str) -> str:
-    """The line for a model larger than all GPUs."""
+    """Return the line for a model that is larger than all GPUs."""
     gpus = torch.cuda.device_count()
     return (
         f"model {name} does not fit in the memory of {gpus} GPU{'' if gpus == 1 else 's'}: "

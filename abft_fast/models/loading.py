@@ -1,4 +1,4 @@
-"""Reading a model and its tokenizer, as they are stored or quantized on the way."""
+"""Read a model and its tokenizer, as they are stored or quantized on the way."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from abft_fast.runtime.token_budget import is_out_of_memory
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """A model's config, without its weights.
+    """Read a model's config, without its weights.
 
     Args:
         name: `builtin`, a local folder, a hub id, or `synthetic:` and the name of a known shape.
@@ -48,7 +48,7 @@ def read_config(name: str) -> PreTrainedConfig:
 
 
 def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer; the built-in model's where weights are synthetic.
+    """Read a model's tokenizer; synthetic models have the built-in model's.
 
     Raises:
         UserError: as `read_config`.
@@ -63,7 +63,7 @@ def load(
     bits: int | None = None,
     placement: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A causal language model; of random weights where they are synthetic.
+    """Load a causal language model; a synthetic one gets random weights.
 
     Args:
         name: as in `read_config`.
@@ -131,7 +131,7 @@ def _path(name: str) -> str:
 
 
 def _read(kind: type, name: str, **options: Any) -> Any:
-    """What transformers' `from_pretrained` gives, or one line of why not."""
+    """Return the result of transformers' `from_pretrained`, or raise one line that says why not."""
     path = _path(name)
     check_model_folder(path)
     transformers_logging.disable_progress_bar()
@@ -148,12 +148,12 @@ def _read(kind: type, name: str, **options: Any) -> Any:
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Tokens a prompt may have at most; None where the config does not say."""
+    """Return how many tokens a prompt may have; None where the config does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def checkpoint_folder(path: str) -> Path | None:
-    """Where the files of a model are on this machine, in a folder or in the hub's cache."""
+    """Return the folder of a model's files on this machine, or None; the hub's cache counts."""
     if not path:  # as synthetic models have none
         return None
     if Path(path).is_dir():

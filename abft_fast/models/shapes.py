@@ -1,4 +1,4 @@
-"""Shapes of models that are not on this machine: enough to plan for them, or to fill at random."""
+"""Shapes of models that are not on this machine: enough for a plan, or for random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SYNTHETIC = "synthetic:"
 
 
 def known_shape(name: str) -> PreTrainedConfig | None:
-    """The config of a model by its short name or hub id, such as `llama3-70b`; None if unknown.
+    """Return a model's config by its short name or hub id, such as `llama3-70b`; None if unknown.
 
     `llama3-56b` has the number of layers that makes 56B parameters of a pruned Llama 3 70B.
     """
@@ -24,12 +24,12 @@ def known_shape(name: str) -> PreTrainedConfig | None:
 
 
 def known_names() -> list[str]:
-    """The short names."""
+    """Return the short names."""
     return list(_shapes())
 
 
 def with_layers(shape: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The same config with its first layers only."""
+    """Return the same config with its first layers only."""
     shape = copy.deepcopy(shape)
     shape.num_hidden_layers = layers
     if getattr(shape, "layer_types", None):

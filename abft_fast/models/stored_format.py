@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already: which can be read here and trained through.
+"""Checkpoints that are stored quantized: which of them can be read and trained through here.
 
 transformers, and the packages it asks for, know the formats; there is no list of them here.
 """
@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 def stored_format(config: PreTrainedConfig) -> str | None:
-    """The method a checkpoint is quantized by, in transformers' words; None for a plain one."""
+    """Return the method that a checkpoint is quantized by, in transformers' words; None for none."""
     stored = _stored(config)
     return None if stored is None else str(stored.get("quant_method", "bitsandbytes"))
 
 
 def check_format(config: PreTrainedConfig, name: str, device: torch.device) -> None:
-    """Refuse what cannot be read or trained through, before any weight is read.
+    """Refuse a format that cannot be read or trained through, before any weight is read.
 
     A format that has no gradient is dequantized as it is read, where transformers can do that: the
     config is told so, and a warning says it.

@@ -1,4 +1,4 @@
-"""Models from a config alone: on no device, to count with, or of random weights at true size."""
+"""Models made from a config alone: without memory, for a plan, or with random weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """bitsandbytes' NF4 with double quantization, computing in `dtype`, or its 8 bits."""
+    """Return bitsandbytes' config: NF4 with double quantization that computes in `dtype`, or 8 bits."""
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -22,7 +22,7 @@ def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype, bits: int | None) -> PreTrainedModel:
-    """The model on the meta device, with the layers that loading it with `bits` would give."""
+    """Return the model on the meta device, with the layers that loading with `bits` would make."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if bits is not None:
@@ -35,14 +35,14 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, bits: int | None) -> 
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer's weight is bitsandbytes'."""
+    """Return whether bitsandbytes quantizes a layer's weight."""
     return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
 
 
 def random_model(
     config: PreTrainedConfig, device: torch.device, dtype: torch.dtype, bits: int | None
 ) -> PreTrainedModel:
-    """A model of the random weights its family starts from, each quantized as it comes.
+    """Return a model with its family's random initial weights, each quantized as it is made.
 
     Beside the result it needs the memory of one float weight; on a CPU bitsandbytes takes 3.5
     float32 copies of a weight to quantize it.
