@@ -42,7 +42,7 @@ class SharedPrefix:
         self._kept = kept if self.ids else {}
 
     def can_share(self, longest: int) -> bool:
-        """Return whether prompts of up to `longest` tokens, prefix included, can use the kept keys."""
+        """Return whether prompts of `longest` tokens, prefix included, can use the kept keys."""
         return not must_run_alone(prepare(self.model), longest)
 
     @torch.no_grad()

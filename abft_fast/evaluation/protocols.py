@@ -1,7 +1,7 @@
 """StaICC's tests: the prompts that are predicted, and the metrics of the predictions.
 
-StaICC's experimentors draw the prompts and score the predictions; the model runs in between. Source:
-StaICC 0.1.1; for unseen labels, Cho et al. 2025, A.4.
+StaICC's experimentors draw the prompts and score the predictions; the model runs in between.
+Source: StaICC 0.1.1; for unseen labels, Cho et al. 2025, A.4.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Call:
 
     @property
     def has_labels(self) -> bool:
-        """Return whether the queries have labels; queries that only show a model's bias have none."""
+        """Return whether queries have labels; those that only show a model's bias have none."""
         return any(prompt.query.label != prompt.query.NO_LABEL for prompt in self.prompts)
 
 
@@ -124,7 +124,7 @@ def _normal(cls, dataset: Dataset, k: int, form: str, *, unseen: bool = False) -
 
 
 def _check_unseen(dataset: Dataset, k: int) -> None:
-    """Refuse prompts that StaICC would draw forever: it draws until no demonstration has the label."""
+    """Refuse what StaICC would draw forever: it draws until no demonstration has the label."""
     pool = Counter(example.label for example in dataset.demonstrations)
     size, draws = len(dataset.demonstrations), 0.0
     for label, queries in Counter(example.label for example in dataset.test).items():

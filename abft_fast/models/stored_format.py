@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def stored_format(config: PreTrainedConfig) -> str | None:
-    """Return the method that a checkpoint is quantized by, in transformers' words; None for none."""
+    """Return how a checkpoint is quantized, in transformers' words; None if it is not."""
     stored = _stored(config)
     return None if stored is None else str(stored.get("quant_method", "bitsandbytes"))
 

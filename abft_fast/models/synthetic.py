@@ -10,7 +10,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 
 def quantization(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return bitsandbytes' config: NF4 with double quantization that computes in `dtype`, or 8 bits."""
+    """Return bitsandbytes' config: NF4, double quantization, arithmetic in `dtype`; or 8 bits."""
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
