@@ -56,15 +56,15 @@ def backbone(model: nn.Module) -> PreTrainedModel:
 
 def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     """Return attention modules by layer index; layers without Q and K projections are left out."""
-    found = {}
+    modules = {}
     for module in backbone(model).modules():
         if getattr(module, "layer_idx", None) is None:  # almost all, and this runs every forward
             continue
         separate = all(hasattr(module, name) for name in _SEPARATE)
         fused = any(hasattr(module, name) for name in _FUSED)
         if separate or fused:
-            found[module.layer_idx] = module
-    return {index: found[index] for index in sorted(found)}
+            modules[module.layer_idx] = module
+    return {index: modules[index] for index in sorted(modules)}
 
 
 def query_key_projections(model: nn.Module) -> list[Projection]:
@@ -74,7 +74,7 @@ def query_key_projections(model: nn.Module) -> list[Projection]:
         UnsupportedModel: the family keeps them under unknown names, or fused in an unknown way.
     """
     names = {module: name for name, module in model.named_modules()}
-    found = []
+    projections = []
     for layer, module in attention_layers(model).items():
         if all(hasattr(module, name) for name in _SEPARATE):
             children, rows = _SEPARATE, None
@@ -83,13 +83,13 @@ def query_key_projections(model: nn.Module) -> list[Projection]:
             rows = _query_key_rows(backbone(model).config)
         for child in children:
             projection = getattr(module, child)
-            found.append(Projection(names[projection], projection, layer, rows))
-    if not found:
+            projections.append(Projection(names[projection], projection, layer, rows))
+    if not projections:
         raise UnsupportedModel(
             f"{backbone(model).config.model_type}: no query and key projections found "
             f"(looked for {'+'.join(_SEPARATE)}, {', '.join(_FUSED)})"
         )
-    return found
+    return projections
 
 
 def _query_key_rows(config: PreTrainedConfig) -> Tensor:

@@ -40,10 +40,10 @@ def attention_behavior_loss(
         head_filter: count induction heads only (paper, section 3).
         gradient: `"full"` lets a layer's loss train every earlier layer; `"local"` trains that
             layer alone; an int N trains its own block of N consecutive layers. The last two train
-            parameters of decoder layers only and need the memory of a block: its gradients are
-            found when its last attention is done (hooks on parameters run then, and again in the
-            backward), unless layers are checkpointed.
-        attention: what computes attention, by `abft_kernels.choose_attention`.
+            parameters of decoder layers only and need the memory of one block: a block's gradients
+            are computed when its last attention is done (hooks on parameters run then, and again
+            in the backward), unless layers are checkpointed.
+        attention: which attention runs; see `abft_kernels.choose_attention`.
 
     Returns:
         AttentionBehavior; `layers` counts the layers that have attention.

@@ -33,18 +33,18 @@ class BehaviorMean:
 
     def add(self, behavior: AttentionBehavior, packed: PackedPrompts) -> None:
         """Add a batch; it takes one transfer from the device."""
-        found = behavior.is_induction
-        label = (behavior.label_mass * found).sum(dim=(0, 2)).double()
-        correct = (behavior.correct_mass * found).sum(dim=(0, 2)).double()
+        is_induction = behavior.is_induction
+        label = (behavior.label_mass * is_induction).sum(dim=(0, 2)).double()
+        correct = (behavior.correct_mass * is_induction).sum(dim=(0, 2)).double()
         counts = packed.label_offsets.diff()
         owner = torch.repeat_interleave(torch.arange(len(packed), device=counts.device), counts)
         right = torch.zeros(len(packed), dtype=torch.float64, device=counts.device)
         right.index_add_(0, owner, packed.label_is_correct.double())
-        with_heads = found.any(dim=2).any(dim=0)
+        with_heads = is_induction.any(dim=2).any(dim=0)
         share = correct / label - right.to(label.device) / counts.to(label.device)
         share = torch.where(with_heads, share, 0.0)
         heads, shares, prompts_with = torch.stack(
-            [found.sum().double(), share.sum(), with_heads.sum().double()]
+            [is_induction.sum().double(), share.sum(), with_heads.sum().double()]
         ).tolist()
         self._prompts += len(packed)
         self._with_heads += round(prompts_with)

@@ -74,7 +74,7 @@ class EvaluationSet:
     def _check_all_kept(self, options: Options) -> None:
         """Refuse dropped prompts where StaICC needs every one."""
         test_type = options.test_type
-        if test_type.endswith("Sensitivity") and any(found.dropped for found in self.encoded):
+        if test_type.endswith("Sensitivity") and any(encoded.dropped for encoded in self.encoded):
             self._refuse(f"--test-type {test_type} compares all predictions of a query")
         if self._calibration.call is not None and self.encoded[-1].dropped:
             self._refuse(f"--calibration {options.calibration} learns from every prompt")

@@ -151,14 +151,14 @@ def _gler(cls, dataset: Dataset, k: int, form: str) -> Protocol:
     )
 
     def names(results: dict) -> dict[str, float]:
-        found = {}
+        named = {}
         for metric, (slope, intercept) in results["sensitivity"].items():
-            found |= {f"{metric}_slope": slope, f"{metric}_intercept": intercept}
+            named |= {f"{metric}_slope": slope, f"{metric}_intercept": intercept}
         for i in range(_ERROR_RATES):
             percent = 100 * i // (_ERROR_RATES - 1)
             for metric, value in results[str(i)].items():
-                found[f"{metric}_at_{percent}_percent_wrong"] = value
-        return found
+                named[f"{metric}_at_{percent}_percent_wrong"] = value
+        return named
 
     return cls(triplet, [_Part(install(made, dataset.test, 2 * len(dataset.test)), names)])
 
@@ -214,9 +214,9 @@ def _triplet_bias(cls, dataset: Dataset, k: int, form: str) -> Protocol:
     parts.append((_made(kind, Triplet(dataset, form), k, metrics=metrics), "post"))
 
     def names(bias: str, results: dict) -> dict[str, float]:
-        found = {f"{bias}_{name}": v for name, v in results.items() if name != "distribution"}
+        named = {f"{bias}_{name}": v for name, v in results.items() if name != "distribution"}
         words = zip(triplet.template.label_words, results["distribution"], strict=True)
-        return found | {f"{bias}_distribution_{word}": value for word, value in words}
+        return named | {f"{bias}_distribution_{word}": value for word, value in words}
 
     return cls(
         triplet,

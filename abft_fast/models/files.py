@@ -98,11 +98,11 @@ def find_damaged_weights(folder: Path) -> str | None:
 
 def pickle_problem(folder: Path, pattern: str) -> str | None:
     """Return a line on the first pickle of such a name; None where there is none."""
-    found = sorted(folder.glob(pattern))
-    if not found:
+    pickles = sorted(folder.glob(pattern))
+    if not pickles:
         return None
     return (
-        f"{found[0]} is a pickle, which can run any code as it is read: use weights saved as "
+        f"{pickles[0]} is a pickle, which can run any code as it is read: use weights saved as "
         "safetensors"
     )
 

@@ -104,7 +104,7 @@ def _stored_model(
         if bits is not None:
             raise UserError(f"model {name} is quantized already ({stored}): leave out --quantized")
         check_format(config, name, device)
-    model, found = _read(
+    model, report = _read(
         AutoModelForCausalLM,
         name,
         config=config,
@@ -116,7 +116,7 @@ def _stored_model(
         ignore_mismatched_sizes=True,  # to name them below
     )
     # transformers makes up what is missing or of another shape, at random.
-    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:
         problem = _damage(_path(name)) or (
             f"{len(lacking)} weights, such as {lacking[0]}, are not in its files or of another "
