@@ -1,5 +1,5 @@
-.PHONY: install train test lint bench bench-gpu report builtin-model options figures docs \
-	kernels-report clean
+.PHONY: install train check test coverage lint bench bench-gpu report builtin-model options \
+	figures docs kernels-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -19,9 +19,18 @@ train: install
 	$(BIN)/abft-fast train
 
 # A process a core; each computes on one.
-test: export OMP_NUM_THREADS = 1
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Run it before every commit: lint and the unit tests that are quick.
+check: install lint
+	$(PYTEST) -m 'unit and not slow'
+
 test: install lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST)
+
+# Every test, also in the processes that tests start; it takes longer than `make test`.
+coverage: install
+	$(PYTEST) --cov --cov-report=term
 
 lint: install
 	$(BIN)/ruff check .
@@ -75,4 +84,4 @@ kernels-report: install
 	$(BIN)/python kernels/compile_report.py --output docs/performance/kernels.md
 
 clean:
-	rm -rf $(VENV) .venv-docs site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-docs site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage*
