@@ -1,4 +1,4 @@
-"""Beginnings of the texts that MAUVE compares."""
+"""Read the beginnings of the texts that MAUVE compares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PREFIX_WORDS = 8
 
 
 def check_installed() -> None:
-    """Refuse a run that could not end with a score.
+    """Refuse a run that could not compute its MAUVE score.
 
     Raises:
         UserError: mauve-text is not installed.
@@ -24,7 +24,7 @@ def check_installed() -> None:
 
 
 def read_prefixes(file: Path) -> list[str]:
-    """The lines of a file.
+    """Read prefixes from a file, one a line.
 
     Raises:
         UserError: the file cannot be read or has too few lines.
@@ -33,10 +33,10 @@ def read_prefixes(file: Path) -> list[str]:
 
 
 def prefixes(file: Path | None, dataset: Dataset) -> list[str]:
-    """The lines of a file, or the first words of a dataset's test texts.
+    """Read prefixes from a file, or take the first words of a dataset's test texts.
 
     Raises:
-        UserError: there are too few, or the file cannot be read.
+        UserError: there are too few prefixes, or the file cannot be read.
     """
     if file is not None:
         return read_prefixes(file)
@@ -44,10 +44,11 @@ def prefixes(file: Path | None, dataset: Dataset) -> list[str]:
     return _enough([text for text in beginnings if text], dataset.name)
 
 
-def _enough(found: list[str], where: str) -> list[str]:
-    if len(found) < _FEWEST:
+def _enough(texts: list[str], source: str) -> list[str]:
+    """Return the prefixes of a source, or refuse too few of them."""
+    if len(texts) < _FEWEST:
         raise UserError(
-            f"--mauve-prefix {where}: {len(found)} prefixes are too few for a score, use "
+            f"--mauve-prefix {source}: {len(texts)} prefixes are too few for a score, use "
             f"{_FEWEST} or more, one a line"
         )
-    return found
+    return texts

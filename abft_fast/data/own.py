@@ -18,13 +18,13 @@ from abft_fast.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class OwnDataset(Dataset):
-    """A dataset of the user's; test prompts draw demonstrations from its training examples.
+    """A dataset of the user's own; its training examples are also the pool of demonstrations.
 
     Attributes:
-        label_values: what the label column holds for each label word.
-        training_path, test_path: where the examples are from.
-        training_rows, test_rows: each example's row there.
-        split: how the test examples were chosen.
+        label_values: the value in the label column for each label word.
+        training_path, test_path: the files or folders that hold the examples.
+        training_rows, test_rows: the row number of each example in its file.
+        split: how the test examples were chosen, as a phrase.
     """
 
     label_values: tuple[str, ...]
@@ -37,13 +37,13 @@ class OwnDataset(Dataset):
 
 @dataclass(frozen=True)
 class OwnSource:
-    """Where the user's data are, and how they are read.
+    """The files of the user's data, and how to read them.
 
     Attributes:
-        name: of the dataset.
+        name: the name of the dataset.
         training, test: files of examples; without a test file the training rows are split.
         template: the file that says how prompts are written, if any.
-        text_column, label_column: what the columns are called.
+        text_column, label_column: the names of the columns.
         test_share: the part of each label's rows to test on, where rows are split.
         split_seed: the seed of the choice of these rows.
     """
@@ -66,10 +66,10 @@ class _Labelled:
 
 
 def load_own(source: OwnSource) -> OwnDataset:
-    """Read the user's files into a dataset, again only if one of them has changed.
+    """Read the user's files into a dataset; read them again only if one has changed.
 
     Raises:
-        UserError: a file is missing, unreadable, or a row in it is not what the source says.
+        UserError: a file is missing, unreadable, or a row does not fit the source.
     """
     paths = [p for p in (source.training, source.test, source.template) if p is not None]
     return _load(source, tuple((str(path.resolve()), sha256(path)) for path in paths))
@@ -97,7 +97,7 @@ def sha256(path: Path) -> str:
 
 @lru_cache(maxsize=4)
 def _load(source: OwnSource, files: tuple[tuple[str, str], ...]) -> OwnDataset:
-    """Read a dataset whose files have these paths and digests."""
+    """Read a dataset; the paths and digests of its files are part of the cache's key."""
     template = TemplateFile() if source.template is None else read_template(source.template)
     training = _read(source, source.training, template.labels, str(source.template))
     words = template.labels or {value: value for value in sorted({e.value for e in training})}

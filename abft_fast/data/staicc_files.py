@@ -1,4 +1,4 @@
-"""Read StaICC's datasets: its files, its splits.
+"""Read StaICC's datasets from the files of the installed StaICC, with StaICC's splits.
 
 The files are pickles, so each is checked against a pinned SHA-256 before it is read.
 """
@@ -21,7 +21,7 @@ from abft_fast.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """Where a dataset is in the installed StaICC, and how it is read.
+    """A dataset's file in the installed StaICC, and how to read it.
 
     Attributes:
         loader: a class in StaICC.util.hgf_dataset_loader.
@@ -110,7 +110,7 @@ DATASETS = tuple(SOURCES)
 
 
 def resolve_name(name: str) -> str:
-    """Return a dataset's name from its name in any case or the original's index 0-7.
+    """Return the dataset that a name in any case, or the original's index 0-7, stands for.
 
     Raises:
         UserError: there is no such dataset.

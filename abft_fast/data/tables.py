@@ -1,6 +1,7 @@
-"""Rows of a table in a file, one at a time, each with its place; for text files in constant memory.
+"""Read the rows of a table one at a time, each with its place in the file.
 
-A row's number is the line an editor shows in CSV, TSV and JSONL, and counts rows from 1 elsewhere.
+Text files are read in constant memory. The number of a row is the line that an editor shows in CSV,
+TSV and JSONL; in other formats rows are counted from 1.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ _BATCH = 1024  # rows of a binary format decoded at a time
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its file, its number there and its cells by column."""
+    """A row of a table: its file, its number in the file, and its cells by column."""
 
     path: Path
     number: int
     cells: dict[str, Any]
 
     def place(self, column: str | None = None) -> str:
-        """`reviews.csv, row 7`, and the column where one is given."""
+        """Return the place of the row or of a cell, such as `a.csv, row 7, column 'text'`."""
         return _place(self.path, self.number) + (f", column {column!r}" if column else "")
 
     def text(self, column: str) -> str:
-        """A cell as text.
+        """Return a cell as text.
 
         Raises:
-            UserError: it is empty, NaN, or no string.
+            UserError: the cell is empty, NaN, or no string.
         """
         value = self.cells[column]
         if _is_missing(value, _NOT_A_NUMBER):
@@ -53,11 +54,13 @@ class Row:
         return self._whole(column, value)
 
     def category(self, column: str, known: Collection[str] = ()) -> str:
-        """A cell as a label: a string without spaces around it, a number or truth value as JSON
-        writes it. Spellings of a missing value count as labels only where `known` has them.
+        """Return a cell as a label.
+
+        A string loses the spaces around it; a number or truth value is written as in JSON.
+        Spellings of a missing value, such as `NA`, are labels only if `known` holds them.
 
         Raises:
-            UserError: it is empty, or no single value.
+            UserError: the cell is empty, or no single value.
         """
         value = self.cells[column]
         if _is_missing(value, _MISSING - set(known)):
@@ -78,26 +81,26 @@ class Row:
 
 
 def is_table(name: str) -> bool:
-    """Whether a name means a file or folder: by a known suffix, or as it exists."""
+    """Return whether a name stands for data: it has a known suffix, or such a path exists."""
     return bool(name.strip()) and (Path(name).suffix.lower() in SUFFIXES or os.path.exists(name))
 
 
 def name_of(path: Path) -> str:
-    """A table's short name: its file's without the suffix, or its folder's."""
+    """Return a table's short name: the name of its file without the suffix, or of its folder."""
     path = path.resolve()
     return path.stem if path.suffix.lower() in SUFFIXES else path.name
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """The rows of a CSV, TSV, JSONL or parquet file, or of a folder saved by `datasets`.
+    """Yield the rows of a CSV, TSV, JSONL or parquet file, or of a folder saved by `datasets`.
 
     Args:
-        path: text is UTF-8, with a byte order mark or without.
-        columns: those every row must have, and will hold; None for whatever there is.
+        path: the file or folder; text is UTF-8, with or without a byte order mark.
+        columns: the columns that every row must have; a row holds no others. None for all columns.
 
     Raises:
         UserError: the file cannot be read as what its suffix says, lacks a column, or has no rows;
-            or what reads its format is not installed.
+            or the library that reads its format is not installed.
     """
     empty = True
     for row in _reader(path)(path, columns):
@@ -108,10 +111,12 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]
 
 
 def parts(folder: Path) -> dict[str, Path]:
-    """The parts of a DatasetDict's folder, such as `train` and `test`; none of anything else.
+    """Return the parts of a DatasetDict's folder, such as `train` and `test`, by name.
+
+    Any other path has no parts.
 
     Raises:
-        UserError: its list of parts cannot be read.
+        UserError: the folder's list of parts cannot be read.
     """
     listing = folder / "dataset_dict.json"
     if not os.path.isfile(listing):  # False, too, where nothing may be read
@@ -123,7 +128,7 @@ def parts(folder: Path) -> dict[str, Path]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files a table is read from: itself, or those in a folder saved by `datasets`.
+    """Return the files that a table is read from: the file itself, or the files of its folder.
 
     Raises:
         UserError: a folder was not saved by `datasets`, or is a DatasetDict's with several parts.
@@ -143,21 +148,21 @@ def files_of(path: Path) -> list[Path]:
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'text'?`, or nothing."""
+    """Return a hint such as `; did you mean 'text'?`, or nothing if no name is similar."""
     by_lower = {other.lower(): other for other in names}
-    found = difflib.get_close_matches(name.lower(), by_lower, 1)
-    return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
+    matches = difflib.get_close_matches(name.lower(), by_lower, 1)
+    return f"; did you mean {by_lower[matches[0]]!r}?" if matches else ""
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:
-    """The names in quotes; of very many the first."""
+    """Return the names in quotes, separated by commas; beyond `most` only the first ones."""
     names = [repr(name) for name in names]
     more = f", … ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def _reader(path: Path) -> Callable[[Path, Sequence[str] | None], Iterator[Row]]:
-    with _said_of(path, OSError):
+    with _errors_about(path, OSError):
         path.stat()
     if path.is_dir():
         return _read_folder
@@ -195,7 +200,7 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
 
 
 def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Each record and the line it begins at; blank lines are none."""
+    """Yield each record with the line on which it begins; skip blank lines."""
     while True:
         begin = reader.line_num + 1
         try:
@@ -235,12 +240,12 @@ def _read_jsonl(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    cells = dict(pairs)
+    if len(cells) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"key {twice!r} stands there twice")
-    return found
+    return cells
 
 
 def _read_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
@@ -248,7 +253,7 @@ def _read_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     from pyarrow import parquet
 
     kinds = (OSError, ValueError, pyarrow.ArrowException)
-    with _said_of(path, *kinds), parquet.ParquetFile(path) as file:
+    with _errors_about(path, *kinds), parquet.ParquetFile(path) as file:
         _check_columns(str(path), columns, file.schema_arrow.names)
         batches = file.iter_batches(_BATCH, columns=None if columns is None else [*columns])
         yield from _rows_of(path, batches, {})
@@ -257,7 +262,7 @@ def _read_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
 def _read_folder(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
     files_of(path)
     datasets = _library("datasets", path)
-    with _said_of(path, Exception):  # its metadata are the library's own, and so are its errors
+    with _errors_about(path, Exception):  # the library raises errors of its own on bad metadata
         dataset = datasets.load_from_disk(path)
         _check_columns(str(path), columns, dataset.column_names)
         words = {
@@ -271,7 +276,10 @@ def _read_folder(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
 
 
 def _rows_of(path: Path, batches: Iterable[Any], words: dict[str, list[str]]) -> Iterator[Row]:
-    """Rows of arrow tables; a column in `words` holds indices of words, below 0 where unknown."""
+    """Yield the rows of arrow tables; replace indices by words in the columns of `words`.
+
+    An index below 0 stands for a missing label.
+    """
     number = 0
     for batch in batches:
         for cells in batch.to_pylist():
@@ -294,7 +302,7 @@ def _library(name: str, path: Path) -> ModuleType:
 
 @contextmanager
 def _opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    with _said_of(path, OSError):
+    with _errors_about(path, OSError):
         try:
             with path.open(encoding="utf-8-sig", newline=newline) as file:
                 yield file
@@ -313,15 +321,15 @@ def _first_not_utf8(path: Path) -> str:
 
 
 @contextmanager
-def _said_of(path: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """What a reader raises, as a line on its file."""
+def _errors_about(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn what a reader raises into a UserError about the file."""
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        said = getattr(error, "strerror", None) or str(error).strip() or repr(error)
-        raise UserError(f"{path} cannot be read: {said.splitlines()[0]}") from None
+        reason = getattr(error, "strerror", None) or str(error).strip() or repr(error)
+        raise UserError(f"{path} cannot be read: {reason.splitlines()[0]}") from None
 
 
 def _check_columns(
@@ -360,6 +368,6 @@ def _empty(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value of another kind, in short."""
+    """Describe a value of the wrong kind in a few words."""
     kinds = {list: "a list", dict: "an object", bytes: "bytes", str: "a string"}
     return kinds.get(type(value), f"{type(value).__name__} {value}"[:40])

@@ -1,4 +1,4 @@
-"""The YAML file that says how prompts of one's own data are written."""
+"""Read the YAML file that says how prompts of the user's own data are written."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _KEYS = ("input_prefix", "label_prefix", "labels")
 
 @dataclass(frozen=True)
 class TemplateFile:
-    """What stands around texts and labels.
+    """The text around texts and labels, and the words of the labels.
 
     Attributes:
-        input_prefix: what stands before a text.
-        label_prefix: what stands before a label.
+        input_prefix: the text before an input.
+        label_prefix: the text before a label.
         labels: the label word of each value in the label column, in the order of the labels; None
-            where the values are the words.
+            if the values themselves are the words.
     """
 
     input_prefix: str = "text: "
@@ -30,7 +30,7 @@ class TemplateFile:
 
 
 def read_template(path: Path) -> TemplateFile:
-    """Read a template; every value is text as it is written, so `no` and `1` are no surprise.
+    """Read a template; take every value as the text that is written, also `no` and `1`.
 
     Raises:
         UserError: the file is missing, no YAML, has another key, or names a label word twice.
@@ -50,15 +50,15 @@ def read_template(path: Path) -> TemplateFile:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if node is None:
         return TemplateFile()
-    found = _mapping(path, node, f"a mapping with {', '.join(_KEYS)}")
-    for name, value in found.items():
+    nodes = _mapping(path, node, f"a mapping with {', '.join(_KEYS)}")
+    for name, value in nodes.items():
         if name not in _KEYS:
             row = value.start_mark.line + 1
             raise UserError(
                 f"{path}, row {row}: no key {name!r}; there are {', '.join(_KEYS)}"
                 f"{closest(name, _KEYS)}"
             )
-    template = TemplateFile(**{name: _read(path, name, value) for name, value in found.items()})
+    template = TemplateFile(**{name: _read(path, name, value) for name, value in nodes.items()})
     if not template.label_prefix.strip():
         raise UserError(
             f"{path}: label_prefix is empty, but a query must end by asking for a label"
@@ -85,19 +85,19 @@ def _read(path: Path, name: str, node: yaml.Node) -> str | dict[str, str]:
     return labels
 
 
-def _mapping(path: Path, node: yaml.Node, what: str) -> dict[str, yaml.Node]:
+def _mapping(path: Path, node: yaml.Node, wanted: str) -> dict[str, yaml.Node]:
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}, row {node.start_mark.line + 1}: must be {what}")
-    found: dict[str, yaml.Node] = {}
+        raise UserError(f"{path}, row {node.start_mark.line + 1}: must be {wanted}")
+    nodes: dict[str, yaml.Node] = {}
     for key, value in node.value:
         name = _text(path, "a key", key).strip()
-        if name in found:
+        if name in nodes:
             raise UserError(f"{path}, row {key.start_mark.line + 1}: {name!r} stands there twice")
-        found[name] = value
-    return found
+        nodes[name] = value
+    return nodes
 
 
-def _text(path: Path, what: str, node: yaml.Node) -> str:
+def _text(path: Path, place: str, node: yaml.Node) -> str:
     if not isinstance(node, yaml.ScalarNode):
-        raise UserError(f"{path}, row {node.start_mark.line + 1}: {what} must be text")
+        raise UserError(f"{path}, row {node.start_mark.line + 1}: {place} must be text")
     return node.value

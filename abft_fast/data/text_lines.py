@@ -1,4 +1,4 @@
-"""Files of plain text, a text a line."""
+"""Read files of plain text that hold one text a line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from abft_fast.errors import UserError
 
 
 def read_lines(option: str, file: Path) -> list[str]:
-    """The lines of the UTF-8 file that an option names, without those that are blank.
+    """Read the lines of the UTF-8 file that an option names; leave out blank lines.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()

@@ -1,4 +1,4 @@
-"""What every command has, and the names of options on the command line."""
+"""Options of every command, and how option names look on the command line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ POSITIONAL = {"positional": True}
 
 
 def flag(name: str) -> str:
-    """An option's name on the command line."""
+    """Return an option's name on the command line, such as `--test-file`."""
     return "--" + name.replace("_", "-")
 
 
 def is_positional(field: FieldInfo) -> bool:
-    """Whether an option is given without its name."""
+    """Return whether an option is given without its name."""
     return field.json_schema_extra == POSITIONAL
 
 
@@ -34,7 +34,7 @@ def name_or_count(value: Any, names: tuple[str, ...], allowed: str) -> str | int
 
 
 class CommandOptions(BaseModel):
-    """What every command has; a field with exclude=True is of one call only."""
+    """Options of every command; a field with exclude=True belongs to one call and is not saved."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 

@@ -1,4 +1,4 @@
-"""Which data, what their files hold, and which prompts are made of them."""
+"""Options that say which data are read and which prompts are made of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CalibrationType = Literal["none", "contextual", "domain", "batch"]
 
 
 def dataset_or_file(name: str) -> str:
-    """Return the name of a dataset of StaICC's, or a path to data of the user's own as given.
+    """Return the name of a StaICC dataset, or the path of the user's own data as given.
 
     Raises:
         UserError: the name is neither.
@@ -33,12 +33,12 @@ def dataset_or_file(name: str) -> str:
 
 
 def absolute_place(name: str) -> str:
-    """Return the name of a dataset of StaICC's, or a file's absolute path."""
+    """Return the name of a StaICC dataset as it is, or the absolute path of a file."""
     return name if name in data.DATASETS else str(Path(name).resolve())
 
 
 class DatasetOptions(ModelOptions):
-    """Which data."""
+    """The option that names the dataset."""
 
     dataset: Annotated[str, BeforeValidator(dataset_or_file)] = Field(
         "subj",
@@ -48,7 +48,7 @@ class DatasetOptions(ModelOptions):
 
 
 class ColumnOptions(ModelOptions):
-    """What the user's own files hold."""
+    """Options that describe the user's own files."""
 
     text_column: str = Field("text", description="Column that holds the texts of your own data.")
     label_column: str = Field("label", description="Column that holds the labels of your own data.")
@@ -67,7 +67,7 @@ class ColumnOptions(ModelOptions):
 
 
 class SamplingOptions(ModelOptions):
-    """What prompts are made of the data, and what is tested with them."""
+    """Options that say how prompts are drawn from the data and what is tested with them."""
 
     test_file: Path | None = Field(
         None,

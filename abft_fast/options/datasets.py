@@ -1,4 +1,4 @@
-"""The datasets that the options of a run name."""
+"""Load the datasets that the options of a run name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from abft_fast.options.train import TrainConfig
 
 
 def by_options(options: Options) -> Dataset:
-    """Load the dataset of a run: one of StaICC's by name, or the user's own.
+    """Load the dataset of a run: a StaICC dataset by its name, or the user's own data.
 
     Raises:
         UserError: a file is missing, unreadable, or a row in it is not what the options say.
@@ -46,7 +46,7 @@ def by_options(options: Options) -> Dataset:
 
 
 def meta_dataset(config: TrainConfig, name: str) -> Dataset:
-    """Load one of the datasets that MetaICL trains on, by the options of the run.
+    """Load one of the datasets that MetaICL trains on, with the options of the run.
 
     Raises:
         UserError: as `by_options`.
@@ -61,7 +61,7 @@ def paths(options: Options) -> list[Path]:
 
 
 def file_hashes(options: Options) -> dict[str, str]:
-    """Return the SHA-256, by path, of every file of the user's that the results depend on.
+    """Return the SHA-256 of each of the user's files that the results depend on, by path.
 
     Raises:
         UserError: a dataset's file is missing, unreadable or not what the options say.

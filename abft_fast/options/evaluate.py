@@ -1,4 +1,4 @@
-"""Options of `abft-fast eval`, and those it shares with `train`."""
+"""Options of `abft-fast eval`, and the options that it shares with `train`."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from abft_fast.options.without_effect import EVALUATION, lines_without_effect
 
 
 class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
-    """What `train` and `eval` share; from the last class to the first, as help lists them."""
+    """Options that `train` and `eval` share; help lists the base classes from last to first."""
 
     _rules_of_effect: ClassVar = EVALUATION
 
     @property
     def data_are_own(self) -> bool:
-        """Whether `dataset` is a file or folder."""
+        """Return whether `dataset` is a file or folder."""
         return self.dataset not in data.DATASETS
 
     @property
     def reads_own_data(self) -> bool:
-        """Whether any dataset of the run is a file or folder."""
+        """Return whether any dataset of the run is a file or folder."""
         return self.data_are_own
 
     @property
     def dataset_name(self) -> str:
-        """The dataset's name, or that of the user's file without its suffix."""
+        """Return the dataset's name, or the name of the user's file without its suffix."""
         if not self.data_are_own:
             return self.dataset
         name = tables.name_of(Path(self.dataset))
         return f"own-{name}" if name in data.DATASETS else name
 
     @field_serializer("dataset", "template", "test_file", when_used="json")
-    def _found_from_anywhere(self, value: str | Path | None) -> str | None:
+    def _save_absolute_path(self, value: str | Path | None) -> str | None:
         return None if value is None else absolute_place(str(value))
 
     @model_validator(mode="after")
@@ -74,7 +74,7 @@ class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
 
     @property
     def without_effect(self) -> list[str]:
-        """Return a line for each option not at its default that does nothing in this run."""
+        """Return a line for each option that was changed but does nothing in this run."""
         return lines_without_effect(self, self._rules_of_effect)
 
 

@@ -24,7 +24,7 @@ class MergeConfig(ModelOptions):
 
     @property
     def adapters(self) -> list[tuple[Path, float]]:
-        """The folders and their coefficients."""
+        """Return the adapter folders and their coefficients."""
         return self._parse(self.adapter)
 
     @field_validator("adapter")
@@ -35,7 +35,7 @@ class MergeConfig(ModelOptions):
 
     @staticmethod
     def _parse(value: str) -> list[tuple[Path, float]]:
-        found = []
+        adapters = []
         for part in value.split(","):
             folder, given, factor = part.partition("=")
             try:
@@ -44,5 +44,5 @@ class MergeConfig(ModelOptions):
                 coefficient = math.nan
             if not folder or not math.isfinite(coefficient):
                 raise ValueError("use FOLDER or FOLDER=NUMBER, several separated by commas")
-            found.append((Path(folder), coefficient))
-        return found
+            adapters.append((Path(folder), coefficient))
+        return adapters

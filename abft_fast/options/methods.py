@@ -1,4 +1,4 @@
-"""Facts about the methods of `--method`, without torch: what options mean, not how to train.
+"""Describe the methods of `--method` without torch: their options, not how they train.
 
 `training.methods` adds the prompts and the loss of each method.
 """
@@ -16,7 +16,7 @@ Trainable = Literal["lora", "full", "model"]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What options, the plan of memory and reports know about a method.
+    """Facts about a method that options, the plan of memory and reports need.
 
     Attributes:
         name: the value of `--method`.

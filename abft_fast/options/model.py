@@ -1,4 +1,4 @@
-"""Which model, how prompts are written for it, and what runs it."""
+"""Options that say which model is used, how prompts are written for it, and what runs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from abft_fast.options.base import CommandOptions, name_or_count
 
 
 class ModelOptions(CommandOptions):
-    """Which model, and how its weights are kept."""
+    """Options that name the model and say how its weights are stored."""
 
     model: str = Field(
         "builtin",
@@ -45,7 +45,7 @@ class ModelOptions(CommandOptions):
 
 
 class PromptOptions(ModelOptions):
-    """How prompts are written, and what runs the model on them."""
+    """Options that say how prompts are written and what runs the model on them."""
 
     prompt_form: Literal["ours", "staicc"] = Field(
         "ours",

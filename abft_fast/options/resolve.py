@@ -1,39 +1,40 @@
-"""Options from flags and a YAML file, and back; mistakes in them as one line."""
+"""Read options from flags and a YAML file, write them back, and report mistakes in one line."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from abft_fast.data import tables
 from abft_fast.errors import UserError
 from abft_fast.options.base import CommandOptions, flag
 from abft_fast.runtime.files import write_text
 
-C = TypeVar("C", bound=CommandOptions)
+Config = TypeVar("Config", bound=CommandOptions)
 
 
-def resolve(kind: type[C], flags: dict[str, Any]) -> C:
-    """Options from defaults, the YAML file named by `config`, and flags, each over the last.
+def resolve(kind: type[Config], flags: dict[str, Any]) -> Config:
+    """Return options from defaults, the YAML file of `config`, and flags; a later source wins.
 
     Raises:
         UserError: a value is invalid, or the file is unreadable or holds an unknown option.
     """
-    merged, path = dict(flags), flags.get("config")
-    if path is not None:
-        merged = {**read_yaml(Path(path)), **flags}
+    path = flags.get("config")
+    given = flags if path is None else {**read_yaml(Path(path)), **flags}
     try:
-        return kind(**merged)
+        return kind(**given)
     except ValidationError as error:
-        lines = [_one_line(kind, e, path, flags) for e in error.errors()]
+        lines = [_mistake_line(kind, mistake, path, flags) for mistake in error.errors()]
         raise UserError("; ".join(lines)) from None
 
 
-class _EachOnce(yaml.SafeLoader):
-    """YAML of which no key is given twice: the first would be lost without a word."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A YAML loader that refuses a key given twice; the first value would be lost silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -45,13 +46,13 @@ class _EachOnce(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The options of a YAML file.
+    """Read the options of a YAML file.
 
     Raises:
-        UserError: it is missing or no mapping of options.
+        UserError: the file is missing, unreadable, or not a mapping of options.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _EachOnce)  # a safe loader
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # a safe loader
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist") from None
     except OSError as error:
@@ -70,23 +71,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(config: CommandOptions, path: Path) -> None:
-    """Write a run's options, readable by `--config`."""
+    """Write a run's options to a file that `--config` can read."""
     write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def _one_line(kind: type[CommandOptions], error: dict, path: Any, flags: dict[str, Any]) -> str:
-    message = error["msg"].removeprefix("Value error, ")
-    if not error["loc"]:  # of several options together, and they are in it
+def _mistake_line(
+    kind: type[CommandOptions],
+    mistake: ErrorDetails,
+    config_file: str | Path | None,
+    flags: Mapping[str, Any],
+) -> str:
+    """Return one line that names the option, its value, and what is wrong with the value."""
+    message = mistake["msg"].removeprefix("Value error, ")
+    if not mistake["loc"]:  # about several options together; the message names them
         return message
-    option = str(error["loc"][0])
-    if error["type"] == "missing":
+    option = str(mistake["loc"][0])
+    if mistake["type"] == "missing":
         return f"{flag(option)} is missing"
-    where = f"config {path}: " if path is not None and option not in flags else ""
-    if error["type"] == "extra_forbidden":
-        return f"{where}no option {option!r}{tables.closest(option, kind.model_fields)}"
+    in_file = config_file is not None and option not in flags
+    place = f"config {config_file}: " if in_file else ""
+    if mistake["type"] == "extra_forbidden":
+        return f"{place}no option {option!r}{tables.closest(option, kind.model_fields)}"
     hint = ""
-    if error["type"] == "literal_error":
+    if mistake["type"] == "literal_error":
         annotation = kind.model_fields[option].annotation
-        allowed = [x for part in (annotation, *get_args(annotation)) for x in get_args(part)]
-        hint = tables.closest(str(error["input"]), [x for x in allowed if isinstance(x, str)])
-    return f"{where}{flag(option)} {error['input']}: {message[0].lower()}{message[1:]}{hint}"
+        values = [value for part in (annotation, *get_args(annotation)) for value in get_args(part)]
+        hint = tables.closest(
+            str(mistake["input"]), [value for value in values if isinstance(value, str)]
+        )
+    return f"{place}{flag(option)} {mistake['input']}: {message[0].lower()}{message[1:]}{hint}"

@@ -202,11 +202,11 @@ class TrainConfig(Options):
         return ",".join(names)
 
     @field_serializer("meta_datasets", when_used="json")
-    def _all_found_from_anywhere(self, value: str | None) -> str | None:
+    def _save_absolute_paths(self, value: str | None) -> str | None:
         return None if value is None else ",".join(map(absolute_place, value.split(",")))
 
     @field_serializer("plain_text", "mauve_prefix", when_used="json")
-    def _text_found_from_anywhere(self, value: Path | None) -> str | None:
+    def _save_absolute_text_path(self, value: Path | None) -> str | None:
         return None if value is None else str(value.resolve())
 
     @model_validator(mode="after")
@@ -244,7 +244,7 @@ class TrainConfig(Options):
 
     @property
     def reads_own_data(self) -> bool:
-        """Whether any dataset of the run, tested or of MetaICL, is a file or folder."""
+        """Return whether any dataset of the run, tested or trained on, is a file or folder."""
         names = self.meta_datasets.split(",") if self.meta_datasets else ()
         return self.data_are_own or not set(names) <= set(data.DATASETS)
 
@@ -255,10 +255,10 @@ class TrainConfig(Options):
 
     @property
     def meta_dataset_names(self) -> list[str]:
-        """What MetaICL trains on.
+        """Return the names or paths of the datasets that MetaICL trains on.
 
         Raises:
-            UserError: a dataset that is tested is among them.
+            UserError: one of the datasets is tested, too.
         """
         tested = {
             absolute_place(self.dataset),
@@ -276,13 +276,16 @@ class TrainConfig(Options):
 
     @property
     def proportional_factor(self) -> float:
-        """Of the number of induction heads, in the control of the penalty."""
+        """Return the factor C_p of the number of induction heads in the control of the penalty."""
         own = self.adaptation == "p" and self.p_factor is not None
         return self.p_factor if own else self.pid_p
 
     @property
     def needs_label_rows_only(self) -> bool:
-        """Whether nothing needs an LM head's other rows: no loss, no text, no model to be saved."""
+        """Return whether the run needs only the LM head's rows of label words.
+
+        A loss at the output, written text and a saved model need the other rows, too.
+        """
         return (
             self.trainable == "lora"
             and not METHODS[self.method].loss_at_output
@@ -291,13 +294,13 @@ class TrainConfig(Options):
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """When to evaluate: `before`, `after`."""
+        """Return when the run evaluates: `before`, `after`, both, or never."""
         skipped = {"before": self.no_eval_before, "after": self.no_eval_after}
         return tuple(when for when, skip in skipped.items() if not (skip or self.no_eval))
 
 
 class PlanConfig(TrainConfig):
-    """Options of `abft-fast plan`: those of `train`, and the GPU to plan for."""
+    """Options of `abft-fast plan`: the options of `train`, and the GPU to plan for."""
 
     gpu_memory: float | None = Field(
         None,

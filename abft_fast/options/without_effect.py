@@ -1,4 +1,4 @@
-"""Which options do nothing in a run: every rule, in one table for each kind of command."""
+"""Find the options that do nothing in a run, by one table of rules for each kind of command."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from abft_fast.options.methods import METHODS
 
 @dataclass(frozen=True)
 class Rule:
-    """Options that do nothing where `is_idle` says so of the run's options.
+    """Options that do nothing in some runs.
 
     Attributes:
-        purpose: what the options are for, as the user reads it.
-        options: names of fields.
-        is_idle: tells from all options of a run whether these do nothing.
+        purpose: what the options are for, in the words of the message.
+        options: the names of their fields.
+        is_idle: takes all options of a run and returns whether these do nothing in it.
     """
 
     purpose: str
@@ -37,7 +37,7 @@ EVALUATION = (
         lambda run: run.calibration not in ("contextual", "domain"),
     ),
 )
-"""Rules of every command that tests."""
+"""Rules for every command that evaluates."""
 
 TRAINING = (
     *EVALUATION,
@@ -58,7 +58,7 @@ TRAINING = (
         lambda run: not METHODS[run.method].uses_penalty,
     ),
 )
-"""Rules of a training run; for an option under several, the last that holds is told."""
+"""Rules for a training run; if several hold for an option, the message is of the last one."""
 
 
 def lines_without_effect(options: BaseModel, rules: Sequence[Rule]) -> list[str]:
