@@ -1,8 +1,8 @@
-"""The last rows' softmax, label loss and gradient on a GPU: jit helpers, kernels, launchers.
+"""Compute the last rows' softmax, label loss and gradient on a GPU: helpers, kernels, launchers.
 
 One program serves all query heads of one key head, so keys are read once whatever the GQA ratio.
-Long rows are split over programs, and their parts combined in a fixed order: there are no atomics,
-and results are bitwise repeatable. Lengths and counts never specialize a kernel.
+Long rows are split over programs, and the parts are combined in a fixed order. There are no
+atomics, so results repeat bit by bit. Lengths and counts never specialize a kernel.
 
 Shapes: R rows, Hq query heads, Hkv key heads, D head dimension, T keys, M labels.
 """
@@ -32,7 +32,7 @@ _TILE_BYTES = 16384  # of keys; three are in flight, on cards with 99 KiB for a 
 
 @triton.jit
 def _tanh(x):
-    """Float32 accuracy everywhere: near 0 the exponential form would cancel."""
+    """Compute tanh to float32 accuracy; near 0, where the exponential form cancels, by a series."""
     square = x * x
     series = -5.70498872745e-3 * square + 2.06390887954e-2
     series = series * square - 5.37397155531e-2
@@ -45,7 +45,7 @@ def _tanh(x):
 
 @triton.jit
 def _dot_float32(weight, operand):
-    """weight @ operand; 16-bit operands meet float32 weights in two parts, high and low."""
+    """Compute weight @ operand; for a 16-bit operand the weight is split in two, high and low."""
     if operand.dtype == tl.float32:
         product = tl.dot(weight, operand, input_precision="ieee")
     else:
@@ -57,7 +57,7 @@ def _dot_float32(weight, operand):
 
 @triton.jit
 def _attention_scores(query, key, scale, softcap, CAPPED: tl.constexpr):
-    """(G, N) scores, and their slope: d score / d (scale * query @ key)."""
+    """Compute (G, N) scores, and their slope: d score / d (scale * query @ key)."""
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     slope = tl.full(scores.shape, 1.0, tl.float32)
     if CAPPED:
@@ -69,7 +69,7 @@ def _attention_scores(query, key, scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _group_offsets(row, key_head, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr):
-    """Offsets into (R, Hq) of one key head's query heads, and which of them exist."""
+    """Return offsets into (R, Hq) of one key head's query heads, and which of them exist."""
     member = tl.arange(0, GROUP_BLOCK)
     query_heads = tl.num_programs(1) * GROUP
     return row * query_heads + key_head * GROUP + member, member < GROUP
@@ -80,7 +80,7 @@ def _load_query(
     query_ptr, row, key_head, row_stride, head_stride,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(GROUP_BLOCK, DIM_BLOCK) queries of one row that share a key head, zero-padded."""
+    """Load the queries of one row that share a key head, (GROUP_BLOCK, DIM_BLOCK), zero-padded."""
     member = tl.arange(0, GROUP_BLOCK)
     dim = tl.arange(0, DIM_BLOCK)
     row_offset = tl.full([GROUP_BLOCK], row, tl.int64) * row_stride
@@ -97,7 +97,7 @@ def _load_keys(
     key_ptr, positions, valid, key_head, token_stride, head_stride,
     HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(N, DIM_BLOCK) keys of one head at absolute positions, zeros where not valid."""
+    """Load keys of one head at absolute positions, (N, DIM_BLOCK), zeros where not valid."""
     dim = tl.arange(0, DIM_BLOCK)
     return tl.load(
         key_ptr
@@ -111,7 +111,7 @@ def _load_keys(
 
 @triton.jit
 def _visible_keys(key_start_ptr, key_end_ptr, row, window, tokens):
-    """First and one past the last key a row sees, inside the tensor whatever the caller said."""
+    """Return the first key that a row sees and one past the last, clipped to the tensor."""
     start = tl.load(key_start_ptr + row)
     end = tl.load(key_end_ptr + row)
     return tl.maximum(tl.maximum(start, end - window), 0), tl.minimum(end, tokens)
@@ -119,12 +119,61 @@ def _visible_keys(key_start_ptr, key_end_ptr, row, window, tokens):
 
 @triton.jit
 def _own_labels(label_offsets_ptr, row, rows, labels):
-    """First and one past the last label of a row, inside the tensor, and whether they were."""
+    """Return a row's first label, one past its last, and whether they were in bounds; clip both."""
     first = tl.load(label_offsets_ptr + row)
     last = tl.load(label_offsets_ptr + row + 1)
     sound = (first >= 0) & (first <= last) & (last <= labels)
     sound = sound & ((row > 0) | (first == 0)) & ((row < rows - 1) | (last == labels))
     return tl.maximum(first, 0), tl.minimum(last, labels), sound
+
+
+@triton.jit
+def _online_softmax_update(running_max, running_sum, scores, sums, AXIS: tl.constexpr):
+    """Add a block of scores, along AXIS, to a running softmax (Milakov and Gimelshein 2018).
+
+    A score s adds `sums * exp(s)`. `sums` is 1 if s is the score of a key; if s is the maximum of a
+    split, it is the split's sum.
+
+    Returns:
+        The new maximum, the new sum, the factor that rescales older sums, and exp(scores - max).
+    """
+    new_max = tl.maximum(running_max, tl.max(scores, AXIS))
+    rescale = tl.exp(running_max - new_max)
+    weight = tl.exp(scores - tl.expand_dims(new_max, AXIS))
+    return new_max, running_sum * rescale + tl.sum(sums * weight, AXIS), rescale, weight
+
+
+@triton.jit
+def _row_range(key_start_ptr, key_end_ptr, rows, low, high, ROW_BLOCK: tl.constexpr):
+    """Return the first and the last row that see a key in low:high; `rows` and -1 if none does."""
+    first_row = rows
+    last_row = -1
+    for block in range(0, rows, ROW_BLOCK):
+        row = block + tl.arange(0, ROW_BLOCK)
+        start = tl.load(key_start_ptr + row, mask=row < rows, other=0)
+        end = tl.load(key_end_ptr + row, mask=row < rows, other=0)
+        sees = (start < high) & (end > low) & (row < rows)
+        first_row = tl.minimum(first_row, tl.min(tl.where(sees, row, rows), 0))
+        last_row = tl.maximum(last_row, tl.max(tl.where(sees, row, -1), 0))
+    return first_row, last_row
+
+
+@triton.jit
+def _label_weights(
+    label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions, penalty, reward,
+    KEY_BLOCK: tl.constexpr, LABEL_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return g at KEY_BLOCK positions: penalty on wrong labels, -reward on correct ones, else 0."""
+    weight = tl.zeros([KEY_BLOCK], tl.float32)
+    for block in range(first_label, last_label, LABEL_BLOCK):
+        label = block + tl.arange(0, LABEL_BLOCK)
+        owned = label < last_label
+        position = tl.load(label_positions_ptr + label, mask=owned, other=-1)
+        correct = tl.load(label_is_correct_ptr + label, mask=owned, other=0)
+        label_weight = tl.where(correct != 0, -reward, penalty)
+        same = position[:, None] == positions[None, :]
+        weight += tl.sum(tl.where(same, label_weight[:, None], 0.0), 0)
+    return weight
 
 
 _COUNTS = ["window", "tokens", "splits", "rows", "labels", "head_filter"]
@@ -146,7 +195,7 @@ def _scan_keys_kernel(
     KEY_BLOCK: tl.constexpr,
     CAPPED: tl.constexpr, ONLY_ACTIVE: tl.constexpr, SUM_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of one split of a row: its maximum, its sum, and sum_j exp(s_j - max) k_j."""
+    """Scan one split of a row: find its maximum, its sum, and sum_j exp(s_j - max) c_j k_j."""
     row = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     key_head = tl.program_id(1)
@@ -177,13 +226,11 @@ def _scan_keys_kernel(
             )  # fmt: skip
             scores, slope = _attention_scores(query, key, scale, softcap, CAPPED)
             scores = tl.where(visible[None, :], scores, -float("inf"))
-            new_max = tl.maximum(running_max, tl.max(scores, 1))
-            rescale = tl.exp(running_max - new_max)
-            weight = tl.exp(scores - new_max[:, None])
-            running_sum = running_sum * rescale + tl.sum(weight, 1)
+            running_max, running_sum, rescale, weight = _online_softmax_update(
+                running_max, running_sum, scores, sums=1.0, AXIS=1
+            )
             if SUM_KEYS:
                 key_sum = key_sum * rescale[:, None] + _dot_float32(weight * slope, key)
-            running_max = new_max
 
         part = offsets.to(tl.int64) * splits + split
         tl.store(part_max_ptr + part, running_max, mask=exists)
@@ -208,7 +255,7 @@ def _combine_splits_kernel(
     HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLIT_BLOCK: tl.constexpr,
     HAS_SINKS: tl.constexpr, ONLY_ACTIVE: tl.constexpr, SUM_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Normalizer of one row and head, and sum_j alpha_j k_j, from the row's splits."""
+    """Combine a row's splits into the normalizer of one head, and sum_j alpha_j c_j k_j."""
     head = tl.program_id(1)
     row_head = tl.program_id(0) * tl.num_programs(1) + head
     dim = tl.arange(0, DIM_BLOCK)
@@ -228,10 +275,9 @@ def _combine_splits_kernel(
             exists = split < splits
             part_max = tl.load(part_max_ptr + part, mask=exists, other=-float("inf"))
             part_sum = tl.load(part_sum_ptr + part, mask=exists, other=0.0)
-            new_max = tl.maximum(running_max, tl.max(part_max, 0))
-            rescale = tl.exp(running_max - new_max)
-            weight = tl.exp(part_max - new_max)
-            running_sum = running_sum * rescale + tl.sum(part_sum * weight, 0)
+            running_max, running_sum, rescale, weight = _online_softmax_update(
+                running_max, running_sum, part_max, sums=part_sum, AXIS=0
+            )
             if SUM_KEYS:
                 part_key = tl.load(
                     part_key_ptr + part[:, None] * HEAD_DIM + dim[None, :],
@@ -239,7 +285,6 @@ def _combine_splits_kernel(
                     other=0.0,
                 )
                 mean_key = mean_key * rescale + tl.sum(part_key * weight[:, None], 0)
-            running_max = new_max
         mean_key = mean_key / running_sum
         if not ONLY_ACTIVE:
             tl.store(peak_ptr + row_head, running_max)
@@ -265,10 +310,10 @@ def _label_loss_kernel(
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     LABEL_BLOCK: tl.constexpr, CAPPED: tl.constexpr, SUM_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Loss, masses and filter of one row's group of heads, from its label keys alone.
+    """Compute loss, masses and filter of one row's group of heads, from its label keys alone.
 
-    Its tiles are as large as the scan's: a label's score is then rounded as it was in the row's
-    sum, and the two errors cancel in its probability.
+    Tiles are as large as the scan's. A label's score is then rounded as it was in the row's sum,
+    and the two errors cancel in its probability.
     """
     row = tl.program_id(0)
     key_head = tl.program_id(1)
@@ -320,7 +365,7 @@ def _label_loss_kernel(
     is_induction = label_mass > threshold
     loss = penalty * wrong_mass + reward * (correct_count - correct_mass)
     loss = tl.where(is_induction | (head_filter == 0), loss, 0.0)
-    # A bad index cannot be reported without waiting for the device; it must not pass either.
+    # To report a bad index, the host would have to wait; NaN marks the row instead.
     bad = exists & (broken > 0)
     nan = float("nan")
     tl.store(loss_ptr + offsets, tl.where(bad, nan, loss), mask=exists)
@@ -353,20 +398,16 @@ def _grad_key_kernel(
     KEY_BLOCK: tl.constexpr, LABEL_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr,
     CAPPED: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    """dk of one block of keys of one head: it owns them, so rows may share keys without atomics."""
+    """Compute dk for one block of keys of one head.
+
+    The program owns its keys, so rows may share keys without atomics.
+    """
     low = tl.program_id(0) * KEY_BLOCK
     key_head = tl.program_id(1)
     positions = low + tl.arange(0, KEY_BLOCK)
-
-    first_row = rows
-    last_row = -1
-    for block in range(0, rows, ROW_BLOCK):
-        row = block + tl.arange(0, ROW_BLOCK)
-        start = tl.load(key_start_ptr + row, mask=row < rows, other=0)
-        end = tl.load(key_end_ptr + row, mask=row < rows, other=0)
-        sees = (start < low + KEY_BLOCK) & (end > low) & (row < rows)
-        first_row = tl.minimum(first_row, tl.min(tl.where(sees, row, rows), 0))
-        last_row = tl.maximum(last_row, tl.max(tl.where(sees, row, -1), 0))
+    first_row, last_row = _row_range(
+        key_start_ptr, key_end_ptr, rows, low, low + KEY_BLOCK, ROW_BLOCK
+    )
 
     grad_key = tl.zeros([KEY_BLOCK, DIM_BLOCK], tl.float32)
     touched = 0
@@ -392,23 +433,14 @@ def _grad_key_kernel(
             scores, slope = _attention_scores(query, key, scale, softcap, CAPPED)
             alpha = tl.exp(scores - peak[:, None]) / total[:, None]
             alpha = tl.where(visible[None, :], alpha, 0.0)
-
-            weight = tl.zeros([KEY_BLOCK], tl.float32)
-            penalty = tl.load(penalty_ptr)
-            reward = tl.load(reward_ptr)
             first_label, last_label, _ = _own_labels(label_offsets_ptr, row, rows, labels)
-            for block in range(first_label, last_label, LABEL_BLOCK):
-                label = block + tl.arange(0, LABEL_BLOCK)
-                owned = label < last_label
-                position = tl.load(label_positions_ptr + label, mask=owned, other=-1)
-                correct = tl.load(label_is_correct_ptr + label, mask=owned, other=0)
-                label_weight = tl.where(correct != 0, -reward, penalty)
-                same = position[:, None] == positions[None, :]
-                weight += tl.sum(tl.where(same, label_weight[:, None], 0.0), 0)
-
+            weight = _label_weights(
+                label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions,
+                tl.load(penalty_ptr), tl.load(reward_ptr), KEY_BLOCK, LABEL_BLOCK,
+            )  # fmt: skip
             grad_scores = alpha * (weight[None, :] - mean_weight[:, None]) * slope
             grad_scores *= coefficient[:, None]
-            # Scaled to at most 1, so that float16's range does not cut small gradients off.
+            # Scale to at most 1, so that float16's range does not cut small gradients off.
             largest = tl.maximum(tl.max(tl.abs(grad_scores)), 1e-30)
             grad_key += _dot_float32(tl.trans(grad_scores / largest), query) * largest
 
@@ -436,7 +468,7 @@ def scan_keys(
     active: Tensor | None = None,
     sum_keys: bool,
 ) -> tuple[Normalizer, Tensor]:
-    """Every row's normalizer and sum_j alpha_j c_j k_j, (R, Hq, D), all float32.
+    """Compute every row's normalizer and sum_j alpha_j c_j k_j, (R, Hq, D), all float32.
 
     With `active`, (R, Hq) bool, key heads without an active head are not read; the sums of other
     heads are 0.
@@ -481,7 +513,7 @@ def label_loss(
     head_filter: bool,
     sum_keys: bool,
 ) -> LabelLoss:
-    """Losses and masses of all rows, given their normalizers."""
+    """Compute the losses and masses of all rows, given their normalizers."""
     query, key = _readable(query), _readable(key)
     shape = _Shape(query, key)
     heads = (shape.rows, shape.query_heads)
@@ -515,10 +547,10 @@ def grad_key(
     *,
     accumulate_into: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the keys, (T, Hkv, D), new or added in place to one that is there.
+    """Compute the gradient of the keys, (T, Hkv, D), or add it in place to `accumulate_into`.
 
-    `coefficient`, (R, Hq), is the incoming gradient times the scale, 0 for heads without a loss;
-    keys that only such heads share are not read.
+    `coefficient`, (R, Hq), is the incoming gradient times the scale, 0 for heads without a loss.
+    Keys that only such heads share are not read.
     """
     dtype = key.dtype
     query, key = _readable(query), _readable(key)
@@ -540,7 +572,7 @@ def grad_key(
 
 
 class _Shape:
-    """Sizes of one call and the block sizes that follow from them."""
+    """The sizes of one call, and the block sizes that follow from them."""
 
     def __init__(self, query: Tensor, key: Tensor):
         self.rows, self.query_heads, self.head_dim = query.shape
@@ -572,19 +604,19 @@ class _Shape:
 
     @staticmethod
     def strides(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
-        return (*query.stride()[:2], *key.stride()[:2])
+        return query.stride(0), query.stride(1), key.stride(0), key.stride(1)
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """A tensor as kernels take it: the last dimension together in memory."""
+    """Return a tensor that kernels can read: its last dimension is contiguous."""
     if INTERPRETED and tensor.dtype == torch.bfloat16:
         tensor = tensor.float()  # the interpreter computes bfloat16 wrongly
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _count_splits(query: Tensor, key: Tensor) -> int:
-    """Splits a row, from sizes the host knows: rows' own lengths would cost a synchronization."""
-    processors = 4  # in the interpreter: some
+    """Count the splits of a row by sizes that the host knows; rows' lengths are on the device."""
+    processors = 4  # in the interpreter; any small number does
     if query.is_cuda:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count
     programs = query.shape[0] * key.shape[1]
@@ -592,6 +624,6 @@ def _count_splits(query: Tensor, key: Tensor) -> int:
     return max(1, min(wanted, triton.cdiv(key.shape[0], _KEYS_PER_SPLIT)))
 
 
-def _on_device(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's device current, because Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
