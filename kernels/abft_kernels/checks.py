@@ -1,4 +1,4 @@
-"""Arguments of the public functions: one clear line for whatever is malformed."""
+"""Check the arguments of the public functions; each error is one line that names the argument."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 from abft_kernels.types import Rows
 
 
-def check_tensors(query: Tensor, key: Tensor, query_rows: int, rows: Rows, sinks) -> None:
-    """Shapes, dtypes and devices; `query` may hold more rows than the `query_rows` with a loss."""
+def check_tensors(
+    query: Tensor, key: Tensor, query_rows: int, rows: Rows, sinks: Tensor | None
+) -> None:
+    """Check shapes, dtypes and devices; `query_rows` of the rows in `query` have a loss."""
     if query.ndim != 3 or query.shape[0] == 0:
         raise ValueError(f"query must be (R, Hq, D) with R >= 1, not {tuple(query.shape)}")
     if not query.is_floating_point():
@@ -48,14 +50,24 @@ def check_tensors(query: Tensor, key: Tensor, query_rows: int, rows: Rows, sinks
 
 
 def check_bounds(bounds: list[int], tokens: int) -> None:
-    """Prompts lie end to end, none of them empty."""
+    """Check that prompts lie end to end and that none is empty."""
     rising = all(a < b for a, b in itertools.pairwise(bounds))
     if bounds[0] != 0 or bounds[-1] != tokens or not rising:
         raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}")
 
 
-def check_options(penalty, reward, scale, softcap, window) -> None:
-    """Numbers that are given to the host; tensors are taken as they are."""
+def check_options(
+    penalty: float | Tensor,
+    reward: float | Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> None:
+    """Check numbers; the value of a tensor is not read, because that would wait for the device.
+
+    Raises:
+        ValueError: a number is outside its range, or a tensor is not 0-d.
+    """
     for name, value in (("penalty", penalty), ("reward", reward)):
         if isinstance(value, Tensor):
             if value.ndim:
@@ -71,7 +83,10 @@ def check_options(penalty, reward, scale, softcap, window) -> None:
 
 
 def check_values(tokens: int, rows: Rows) -> None:
-    """Indices lie where they must; waits for the device, so kernels do without (they yield NaN)."""
+    """Check that indices are inside their bounds; this waits for the device.
+
+    On a GPU it is not called: there a bad index makes the row's loss NaN.
+    """
     key_start, key_end = rows.key_start.cpu(), rows.key_end.cpu()
     label_positions, label_offsets = rows.label_positions.cpu(), rows.label_offsets.cpu()
     if (key_start < 0).any() or (key_start >= key_end).any():

@@ -1,15 +1,17 @@
-"""Attention of packed prompts and the loss of their last rows in one op.
+"""Compute attention of packed prompts, and the loss of their last rows, in one op.
 
 Flash attention returns each row's log-sum-exp, so a last row's probabilities at its label tokens
 need the label keys alone: `alpha_i = exp(s_i - lse)`. All keys are read again only for the gradient
-of heads that have a loss. There is one explicit backward, as flash attention has no gradient
+of heads that have a loss. The op has one explicit backward, because flash attention has no gradient
 through its log-sum-exp.
 
-For float32 the loss makes a normalizer of its own: the log-sum-exp, one float32 number, is off by
-1e-6, which is not little in `1 - alpha` of a head that is sure of its label.
+For float32 the loss computes a normalizer of its own. The log-sum-exp, one float32 number, is off
+by 1e-6, which matters in `1 - alpha` of a head that is sure of its label.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from abft_kernels.attention.separate import attend_separately
 from abft_kernels.checks import check_bounds, check_options, check_tensors
 from abft_kernels.loss import (
     choose_backend,
-    fake_loss,
+    empty_results,
     last_row_loss,
     loss_coefficient,
     loss_forward,
@@ -32,7 +34,97 @@ from abft_kernels.loss import (
     scalar_like,
     wants_gradient,
 )
-from abft_kernels.types import LastRowLoss, Normalizer, Prompts, Residuals, Rows, Scores
+from abft_kernels.types import (
+    LastRowLoss,
+    Normalizer,
+    Prompts,
+    Residuals,
+    Rows,
+    Scores,
+    none_but,
+    pick,
+)
+
+
+class _Inputs(NamedTuple):
+    """The arguments of the op `abft::flash_attention_with_last_row_loss`, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sinks: Tensor | None
+    cu_seqlens: Tensor
+    label_positions: Tensor
+    label_offsets: Tensor
+    label_is_correct: Tensor
+    penalty: Tensor
+    reward: Tensor
+    longest: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    head_filter: bool
+    attention: str
+    backend: str
+    needs_grad: bool
+
+
+class _Outputs(NamedTuple):
+    """The results of the op, in its order: attention, then a LastRowLoss, then Residuals."""
+
+    out: Tensor
+    lse: Tensor
+    loss: Tensor
+    label_mass: Tensor
+    correct_mass: Tensor
+    is_induction: Tensor
+    peak: Tensor
+    total: Tensor
+    mean_weight: Tensor
+    key_sum: Tensor
+
+
+class _Saved(NamedTuple):
+    """The tensors that the backward needs, named as in _Inputs and _Outputs."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sinks: Tensor | None
+    cu_seqlens: Tensor
+    label_positions: Tensor
+    label_offsets: Tensor
+    label_is_correct: Tensor
+    penalty: Tensor
+    reward: Tensor
+    out: Tensor
+    lse: Tensor
+    is_induction: Tensor
+    peak: Tensor
+    total: Tensor
+    mean_weight: Tensor
+    key_sum: Tensor
+
+
+class _Options(NamedTuple):
+    """The other values that the backward needs, named as in _Inputs."""
+
+    longest: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    head_filter: bool
+    attention: str
+    backend: str
+
+
+class _Gradients(NamedTuple):
+    """The results of the backward's op, in its order; sinks is (0,) if there are no sinks."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sinks: Tensor
 
 
 @torch.library.custom_op("abft::flash_attention_with_last_row_loss", mutates_args=())
@@ -64,11 +156,11 @@ def _forward_op(
     out, lse = attention_forward(attention, query, key, value, sinks, prompts, scores)
     last = cu_seqlens[1:].long() - 1
     normalizer = None
-    # Soft-capped scores are not the same numbers: flash-attn's tanh is an approximation.
+    # flash-attn approximates the tanh of a soft-cap, so its log-sum-exp is not that of our scores.
     if query.element_size() == 2 and softcap is None:
         peak = lse.T[last].contiguous()
         normalizer = Normalizer(peak, torch.ones_like(peak))
-    found, residuals = loss_forward(
+    result, residuals = loss_forward(
         backend,
         query[last],
         key,
@@ -81,19 +173,25 @@ def _forward_op(
         needs_grad,
         normalizer,
     )
-    return (out.contiguous(), lse, *found[:4], *residuals)
+    return (out.contiguous(), lse, *result, *residuals)
 
 
-def _rows(cu_seqlens: Tensor, *labels: Tensor) -> Rows:
-    return Rows(cu_seqlens[:-1], cu_seqlens[1:], *labels)
+def _rows(
+    cu_seqlens: Tensor, label_positions: Tensor, label_offsets: Tensor, label_is_correct: Tensor
+) -> Rows:
+    """Return the last rows of prompts: each sees all keys of its prompt."""
+    return Rows(cu_seqlens[:-1], cu_seqlens[1:], label_positions, label_offsets, label_is_correct)
 
 
 @_forward_op.register_fake
-def _(query, key, value, sinks, cu_seqlens, *args):
-    tokens, heads, _ = query.shape
-    last_rows = query.new_empty(cu_seqlens.shape[0] - 1, *query.shape[1:])
+def _(*arguments):
+    inputs = _Inputs(*arguments)
+    query = inputs.query
+    tokens, heads, head_dim = query.shape
+    last_rows = query.new_empty(inputs.cu_seqlens.shape[0] - 1, heads, head_dim)
     lse = query.new_empty(heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32))
-    return (query.new_empty(query.shape), lse, *fake_loss(last_rows, needs_grad=args[-1]))
+    result, residuals = empty_results(last_rows, inputs.needs_grad)
+    return (query.new_empty(query.shape), lse, *result, *residuals)
 
 
 @torch.library.custom_op("abft::flash_attention_with_last_row_loss_backward", mutates_args=())
@@ -127,61 +225,71 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     prompts, scores = Prompts(cu_seqlens, longest), Scores(scale, softcap, window)
     residuals = Residuals(peak, total, mean_weight, key_sum)
-    if grad_out is None:  # the output is not used, as in the last layer
-        inputs = (query, key, value, sinks)
-        grads = [None if t is None else t.new_zeros(t.shape) for t in inputs]
+    if grad_out is None:  # nothing uses the output, as in the last layer
+        grads = [t.new_zeros(t.shape) for t in (query, key, value)]
+        grad_sinks = None if sinks is None else sinks.new_zeros(sinks.shape)
     else:
-        grads = attention_backward(
+        *grads, grad_sinks = attention_backward(
             attention, grad_out, query, key, value, sinks, out, lse, prompts, scores
         )
-    grad_query, grad_key, grad_value = (grad.contiguous() for grad in grads[:3])
-    grad_sinks = grads[3]
-    if grad_loss is None or len(label_positions) == 0:
-        no_sinks = query.new_empty(0)
-        return grad_query, grad_key, grad_value, no_sinks if sinks is None else grad_sinks
-    coefficient = loss_coefficient(grad_loss, is_induction, head_filter, scores)
-    last = cu_seqlens[1:].long() - 1
-    grad_query[last] = (grad_query[last] + coefficient[..., None] * key_sum).to(grad_query.dtype)
-    loss_grad_key(
-        backend,
-        query[last],
-        key,
-        _rows(cu_seqlens, label_positions, label_offsets, label_is_correct),
-        scores,
-        Normalizer(peak, total),
-        mean_weight,
-        coefficient,
-        penalty,
-        reward,
-        accumulate_into=grad_key,
-    )
-    if sinks is None:
-        return grad_query, grad_key, grad_value, query.new_empty(0)
-    grad_sinks += loss_grad_sinks(sinks, coefficient, residuals, scores)
-    return grad_query, grad_key, grad_value, grad_sinks.to(sinks.dtype)
+    grad_query, grad_key, grad_value = (grad.contiguous() for grad in grads)
+    if grad_loss is not None and len(label_positions):
+        coefficient = loss_coefficient(grad_loss, is_induction, head_filter, scores)
+        last = cu_seqlens[1:].long() - 1
+        grad_last = grad_query[last] + coefficient[..., None] * key_sum
+        grad_query[last] = grad_last.to(grad_query.dtype)
+        loss_grad_key(
+            backend,
+            query[last],
+            key,
+            _rows(cu_seqlens, label_positions, label_offsets, label_is_correct),
+            scores,
+            Normalizer(peak, total),
+            mean_weight,
+            coefficient,
+            penalty,
+            reward,
+            accumulate_into=grad_key,
+        )
+        if sinks is not None and grad_sinks is not None:
+            grad_sinks += loss_grad_sinks(sinks, coefficient, residuals, scores)
+    if grad_sinks is None:
+        grad_sinks = query.new_empty(0)
+    return grad_query, grad_key, grad_value, grad_sinks
 
 
 @_backward_op.register_fake
-def _(grad_out, grad_loss, query, key, value, sinks, *_):
+def _(grad_out, grad_loss, *saved_and_options):
+    query, key, value, sinks, *_ = saved_and_options
     grads = (t.new_empty(t.shape) for t in (query, key, value))
     return (*grads, query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
-    *ctx.options, needs_grad = inputs[10:]
-    out, lse, _, label_mass, correct_mass, is_induction, *residuals = output
-    ctx.mark_non_differentiable(lse, label_mass, correct_mass, is_induction, *residuals)
-    if needs_grad:
-        ctx.save_for_backward(*inputs[:10], out, lse, is_induction, *residuals)
+    inputs, outputs = _Inputs(*inputs), _Outputs(*output)
+    ctx.options = pick(_Options, inputs)
+    differentiable = ("out", "loss")
+    ctx.mark_non_differentiable(
+        *(t for name, t in outputs._asdict().items() if name not in differentiable)
+    )
+    if inputs.needs_grad:
+        ctx.save_for_backward(*pick(_Saved, inputs, outputs))
 
 
-def _backward(ctx, grad_out, _, grad_loss, *__):
-    saved = ctx.saved_tensors
-    *grads, grad_sinks = _backward_op(grad_out, grad_loss, *saved, *ctx.options)
-    if grad_out is None:  # nothing else depends on the values: no product with zeros follows
-        grads[2] = None
-    return (*grads, None if saved[3] is None else grad_sinks, *[None] * 14)
+def _backward(ctx, *grads):
+    grads, saved = _Outputs(*grads), _Saved(*ctx.saved_tensors)
+    gradients = _Gradients(
+        *_backward_op(grads.out, grads.loss, **saved._asdict(), **ctx.options._asdict())
+    )
+    return none_but(
+        _Inputs,
+        query=gradients.query,
+        key=gradients.key,
+        # Without the output the loss alone is differentiated, and it does not depend on values.
+        value=None if grads.out is None else gradients.value,
+        sinks=None if saved.sinks is None else gradients.sinks,
+    )
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -208,7 +316,7 @@ def flash_attention_with_last_row_loss(
     attention: str = "auto",
     backend: str = "auto",
 ) -> tuple[Tensor, LastRowLoss]:
-    """Causal attention of packed prompts, and the attention-behavior loss of their last rows.
+    """Compute causal attention of packed prompts, and the loss of their last rows.
 
     Args:
         q: (T, Hq, D), R prompts laid end to end.
@@ -219,15 +327,20 @@ def flash_attention_with_last_row_loss(
         label_offsets: (R + 1,) int32; prompt r owns `label_positions[offsets[r]:offsets[r + 1]]`.
         label_is_correct: (M,) bool, whether the label is the query's own.
         longest: tokens of the longest prompt, or more; None waits for the device to count them.
-        penalty, reward, scale, head_filter, softcap, sinks: as in `last_row_loss`.
+        penalty: as in `last_row_loss`.
+        reward: as in `last_row_loss`.
+        scale: as in `last_row_loss`.
+        head_filter: as in `last_row_loss`.
+        softcap: as in `last_row_loss`.
         window: a row sees its last `window` keys only, its own among them.
-        dropout: probability of dropping an attention weight; the loss sees the weights before.
+        sinks: as in `last_row_loss`.
+        dropout: probability of dropping an attention weight; the loss uses the undropped weights.
         attention: see `choose_attention`.
         backend: of the loss, as in `last_row_loss`.
 
     Returns:
-        (T, Hq, D) attention output, and LastRowLoss of four (R, Hq) tensors. Both carry gradients
-        to q, k, v and sinks.
+        The attention output, (T, Hq, D), and a LastRowLoss of four (R, Hq) tensors. The gradients
+        of both reach q, k, v and sinks.
 
     Raises:
         ValueError: an argument is malformed; the message names it.
@@ -255,7 +368,7 @@ def flash_attention_with_last_row_loss(
         )  # fmt: skip
         scores = Scores(scale, softcap, window)
         return attend_separately(q, k, v, cu_seqlens, scores, sinks, dropout), result
-    out, _, *result = _forward_op(
+    results = _forward_op(
         q,
         k,
         v,
@@ -264,15 +377,16 @@ def flash_attention_with_last_row_loss(
         label_positions,
         label_offsets,
         label_is_correct,
-        scalar_like(penalty, q),
-        scalar_like(reward, q),
-        int(cu_seqlens.diff().max()) if longest is None else longest,
-        scale,
-        None if softcap is None else float(softcap),
-        window,
-        head_filter,
-        chosen,
-        choose_backend(q, backend),
-        wants_gradient(q, k, v, sinks),
+        penalty=scalar_like(penalty, q),
+        reward=scalar_like(reward, q),
+        longest=int(cu_seqlens.diff().max()) if longest is None else longest,
+        scale=scale,
+        softcap=None if softcap is None else float(softcap),
+        window=window,
+        head_filter=head_filter,
+        attention=chosen,
+        backend=choose_backend(q, backend),
+        needs_grad=wants_gradient(q, k, v, sinks),
     )
-    return out, LastRowLoss(*result[:4])
+    outputs = _Outputs(*results)
+    return outputs.out, pick(LastRowLoss, outputs)

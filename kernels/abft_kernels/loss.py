@@ -1,30 +1,31 @@
-"""Loss on the last row of attention, with its gradient in closed form.
+"""Compute the loss on the last row of attention, and its gradient in closed form.
 
 Source: Cho et al. 2025, "Mechanistic Fine-tuning for In-context Learning", section 3. With
-alpha = softmax(s), g = penalty on wrong labels, -reward on right ones, 0 elsewhere, and
+alpha = softmax(s), g = penalty on wrong labels, -reward on correct ones, 0 elsewhere, and
 G = sum_j alpha_j g_j, the gradient of one head's loss is ds_j = alpha_j (g_j - G). So
-dq = scale (sum_j alpha_j g_j k_j - G sum_j alpha_j k_j), both sums from the forward's one pass over
-the keys, and the backward only writes dk_j = scale ds_j q, for heads that have a loss.
+dq = scale (sum_j alpha_j g_j k_j - G sum_j alpha_j k_j). The forward finds both sums in its one
+pass over the keys. The backward only writes dk_j = scale ds_j q, for heads that have a loss.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from abft_kernels import loss_torch
 from abft_kernels.checks import check_options, check_tensors, check_values
-from abft_kernels.types import LabelLoss, LastRowLoss, Normalizer, Residuals, Rows, Scores
+from abft_kernels.types import LastRowLoss, Normalizer, Residuals, Rows, Scores, none_but, pick
 
 BACKENDS = ("auto", "triton", "torch")
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(query: Tensor, requested: str = "auto") -> str:
-    """`"triton"` or `"torch"`, whichever is to compute the loss of these queries.
+    """Choose what computes the loss of these queries: `"triton"` or `"torch"`.
 
     Raises:
         ValueError: the requested one is unknown or cannot run here.
@@ -49,7 +50,7 @@ def choose_backend(query: Tensor, requested: str = "auto") -> str:
 def _backend(name: str) -> ModuleType:
     if name == "torch":
         return loss_torch
-    from abft_kernels import loss_triton  # exists on Linux alone
+    from abft_kernels import loss_triton  # only where Triton is: on Linux
 
     return loss_triton
 
@@ -66,8 +67,12 @@ def loss_forward(
     head_filter: bool,
     needs_grad: bool,
     normalizer: Normalizer | None = None,
-) -> tuple[LabelLoss, Residuals]:
-    """All rows' losses. Given their normalizers, only heads with a loss have their keys read."""
+) -> tuple[LastRowLoss, Residuals]:
+    """Compute the losses of all rows.
+
+    If the caller knows the normalizer, only key heads with a loss have all their keys read, and
+    only for a gradient.
+    """
     if backend == "torch" or query.device.type == "cpu":
         check_values(key.shape[0], rows)
     if len(rows.label_positions) == 0:
@@ -76,59 +81,142 @@ def loss_forward(
     rows = Rows(*(index.contiguous() for index in rows))
     sinks = None if sinks is None else sinks.contiguous()
     with torch.autocast(query.device.type, enabled=False):  # it would round scores
-        known = normalizer is not None
-        if not known:
+        mean_key = None
+        if normalizer is None:
             normalizer, mean_key = compute.scan_keys(
                 query, key, rows, scores, sinks, sum_keys=needs_grad
             )
-        found = compute.label_loss(
+        labels = compute.label_loss(
             query, key, rows, scores, normalizer, penalty, reward,
             head_filter=head_filter, sum_keys=needs_grad,
         )  # fmt: skip
+        result = pick(LastRowLoss, labels)
         if not needs_grad:
-            return found, Residuals(*normalizer, found.mean_weight, found.label_key)
-        if known:
-            active = found.is_induction if head_filter else torch.ones_like(found.is_induction)
+            return result, Residuals(
+                normalizer.peak, normalizer.total, labels.mean_weight, labels.label_key
+            )
+        if mean_key is None:
+            active = labels.is_induction if head_filter else torch.ones_like(labels.is_induction)
             _, mean_key = compute.scan_keys(
                 query, key, rows, scores, sinks, active=active, sum_keys=True
             )
-        key_sum = torch.addcmul(found.label_key, found.mean_weight[..., None], mean_key, value=-1)
-    return found, Residuals(*normalizer, found.mean_weight, key_sum)
+        key_sum = torch.addcmul(labels.label_key, labels.mean_weight[..., None], mean_key, value=-1)
+    return result, Residuals(normalizer.peak, normalizer.total, labels.mean_weight, key_sum)
 
 
-def _without_labels(query: Tensor, needs_grad: bool) -> tuple[LabelLoss, Residuals]:
-    """Losses of 0, no key read; the largest score is infinite, so that every alpha is 0."""
-    loss, *masses, is_induction, peak, total, mean_weight, key_sum = (
-        t.zero_() for t in fake_loss(query, needs_grad)
+def _without_labels(query: Tensor, needs_grad: bool) -> tuple[LastRowLoss, Residuals]:
+    """Return losses of 0 without reading a key; an infinite peak makes every alpha 0."""
+    result, residuals = empty_results(query, needs_grad)
+    for tensor in (*result, *residuals):
+        tensor.zero_()
+    residuals.peak.fill_(torch.inf)
+    residuals.total.fill_(1)
+    return result, residuals
+
+
+def empty_results(query: Tensor, needs_grad: bool) -> tuple[LastRowLoss, Residuals]:
+    """Allocate what `loss_forward` returns for (R, Hq, D) queries."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    loss, label_mass, correct_mass, peak, total, mean_weight = (
+        query.new_empty(query.shape[:2], dtype=dtype) for _ in range(6)
     )
-    residuals = Residuals(peak.fill_(torch.inf), total.fill_(1), mean_weight, key_sum)
-    return LabelLoss(loss, *masses, is_induction, mean_weight, key_sum), residuals
+    is_induction = query.new_empty(query.shape[:2], dtype=torch.bool)
+    key_sum = query.new_empty(query.shape if needs_grad else 0, dtype=dtype)
+    result = LastRowLoss(loss, label_mass, correct_mass, is_induction)
+    return result, Residuals(peak, total, mean_weight, key_sum)
 
 
 def loss_coefficient(
     grad_loss: Tensor, is_induction: Tensor, head_filter: bool, scores: Scores
 ) -> Tensor:
-    """Incoming gradient times the scale, (R, Hq); 0 for heads the filter left out."""
+    """Return the incoming gradient times the scale, (R, Hq); 0 for heads the filter leaves out."""
     coefficient = grad_loss * scores.scale
     return torch.where(is_induction, coefficient, 0.0) if head_filter else coefficient
 
 
 def loss_grad_key(
-    backend: str, query: Tensor, key: Tensor, rows: Rows, scores: Scores, *args, **kw
-):
-    """The backend's `grad_key`."""
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    rows: Rows,
+    scores: Scores,
+    normalizer: Normalizer,
+    mean_weight: Tensor,
+    coefficient: Tensor,
+    penalty: Tensor,
+    reward: Tensor,
+    accumulate_into: Tensor | None = None,
+) -> Tensor:
+    """Compute the gradient of the keys, (T, Hkv, D), or add it in place to `accumulate_into`."""
     rows = Rows(*(index.contiguous() for index in rows))
     with torch.autocast(query.device.type, enabled=False):
-        return _backend(backend).grad_key(query, key, rows, scores, *args, **kw)
+        return _backend(backend).grad_key(
+            query, key, rows, scores, normalizer, mean_weight, coefficient, penalty, reward,
+            accumulate_into=accumulate_into,
+        )  # fmt: skip
 
 
 def loss_grad_sinks(
     sinks: Tensor, coefficient: Tensor, residuals: Residuals, scores: Scores
 ) -> Tensor:
-    """Gradient of the sinks, (Hq,): keys that are no label and have no vector."""
+    """Compute the gradient of the sinks, (Hq,); a sink acts as a key that is no label."""
     alpha = torch.exp(sinks.to(residuals.peak.dtype) - residuals.peak) / residuals.total
     grad = -(coefficient / scores.scale * alpha * residuals.mean_weight).sum(dim=0)
     return grad.to(sinks.dtype)
+
+
+class _Inputs(NamedTuple):
+    """The arguments of the op `abft::last_row_loss`, in its order."""
+
+    query: Tensor
+    key: Tensor
+    sinks: Tensor | None
+    key_start: Tensor
+    key_end: Tensor
+    label_positions: Tensor
+    label_offsets: Tensor
+    label_is_correct: Tensor
+    penalty: Tensor
+    reward: Tensor
+    scale: float
+    softcap: float | None
+    window: int | None
+    head_filter: bool
+    backend: str
+    needs_grad: bool
+
+
+class _Outputs(NamedTuple):
+    """The results of the op, in its order: a LastRowLoss, then Residuals."""
+
+    loss: Tensor
+    label_mass: Tensor
+    correct_mass: Tensor
+    is_induction: Tensor
+    peak: Tensor
+    total: Tensor
+    mean_weight: Tensor
+    key_sum: Tensor
+
+
+class _Saved(NamedTuple):
+    """The tensors that the backward needs, named as in _Inputs and _Outputs."""
+
+    query: Tensor
+    key: Tensor
+    sinks: Tensor | None
+    key_start: Tensor
+    key_end: Tensor
+    label_positions: Tensor
+    label_offsets: Tensor
+    label_is_correct: Tensor
+    penalty: Tensor
+    reward: Tensor
+    is_induction: Tensor
+    peak: Tensor
+    total: Tensor
+    mean_weight: Tensor
+    key_sum: Tensor
 
 
 @torch.library.custom_op("abft::last_row_loss", mutates_args=())
@@ -151,27 +239,18 @@ def _forward_op(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = Rows(key_start, key_end, label_positions, label_offsets, label_is_correct)
-    found, residuals = loss_forward(
+    result, residuals = loss_forward(
         backend, query, key, rows, Scores(scale, softcap, window), sinks,
         penalty, reward, head_filter, needs_grad,
     )  # fmt: skip
-    return (*found[:4], *residuals)
+    return (*result, *residuals)
 
 
 @_forward_op.register_fake
-def _(query, key, *args):
-    return fake_loss(query, needs_grad=args[-1])
-
-
-def fake_loss(query: Tensor, needs_grad: bool) -> tuple[Tensor, ...]:
-    """Shapes of loss, masses, filter and residuals, for (R, Hq, D) queries."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    loss, label_mass, correct_mass, peak, total, mean_weight = (
-        query.new_empty(query.shape[:2], dtype=dtype) for _ in range(6)
-    )
-    is_induction = query.new_empty(query.shape[:2], dtype=torch.bool)
-    key_sum = query.new_empty(query.shape if needs_grad else 0, dtype=dtype)
-    return loss, label_mass, correct_mass, is_induction, peak, total, mean_weight, key_sum
+def _(*arguments):
+    inputs = _Inputs(*arguments)
+    result, residuals = empty_results(inputs.query, inputs.needs_grad)
+    return (*result, *residuals)
 
 
 @torch.library.custom_op("abft::last_row_loss_grad_key", mutates_args=())
@@ -207,33 +286,40 @@ def _(query, key, *_):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, sinks, *indices, penalty, reward, scale, softcap, window = inputs[:13]
-    ctx.head_filter, ctx.backend, needs_grad = inputs[13:]
-    ctx.scores = Scores(scale, softcap, window)
-    _, label_mass, correct_mass, is_induction, *residuals = output
-    ctx.mark_non_differentiable(label_mass, correct_mass, is_induction, *residuals)
-    if needs_grad:
-        ctx.save_for_backward(
-            query, key, sinks, *indices, penalty, reward, is_induction, *residuals
-        )
+    inputs, outputs = _Inputs(*inputs), _Outputs(*output)
+    ctx.mark_non_differentiable(*(t for name, t in outputs._asdict().items() if name != "loss"))
+    ctx.scores = pick(Scores, inputs)
+    ctx.head_filter, ctx.backend = inputs.head_filter, inputs.backend
+    if inputs.needs_grad:
+        ctx.save_for_backward(*pick(_Saved, inputs, outputs))
 
 
-def _backward(ctx, grad_loss, *_):
-    *saved, peak, total, mean_weight, key_sum = ctx.saved_tensors
-    query, key, sinks, *indices, penalty, reward, is_induction = saved
-    residuals = Residuals(peak, total, mean_weight, key_sum)
-    coefficient = loss_coefficient(grad_loss, is_induction, ctx.head_filter, ctx.scores)
+def _backward(ctx, *grads):
+    grad_loss = _Outputs(*grads).loss
+    saved = _Saved(*ctx.saved_tensors)
+    needs_grad = _Inputs(*ctx.needs_input_grad)
+    coefficient = loss_coefficient(grad_loss, saved.is_induction, ctx.head_filter, ctx.scores)
     grad_query = grad_key = grad_sinks = None
-    if ctx.needs_input_grad[0]:
-        grad_query = (coefficient[..., None] * residuals.key_sum).to(query.dtype)
-    if ctx.needs_input_grad[1]:
+    if needs_grad.query:
+        grad_query = (coefficient[..., None] * saved.key_sum).to(saved.query.dtype)
+    if needs_grad.key:
         grad_key = _grad_key_op(
-            query, key, *indices, *residuals[:3], coefficient, penalty, reward,
-            *ctx.scores, ctx.backend,
-        )  # fmt: skip
-    if ctx.needs_input_grad[2]:
-        grad_sinks = loss_grad_sinks(sinks, coefficient, residuals, ctx.scores)
-    return (grad_query, grad_key, grad_sinks, *[None] * 13)
+            saved.query,
+            saved.key,
+            *pick(Rows, saved),
+            saved.peak,
+            saved.total,
+            saved.mean_weight,
+            coefficient,
+            saved.penalty,
+            saved.reward,
+            *ctx.scores,
+            ctx.backend,
+        )
+    if needs_grad.sinks:
+        residuals = pick(Residuals, saved)
+        grad_sinks = loss_grad_sinks(saved.sinks, coefficient, residuals, ctx.scores)
+    return none_but(_Inputs, query=grad_query, key=grad_key, sinks=grad_sinks)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
@@ -257,7 +343,7 @@ def last_row_loss(
     sinks: Tensor | None = None,
     backend: str = "auto",
 ) -> LastRowLoss:
-    """Attention-behavior loss of one attention layer (paper, section 3 and equation 1).
+    """Compute the attention-behavior loss of one attention layer (paper, equation 1).
 
     A head of row r pays attention `alpha = softmax(scale * query @ key.T)` to the keys
     `key_start[r] <= j < key_end[r]`, n of them, k of which are label tokens. With S the attention
@@ -278,13 +364,13 @@ def last_row_loss(
         head_filter: False gives every head its loss.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
         window: the row sees its last `window` keys only; n stays the prompt's length.
-        sinks: (Hq,) logits that take part in the softmax and are then dropped (GPT-OSS).
+        sinks: (Hq,) logits that take part in the softmax and are dropped afterwards (GPT-OSS).
         backend: `"triton"` (a GPU; arithmetic in float32), `"torch"` (anything), or `"auto"`.
 
     Returns:
         LastRowLoss of four (R, Hq) tensors. A row without labels has loss 0. The gradient reaches
         query, key and sinks; none passes through the filter. On a GPU nothing waits for the
-        device, so an index out of its bounds shows as NaN in the row's loss.
+        device, so an index outside its bounds makes the row's loss NaN.
 
     Raises:
         ValueError: an argument is malformed; the message names it.
@@ -292,25 +378,25 @@ def last_row_loss(
     rows = Rows(key_start, key_end, label_positions, label_offsets, label_is_correct)
     check_tensors(query, key, query.shape[0] if query.ndim else 0, rows, sinks)
     check_options(penalty, reward, scale, softcap, window)
-    loss, label_mass, correct_mass, is_induction, *_ = _forward_op(
+    results = _forward_op(
         query,
         key,
         sinks,
         *rows,
-        scalar_like(penalty, query),
-        scalar_like(reward, query),
-        query.shape[-1] ** -0.5 if scale is None else float(scale),
-        None if softcap is None else float(softcap),
-        window,
-        head_filter,
-        choose_backend(query, backend),
-        wants_gradient(query, key, sinks),
+        penalty=scalar_like(penalty, query),
+        reward=scalar_like(reward, query),
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap=None if softcap is None else float(softcap),
+        window=window,
+        head_filter=head_filter,
+        backend=choose_backend(query, backend),
+        needs_grad=wants_gradient(query, key, sinks),
     )
-    return LastRowLoss(loss, label_mass, correct_mass, is_induction)
+    return pick(LastRowLoss, _Outputs(*results))
 
 
 def scalar_like(value: float | Tensor, query: Tensor) -> Tensor:
-    """A 0-d tensor on query's device, without making the host wait for it."""
+    """Make a 0-d tensor on query's device; the host does not wait for the device."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     if isinstance(value, Tensor) and value.device == query.device:
         return value.detach().to(dtype)
@@ -318,5 +404,5 @@ def scalar_like(value: float | Tensor, query: Tensor) -> Tensor:
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a backward may come."""
+    """Return whether a backward may follow."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

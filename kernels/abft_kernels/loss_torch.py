@@ -1,14 +1,16 @@
-"""What the kernels compute, in plain torch: for CPUs, float64, and platforms without Triton.
+"""Compute in plain torch what the kernels compute: for CPUs, float64, and where Triton is missing.
 
-Same functions and results as `loss_triton`. Rows are taken one after the other, all their heads
-at once, and keys in blocks, so that their float64 copies stay in the caches; beyond results only
-scores are as long as a row. Arithmetic is float64: in float32 a label's score and the same score
-inside its row's sum would be rounded differently, as matrix products of different shapes are.
-Autocast must be off.
+The functions and their results are those of `loss_triton`. Rows are taken one after the other, all
+heads of a row at once. Keys are taken in blocks, so that their float64 copies stay in the caches;
+apart from the results, only scores are as long as a row.
+
+Arithmetic is float64. In float32 a label's score would be rounded differently from the same score
+inside its row's sum, because the two matrix products differ in shape. Autocast must be off.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +31,7 @@ def scan_keys(
     active: Tensor | None = None,
     sum_keys: bool,
 ) -> tuple[Normalizer, Tensor]:
-    """Every row's normalizer and sum_j alpha_j c_j k_j, (R, Hq, D).
+    """Compute every row's normalizer and sum_j alpha_j c_j k_j, (R, Hq, D).
 
     With `active`, (R, Hq) bool, key heads without an active head are not read; their sums are 0.
     """
@@ -60,8 +62,10 @@ def scan_keys(
             blocks = zip(
                 weight.split(_KEYS_AT_ONCE, dim=-1), _blocks(keys, heads, weight.dtype), strict=True
             )
-            found = sum(torch.einsum("hgn,nhd->hgd", *block) for block in blocks)
-            mean_key[row].unflatten(0, groups)[heads] = found.to(dtype)
+            key_sum = functools.reduce(
+                torch.add, (torch.einsum("hgn,nhd->hgd", *block) for block in blocks)
+            )
+            mean_key[row].unflatten(0, groups)[heads] = key_sum.to(dtype)
     return normalizer, mean_key
 
 
@@ -77,7 +81,7 @@ def label_loss(
     head_filter: bool,
     sum_keys: bool,
 ) -> LabelLoss:
-    """Losses and masses of all rows, given their normalizers."""
+    """Compute the losses and masses of all rows, given their normalizers."""
     grouped = _grouped(query, key)
     counts = rows.label_offsets.diff().long()
     owner = torch.repeat_interleave(torch.arange(len(query), device=query.device), counts)
@@ -111,8 +115,14 @@ def label_loss(
         label_key = by_row(torch.einsum("mhg,mhd->mhgd", weight, keys).flatten(1, 2))
     mean_weight = penalty * wrong_mass - reward * correct_mass
     dtype = _result_dtype(query)
-    masses = (t.to(dtype) for t in (loss, label_mass, correct_mass))
-    return LabelLoss(*masses, is_induction, mean_weight.to(dtype), label_key.to(dtype))
+    return LabelLoss(
+        loss.to(dtype),
+        label_mass.to(dtype),
+        correct_mass.to(dtype),
+        is_induction,
+        mean_weight.to(dtype),
+        label_key.to(dtype),
+    )
 
 
 def grad_key(
@@ -128,7 +138,7 @@ def grad_key(
     *,
     accumulate_into: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the keys, (T, Hkv, D), new or added in place to one that is there.
+    """Compute the gradient of the keys, (T, Hkv, D), or add it in place to `accumulate_into`.
 
     `coefficient`, (R, Hq), is the incoming gradient times the scale, 0 for heads without a loss.
     """
@@ -152,25 +162,25 @@ def grad_key(
         grad_scores = alpha * (weight - mean_weight[row].view(groups)[heads, :, None]) * slope
         grad_scores *= coefficient[row].view(groups)[heads, :, None]
         for part in grad_scores.split(_KEYS_AT_ONCE, dim=-1):
-            found = torch.einsum("hgn,hgd->nhd", part, queries).to(grad.dtype)
-            grad[first : first + len(found)].index_add_(1, heads, found)
-            first += len(found)
+            grad_block = torch.einsum("hgn,hgd->nhd", part, queries).to(grad.dtype)
+            grad[first : first + len(grad_block)].index_add_(1, heads, grad_block)
+            first += len(grad_block)
     return grad
 
 
 def _blocks(keys: Tensor, heads: slice | Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Keys of some heads, a block after the other, in the dtype of the arithmetic."""
+    """Yield blocks of keys of these heads, in the dtype of the arithmetic."""
     return (block[:, heads].to(dtype) for block in keys.split(_KEYS_AT_ONCE))
 
 
 def _products(queries: Tensor, keys: Tensor, heads: slice | Tensor) -> Tensor:
-    """Queries (H, group, D) on keys (n, Hkv, D), of which `heads` are theirs: (H, group, n)."""
+    """Multiply queries (H, group, D) with their `heads` of keys (n, Hkv, D): (H, group, n)."""
     blocks = _blocks(keys, heads, queries.dtype)
     return torch.cat([torch.einsum("hgd,nhd->hgn", queries, block) for block in blocks], dim=-1)
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:
-    """Queries by key head, (R, Hkv, group, D), in the dtype of the arithmetic."""
+    """Group queries by key head, (R, Hkv, group, D), in the dtype of the arithmetic."""
     dtype = torch.float32 if query.device.type == "mps" else torch.float64  # mps has no float64
     return query.to(dtype).unflatten(1, (key.shape[1], -1))
 
@@ -180,7 +190,7 @@ def _result_dtype(query: Tensor) -> torch.dtype:
 
 
 def _cap(products: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Scores of `query @ key`, and their slope c: d score / d (scale * query @ key)."""
+    """Turn `query @ key` into scores and their slope c, d score / d (scale * query @ key)."""
     products = products * scores.scale
     if scores.softcap is None:
         return products, torch.ones_like(products)
@@ -189,5 +199,6 @@ def _cap(products: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
 
 
 def _visible(rows: Rows, scores: Scores, row: int) -> tuple[int, int]:
+    """Return the first key that a row sees, and one past the last."""
     first, end = int(rows.key_start[row]), int(rows.key_end[row])
     return first if scores.window is None else max(first, end - scores.window), end

@@ -1,7 +1,7 @@
-"""Attention of packed prompts that all continue one prefix, whose keys and values are kept.
+"""Attend within packed prompts that all continue one prefix, whose keys and values are kept.
 
-Flash attention of all rows over the prefix and of each prompt over itself are two parts of one
-softmax; their log-sum-exps say how much each part weighs. No prompt gets a copy of the prefix.
+All rows attend to the prefix, and each prompt attends to itself. These are two parts of one
+softmax, and their log-sum-exps give each part its weight. No prompt gets a copy of the prefix.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ def attention_after_prefix(
     sinks: Tensor | None = None,
     attention: str = "auto",
 ) -> Tensor:
-    """Causal attention of packed prompts with a prefix before each; without gradients.
+    """Compute causal attention of packed prompts, each after the prefix; without gradients.
 
     Args:
-        q: (T, Hq, D), R prompts laid end to end, less the prefix.
-        k, v: (T, Hkv, D), their own keys and values; Hq is a multiple of Hkv.
-        prefix_k, prefix_v: (P, Hkv, D), P at least 1.
+        q: (T, Hq, D), R prompts laid end to end, without the prefix.
+        k: (T, Hkv, D), the prompts' own keys; Hq is a multiple of Hkv.
+        v: (T, Hkv, D), the prompts' own values.
+        prefix_k: (P, Hkv, D), the prefix's keys; P is at least 1.
+        prefix_v: (P, Hkv, D), the prefix's values.
         cu_seqlens: (R + 1,) int32, from 0 to T.
-        longest: tokens of the longest of them.
-        scale, softcap, sinks: as in `last_row_loss`.
-        window: a row sees its last `window` keys only, the prefix counted.
-        attention: see `choose_attention`; where a window ends inside the prefix, or it has no flash
-            attention, one prompt at a time.
+        longest: tokens of the longest prompt, without the prefix.
+        scale: as in `last_row_loss`.
+        softcap: as in `last_row_loss`.
+        window: a row sees its last `window` keys only; keys of the prefix count.
+        sinks: as in `last_row_loss`.
+        attention: see `choose_attention`. Prompts attend one at a time if a window ends inside the
+            prefix or no flash attention can run.
 
     Returns:
         (T, Hq, D).

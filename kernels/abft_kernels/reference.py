@@ -1,4 +1,4 @@
-"""The specification of the attention-behavior loss: plain torch, any float dtype, any device.
+"""Specify the attention-behavior loss in plain torch, for any float dtype and any device.
 
 Source: Cho et al. 2025, "Mechanistic Fine-tuning for In-context Learning", section 3.
 """
@@ -30,7 +30,7 @@ def last_row_loss(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> LastRowLoss:
-    """Same arguments and results as `abft_kernels.last_row_loss`, one row and head at a time."""
+    """Compute `abft_kernels.last_row_loss`, with the same arguments, one row and head at a time."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     group = query.shape[1] // key.shape[1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
+
+Named = TypeVar("Named", bound=NamedTuple)
 
 
 class LastRowLoss(NamedTuple):
@@ -109,11 +111,6 @@ class LabelLoss(NamedTuple):
     mean_weight: Tensor
     label_key: Tensor
 
-    @property
-    def result(self) -> LastRowLoss:
-        """The part that the public functions return."""
-        return LastRowLoss(self.loss, self.label_mass, self.correct_mass, self.is_induction)
-
 
 class Residuals(NamedTuple):
     """The few numbers a row and head that a forward leaves for its backward.
@@ -131,7 +128,19 @@ class Residuals(NamedTuple):
     mean_weight: Tensor
     key_sum: Tensor
 
-    @property
-    def normalizer(self) -> Normalizer:
-        """The row's Normalizer."""
-        return Normalizer(self.peak, self.total)
+
+def pick(kind: type[Named], *sources: NamedTuple) -> Named:
+    """Fill a named tuple with the fields of the same names in other named tuples.
+
+    Example: `pick(Rows, inputs)` takes `key_start`, `key_end`, ... from an op's arguments.
+    """
+    values: dict[str, Any] = {}
+    for source in sources:
+        values |= source._asdict()
+    return kind._make(values[name] for name in kind._fields)
+
+
+def none_but(kind: type[Named], **known: Tensor | None) -> Named:
+    """Fill a named tuple with the `known` fields, and None elsewhere."""
+    values: dict[str, Tensor | None] = dict.fromkeys(kind._fields)
+    return kind._make((values | known).values())

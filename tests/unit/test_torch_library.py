@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from abft_kernels import flash_attention_with_last_row_loss, last_row_loss
+from abft_kernels import (
+    LastRowLoss,
+    flash_attention_with_last_row_loss,
+    fused,
+    last_row_loss,
+    loss,
+)
+from abft_kernels.types import Residuals
 
 from tests.last_row_cases import DEVICE, make_case
 from tests.unit.test_fused import make_fused, run
@@ -74,6 +81,15 @@ def test_opcheck_of_the_backwards(backend):
                 (grad_out, torch.rand_like(loss), *tensors, out, lse, is_induction, *residuals,
                  *options),
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("module", [loss, fused], ids=lambda module: module.__name__)
+def test_named_tuples_follow_the_ops(module):
+    """The ops hand over plain tuples; their fields get names by their order."""
+    schema = module._forward_op._opoverload._schema
+    assert module._Inputs._fields == tuple(argument.name for argument in schema.arguments)
+    assert len(module._Outputs._fields) == len(schema.returns)
+    assert module._Outputs._fields[-8:] == LastRowLoss._fields + Residuals._fields
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

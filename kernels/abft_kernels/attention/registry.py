@@ -69,7 +69,7 @@ def choose_attention(
     """
     if requested not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, not {requested!r}")
-    reasons = []
+    reasons: list[str] = []
     for name, implementation in FLASH_ATTENTIONS.items():
         if requested not in ("auto", name):
             continue

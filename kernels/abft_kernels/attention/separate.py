@@ -1,4 +1,4 @@
-"""Attention of packed prompts one by one, under autograd: for what flash attention cannot do."""
+"""Attend within packed prompts one by one, under autograd, where flash attention cannot run."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def attend_separately(
     dropout: float = 0.0,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Causal attention, (T, Hq, D), of q (T, Hq, D) and k, v (T, Hkv, D).
+    """Compute causal attention, (T, Hq, D), of q (T, Hq, D) and k, v (T, Hkv, D).
 
-    `prefix`, keys and values of (P, Hkv, D), stands before each prompt's own.
+    Each prompt also sees all of `prefix`, keys and values of (P, Hkv, D), before its own.
     """
     before = None if prefix is None else _last_seen(*prefix, scores.window)
     out = []
@@ -36,21 +36,28 @@ def attend_separately(
 
 
 def _last_seen(key: Tensor, value: Tensor, window: int | None) -> list[Tensor]:
-    """The part of a prefix that is in some row's window, as (1, H, n, D)."""
+    """Return the part of a prefix inside some row's window, as (1, H, n, D)."""
     first = 0 if window is None else max(len(key) - window + 1, 0)
     return one_prompt(first, len(key), key, value)
 
 
 def one_prompt(a: int, b: int, *tensors: Tensor) -> list[Tensor]:
-    """Tokens a to b of each (T, H, D), as (1, H, n, D)."""
+    """Return tokens a to b of each (T, H, D) as (1, H, n, D)."""
     return [t[a:b].transpose(0, 1)[None] for t in tensors]
 
 
-def _attend(query, key, value, scores: Scores, sinks: Tensor | None, dropout: float) -> Tensor:
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Scores,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
     rows, keys = query.shape[2], key.shape[2]
     windowed = scores.window is not None and keys > scores.window
     if scores.softcap is None and sinks is None:
-        plain = rows == keys and not windowed  # torch's causal mask is that of a square
+        plain = rows == keys and not windowed  # torch's causal mask is for a square
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -68,7 +75,7 @@ def _attend(query, key, value, scores: Scores, sinks: Tensor | None, dropout: fl
 def visible_keys(
     length: int, window: int | None, device: torch.device, rows: int | None = None
 ) -> Tensor:
-    """(rows, n) bool, which of one prompt's n keys its last rows, by default all, see."""
+    """Return which of one prompt's n keys its last `rows` rows see, (rows, n) bool; None is all."""
     position = torch.arange(length, device=device)
     distance = position[length - (length if rows is None else rows) :, None] - position
     visible = distance >= 0
@@ -84,7 +91,7 @@ def explicit_attention(
     sinks: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with its matrix written out, and the matrix, of (B, H, n, D); True is visible."""
+    """Compute attention over (B, H, n, D), and its matrix; True in `mask` marks a visible key."""
     group = query.shape[1] // key.shape[1]
     products = query @ key.repeat_interleave(group, dim=1).transpose(2, 3) * scores.scale
     if scores.softcap is not None:

@@ -57,7 +57,7 @@ def flash_attn_3_obstacle(q: Tensor, softcap: float | None) -> str | None:
     """Return why flash-attn 3 cannot take these queries, or None."""
     if not _FLASH_ATTN_3:
         return "its package, flash_attn_interface, cannot be imported"
-    if torch.__version__ < (2, 13):
+    if torch.__version__ < "2.13":
         return "it needs torch 2.13"
     if softcap is not None:
         return "it has no soft-cap inside torch"
