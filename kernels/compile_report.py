@@ -1,11 +1,11 @@
-"""Compile every variant of the kernels for every GPU there is a compiler for, without a GPU.
+"""Compile every variant of the kernels for every GPU target; no GPU is needed.
 
     python kernels/compile_report.py [--quick] [--output docs/performance/kernels.md]
 
-The launchers themselves run, on CPU tensors and a driver that only names a target; what they would
-launch is recorded and compiled ahead of time. The compiled code says which registers, spills and
-shared memory it needs, and so how many programs a processor can hold. Exit code 1: one did not
-compile, or does not fit on its processor.
+The launchers run on CPU tensors, with a driver that only names a target. Each launch is recorded,
+then compiled ahead of time. The compiled code tells its registers, spills and shared memory; from
+these follows how many programs a processor can hold. The exit code is 1 if a kernel does not
+compile or does not fit on its processor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Processor(NamedTuple):
-    """One GPU's target and what one of its processors holds; AMD's registers are a lane's."""
+    """The target of one GPU, and the shared memory and warps that one of its processors holds."""
 
     target: GPUTarget
     shared_kib: int
@@ -56,7 +56,7 @@ PROCESSORS = {
 
 
 class Variant(NamedTuple):
-    """What a user's model decides."""
+    """The properties of a user's model that a kernel is compiled for."""
 
     head_dim: int
     dtype: torch.dtype
@@ -65,7 +65,10 @@ class Variant(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What one compiled kernel needs, and how many of its programs a processor holds at once."""
+    """The needs of one compiled kernel, and how many of its programs a processor holds at once.
+
+    On AMD, registers are counted for a lane.
+    """
 
     registers: int
     spilled: int
@@ -74,9 +77,9 @@ class Resources(NamedTuple):
 
 
 class _TargetDriver:
-    """Enough of a Triton driver to launch nothing on a target that is not here."""
+    """The part of a Triton driver that a recorded launch needs; the target's GPU is not here."""
 
-    def __init__(self, target: GPUTarget):
+    def __init__(self, target: GPUTarget) -> None:
         self.target = target
 
     def get_current_target(self) -> GPUTarget:
@@ -89,13 +92,13 @@ class _TargetDriver:
         return 0
 
 
-def recorded_launches(target: GPUTarget, run: Callable[[], None]) -> Iterator[tuple]:
-    """Distinct compilations `run` asks for on a target: (kernel, what the launch specialized)."""
-    found = {}
+def recorded_launches(target: GPUTarget, run: Callable[[], None]) -> Iterable[tuple]:
+    """Record the distinct compilations of `run` on a target: (kernel, specialized launch)."""
+    recorded = {}
 
     def hook(*, key, fn, compile, **_):
-        found[fn.name, key] = fn.jit_function, compile
-        return True  # compile and launch nothing
+        recorded[fn.name, key] = fn.jit_function, compile
+        return True  # neither compile nor launch
 
     triton.runtime.driver.set_active(_TargetDriver(target))
     triton.knobs.runtime.jit_cache_hook = hook
@@ -103,11 +106,11 @@ def recorded_launches(target: GPUTarget, run: Callable[[], None]) -> Iterator[tu
         run()
     finally:
         triton.knobs.runtime.jit_cache_hook = None
-    return found.values()
+    return recorded.values()
 
 
 def run_all(variant: Variant) -> None:
-    """Call every launcher, with and without what comes and goes between calls."""
+    """Call every launcher, with and without each optional argument."""
     key_heads = 2
     shape = (2, key_heads * variant.group, variant.head_dim)
     query = torch.zeros(shape, dtype=variant.dtype)
@@ -139,8 +142,8 @@ def run_all(variant: Variant) -> None:
         )  # fmt: skip
 
 
-def compile_launch(processor: Processor, kernel, launch: dict) -> Resources:
-    """Compile one recorded launch and read what it needs out of the binary."""
+def compile_launch(processor: Processor, kernel: triton.JITFunction, launch: dict) -> Resources:
+    """Compile one recorded launch, and read its needs from the binary."""
     source = ASTSource(kernel, launch["signature"], launch["constants"], launch["configs"][0])
     options = {n: launch[n] for n in ("num_warps", "num_stages", "enable_fp_fusion")}
     compiled = triton.compile(source, target=processor.target, options=options)
@@ -149,15 +152,15 @@ def compile_launch(processor: Processor, kernel, launch: dict) -> Resources:
         assembly = compiled.asm["amdgcn"]
         registers = _amd_count(assembly, "vgpr_count") + _amd_count(assembly, "agpr_count")
         spilled = _amd_count(assembly, "vgpr_spill_count")
-        # Four SIMDs a processor, 512 registers a lane each.
+        # A processor has four SIMDs, and each SIMD has 512 registers a lane.
         by_registers = 4 * min(512 // _ceil(registers, 8), 8) // warps
     else:
         usage = _cuda_usage(compiled.asm["cubin"])
         registers = usage["REG"]
-        # A stack is also what a division's slow path is called with.
+        # A stack alone may be the slow path of a division, which is called.
         spilled = _cuda_spills(compiled.asm["ptx"]) if usage["STACK"] + usage["LOCAL"] else 0
         by_registers = 65536 // (_ceil(registers, 8) * 32 * warps)
-        shared += 1024  # the system's own
+        shared += 1024  # the system takes these
     by_shared = processor.shared_kib * 1024 // max(shared, 1)
     programs = min(by_registers, by_shared, processor.warps // warps)
     return Resources(registers, spilled, shared, programs)
@@ -168,8 +171,8 @@ def _ceil(value: int, unit: int) -> int:
 
 
 def _amd_count(assembly: str, name: str) -> int:
-    found = re.search(rf"\.{name}:\s+(\d+)", assembly)
-    return int(found[1]) if found else 0
+    match = re.search(rf"\.{name}:\s+(\d+)", assembly)
+    return int(match[1]) if match else 0
 
 
 def _cuda_usage(cubin: bytes) -> dict[str, int]:
@@ -182,7 +185,7 @@ def _cuda_usage(cubin: bytes) -> dict[str, int]:
 
 
 def _cuda_spills(ptx: str) -> int:
-    """Bytes the assembler says it stored for want of registers."""
+    """Return the bytes that the assembler reports as spilled."""
     target = re.search(r"\.target\s+(\w+)", ptx)[1]
     assembler = _TOOLS / "ptxas-blackwell"  # the newer of the two, for every target
     with tempfile.TemporaryDirectory() as folder:
@@ -194,21 +197,26 @@ def _cuda_spills(ptx: str) -> int:
 
 
 def compile_variant(job: tuple[str, Variant]) -> list[tuple[str, str, Variant, Resources | str]]:
-    """Everything one variant needs on one target; an error's first line instead of resources."""
+    """Compile all kernels of one variant for one target.
+
+    Returns:
+        (target, kernel, variant, resources) for each kernel; if it does not compile, the first line
+        of the error takes the place of the resources.
+    """
     name, variant = job
     processor = PROCESSORS[name]
     results = []
     for kernel, launch in recorded_launches(processor.target, lambda: run_all(variant)):
         try:
-            found = compile_launch(processor, kernel, launch)
+            outcome = compile_launch(processor, kernel, launch)
         except Exception as error:
-            found = str(error).splitlines()[0] if str(error) else repr(error)
-        results.append((name, kernel.__name__.strip("_").removesuffix("_kernel"), variant, found))
+            outcome = str(error).splitlines()[0] if str(error) else repr(error)
+        results.append((name, kernel.__name__.strip("_").removesuffix("_kernel"), variant, outcome))
     return results
 
 
 def quick_jobs() -> list[tuple[str, Variant]]:
-    """One variant of each kind that the rest resemble."""
+    """Return a few variants that stand for the rest."""
     variants = [
         Variant(128, torch.bfloat16, 4, None),
         Variant(80, torch.float16, 32, 50.0),
@@ -219,19 +227,20 @@ def quick_jobs() -> list[tuple[str, Variant]]:
 
 
 def all_jobs() -> list[tuple[str, Variant]]:
+    """Return every variant on every target."""
     variants = itertools.product(HEAD_DIMS, DTYPES, GROUPS, (None, 50.0))
     return [(name, Variant(*v)) for v in variants for name in PROCESSORS]
 
 
 def report(results: list[tuple[str, str, Variant, Resources]]) -> str:
-    """A Markdown table: kernel, dtype and head dimension by target, the worst of its variants."""
+    """Format a Markdown table: kernel, dtype and head dimension by target; the worst variant."""
     worst = defaultdict(lambda: Resources(0, 0, 0, 1 << 30))
-    for target, kernel, variant, found in results:
+    for target, kernel, variant, resources in results:
         row = (kernel, str(variant.dtype).removeprefix("torch."), variant.head_dim, target)
         so_far = worst[row]
         worst[row] = Resources(
-            *(max(a, b) for a, b in zip(so_far[:3], found[:3], strict=True)),
-            min(so_far.programs, found.programs),
+            *(max(a, b) for a, b in zip(so_far[:3], resources[:3], strict=True)),
+            min(so_far.programs, resources.programs),
         )
     targets = [name for name in PROCESSORS if any(row[3] == name for row in worst)]
     lines = [
@@ -241,12 +250,12 @@ def report(results: list[tuple[str, str, Variant, Resources]]) -> str:
     for kernel, dtype, head_dim in sorted({row[:3] for row in worst}):
         cells = []
         for target in targets:
-            found = worst.get((kernel, dtype, head_dim, target))
-            if found is None:
+            needs = worst.get((kernel, dtype, head_dim, target))
+            if needs is None:
                 cells.append("-")
                 continue
-            spill = f" **spills {found.spilled}**" if found.spilled else ""
-            cells.append(f"{found.registers} / {found.shared / 1024:.0f} / {found.programs}{spill}")
+            spill = f" **spills {needs.spilled}**" if needs.spilled else ""
+            cells.append(f"{needs.registers} / {needs.shared / 1024:.0f} / {needs.programs}{spill}")
         lines.append(f"| {kernel} | {dtype} | {head_dim} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -265,6 +274,7 @@ dimension up to 128.
 
 
 def main() -> None:
+    """Compile, and print or write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few variants of each kind")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
@@ -276,22 +286,22 @@ def main() -> None:
     jobs = quick_jobs() if options.quick else all_jobs()
     results = []
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        for done, found in enumerate(pool.imap(compile_variant, jobs, chunksize=1), 1):
-            results += found
+        for done, compiled_variant in enumerate(pool.imap(compile_variant, jobs, chunksize=1), 1):
+            results += compiled_variant
             print(f"\r{done}/{len(jobs)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
 
-    failed = [(*row, found) for *row, found in results if isinstance(found, str)]
+    failed = [row for row in results if isinstance(row[3], str)]
     for target, kernel, variant, line in failed:
         print(f"{target} {kernel} {variant}: {line}", file=sys.stderr)
     compiled = [row for row in results if not isinstance(row[3], str)]
     spills = [row for row in compiled if row[3].spilled]
     small_spills = [row for row in spills if row[2].head_dim <= 128]
     too_large = [row for row in compiled if not row[3].programs]
-    for target, kernel, variant, found in too_large:
-        print(f"{target} {kernel} {variant} does not fit: {found}", file=sys.stderr)
-    for target, kernel, variant, found in small_spills:
-        print(f"{target} {kernel} {variant} spills {found.spilled} bytes", file=sys.stderr)
+    for target, kernel, variant, resources in too_large:
+        print(f"{target} {kernel} {variant} does not fit: {resources}", file=sys.stderr)
+    for target, kernel, variant, resources in small_spills:
+        print(f"{target} {kernel} {variant} spills {resources.spilled} bytes", file=sys.stderr)
     text = HEADER.format(
         version=triton.__version__,
         groups=" and ".join(map(str, GROUPS)),
