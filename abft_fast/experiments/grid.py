@@ -129,7 +129,8 @@ def _labels(groups: dict[str, Group]) -> dict[str, str]:
 
 def _title(options: dict[str, Any], groups: dict[str, Group], axes: list[str]) -> str:
     """Return one line for people, such as `big sst2 ABFT w/o PID seed=0`."""
-    words = {axis: options[axis] for axis in ("model", "dataset", "method") if axis in options}
+    first = ("model", "dataset", "method")
+    words: dict[str, Any] = {axis: options[axis] for axis in first if axis in options}
     words |= _labels(groups)
     words |= {a: f"{a}={options[a]}" for a in axes if a in options and a not in words}
     return " ".join(map(str, words.values())) or "its cell"

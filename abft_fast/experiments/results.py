@@ -44,7 +44,7 @@ def _shown_options(records: list[Record]) -> list[str]:
 
 
 def _rows(record: Record, option_names: list[str]) -> list[dict[str, Any]]:
-    about = {"cell": record.folder.name, "status": record.status}
+    about: dict[str, Any] = {"cell": record.folder.name, "status": record.status}
     about |= {name: record.options.get(name) for name in option_names}
     about["method"] = record.method
     if record.data:

@@ -112,8 +112,8 @@ def consistency(methods: list[MethodRuns]) -> Table:
         for test_type in _CONSISTENCY_TESTS.values():
             tested = [runs for runs in group if runs.options["test_type"] == test_type]
             for method in (VANILLA, *trained):
-                runs = _only_setting(tested, method)
-                entries.append(_in_domain_average(runs, datasets) if runs else Entry())
+                found = _only_setting(tested, method)
+                entries.append(_in_domain_average(found, datasets) if found else Entry())
         lines.append([name, ", ".join(seeds) or "0", *entries])
     return Table(["Model", "Seeds", *titles], lines)
 
