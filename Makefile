@@ -1,4 +1,4 @@
-.PHONY: install train check test coverage lint bench bench-gpu report builtin-model options \
+.PHONY: install train check test coverage lint types bench bench-gpu report builtin-model options \
 	figures docs kernels-report clean
 .DELETE_ON_ERROR:
 
@@ -35,6 +35,9 @@ coverage: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
 
 # Rows go to benchmarks/results as they are measured. What takes longer is `pytest benchmarks -m long`.
 BENCH := $(BIN)/pytest -m 'not long' --benchmark-json=benchmarks/results/last_run.json
@@ -84,4 +87,4 @@ kernels-report: install
 	$(BIN)/python kernels/compile_report.py --output docs/performance/kernels.md
 
 clean:
-	rm -rf $(VENV) .venv-docs site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) .venv-docs site *.egg-info .*_cache .hypothesis .coverage*
