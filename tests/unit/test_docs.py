@@ -13,8 +13,8 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-REPOSITORY = PROJECT["urls"]["Repository"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+REPOSITORY = PYPROJECT["project"]["urls"]["Repository"]
 RAW = REPOSITORY.replace("https://github.com", "https://raw.githubusercontent.com")
 FIGURES = ROOT / "docs" / "figures"
 
@@ -58,7 +58,7 @@ def test_the_site_lists_every_page():
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES}
 
 
-def test_the_drawings_are_what_the_script_draws(tmp_path):
+def test_the_drawings_are_what_the_script_draws_and_its_layers_the_contract(tmp_path):
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import draw\n"
         "for name, content in draw.contents().items():\n"
@@ -71,8 +71,10 @@ def test_the_drawings_are_what_the_script_draws(tmp_path):
     for name, content in drawn.items():
         assert (FIGURES / name).read_text(encoding="utf-8") == content, "run `make figures`"
     assert {path.name for path in FIGURES.glob("*.svg")} == {*drawn, "icon.svg"}
-    folders = {path.parent.name for path in (ROOT / "abft_fast").glob("*/__init__.py")}
-    assert set(re.findall(r"\w+", result.stdout)) == folders | {"prompts", "errors", "abft_kernels"}
+    contracts = PYPROJECT["tool"]["importlinter"]["contracts"]
+    [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    shown = [re.findall(r"\w+", line) for line in result.stdout.splitlines()]
+    assert shown == [re.findall(r"\w+", layer.replace("abft_fast.", "")) for layer in layers]
 
 
 def test_the_architecture_page_names_every_package_and_files_that_exist():
