@@ -22,14 +22,9 @@ import pytest
 import torch
 
 from abft_fast.core.attention import NAME
-from abft_fast.memory.plan import (
-    GPU_RESERVE,
-    Arithmetic,
-    Flow,
-    flows_of,
-    static_memory,
-    step_memory,
-)
+from abft_fast.memory.measure import static_memory, step_memory
+from abft_fast.memory.plan import GPU_RESERVE, flows_of
+from abft_fast.memory.types import Arithmetic, Flow
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from benchmarks.paired import NOT_TIMED, Timing, compare

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from abft_fast.commands.train import set_up, to_train
 from abft_fast.errors import SaidByMain, UserError
 from abft_fast.models.trainable import trained_parameters
 from abft_fast.options import TrainConfig
@@ -16,8 +17,8 @@ from abft_fast.options.resolve import resolve
 from abft_fast.runtime import processes
 from abft_fast.runtime.launch import is_main, rank
 from abft_fast.runtime.progress import Progress
-from abft_fast.training.loop import optimize, set_up
-from abft_fast.training.run_folder import Run
+from abft_fast.training.loop import optimize
+from abft_fast.training.run_folder import RunFolder
 from tests.command_line import environment
 
 BIN = Path(sys.executable).parent
@@ -74,15 +75,15 @@ def train_in_float64(folder, *, memory=None, **options):
     `memory` bytes is all that the second of two processes may add.
     """
     options |= {"dataset": "trec", "epochs": 1, "device": "cpu", "no_eval": True}
-    config, run = resolve(TrainConfig, options), Run(folder)
+    config, run = resolve(TrainConfig, options), RunFolder(folder)
     with processes.fail_together():
-        job, prompts, _ = set_up(config, run, Progress(), new=True)
-    job.model.double()
+        session, prompts, _ = set_up(config, run, Progress())
+    session.model.double()
     if memory is not None and rank() == 1:
         size = int(Path("/proc/self/status").read_text().split("VmSize:")[1].split()[0]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (size + memory, resource.RLIM_INFINITY))
-    optimize(config, run, job, prompts)
-    return {name: p.detach() for name, p in trained_parameters(job.model).items()}
+    optimize(to_train(session, run, prompts))
+    return {name: p.detach() for name, p in trained_parameters(session.model).items()}
 
 
 def fail_on_one_process():

@@ -1,4 +1,4 @@
-"""Read the option names of the original implementation; docs/reference/original.md lists them."""
+"""Translate the option names of the original implementation (docs/reference/original.md)."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ OPTIONS = {
     "MAUVE_test": "--mauve-test",
     "MAUVE_prefix": "--mauve-prefix",
 }
-"""Every option of the original, and what it is here."""
+"""Every option of the original, and its name here."""
 
 
 def translate(arguments: Sequence[str]) -> list[str]:
-    """Arguments with the original's option names replaced by ours; all others as they are."""
-    found: list[str] = []
+    """Replace the original's option names by ours; leave all other arguments unchanged."""
+    ours: list[str] = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        ours = OPTIONS.get(name.removeprefix("--")) if name.startswith("--") else None
-        if ours is None:
-            found.append(argument)
+        option = OPTIONS.get(name.removeprefix("--")) if name.startswith("--") else None
+        if option is None:
+            ours.append(argument)
         else:
-            *flags, last = ours.split()
-            found += [*flags, last + equals + value]
-    return found
+            *flags, last = option.split()
+            ours += [*flags, last + equals + value]
+    return ours

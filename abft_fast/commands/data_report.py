@@ -1,4 +1,4 @@
-"""What the user's own data are, said before anything runs: labels, balance, lengths, duplicates."""
+"""Describe the user's own data before anything runs: labels, balance, lengths, duplicates."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from abft_fast.runtime.progress import Progress
 def show_data(
     progress: Progress, dataset: Dataset, encoder: PromptEncoder, lengths: Iterable[int]
 ) -> None:
-    """Print the table and what is odd; nothing for StaICC's datasets.
+    """Print a table of the data and their oddities; print nothing for StaICC's datasets.
 
     Args:
-        progress: what says it.
-        dataset: what is described.
-        encoder: its encoder for the model.
+        progress: prints messages.
+        dataset: the data to describe.
+        encoder: the dataset's encoder for the model.
         lengths: tokens of the run's prompts.
     """
     if not isinstance(dataset, OwnDataset):
@@ -51,7 +51,7 @@ def show_data(
 
 
 def oddities(dataset: OwnDataset) -> list[str]:
-    """Texts that stand twice, or with two labels; of each kind the number and the first rows."""
+    """Return a line for each kind of duplicate text: how many there are, and the first rows."""
     places: dict[str, list[_Place]] = {}
     for path, examples, rows in (
         (dataset.training_path, dataset.training, dataset.training_rows),
@@ -60,12 +60,12 @@ def oddities(dataset: OwnDataset) -> list[str]:
         for example, row in zip(examples, rows, strict=True):
             place = _Place(examples is dataset.test, example.label, f"{path}, row {row}")
             places.setdefault(example.text.strip(), []).append(place)
-    again = [found for found in places.values() if len(found) > 1]
-    training = [[place for place in found if not place.tested] for found in again]
+    repeated = [rows for rows in places.values() if len(rows) > 1]
+    training = [[place for place in rows if not place.tested] for rows in repeated]
     kinds = {
-        "texts both to train and to test on": [_differing(found, "tested") for found in again],
-        "texts more than once to train on": [found[:2] for found in training if len(found) > 1],
-        "texts with two labels": [_differing(found, "label") for found in again],
+        "texts both to train and to test on": [_differing(rows, "tested") for rows in repeated],
+        "texts more than once to train on": [rows[:2] for rows in training if len(rows) > 1],
+        "texts with two labels": [_differing(rows, "label") for rows in repeated],
     }
     return [f"{kind}: {_count(list(filter(None, pairs)))}" for kind, pairs in kinds.items()]
 
@@ -77,7 +77,7 @@ class _Place(NamedTuple):
 
 
 def _differing(places: list[_Place], what: str) -> list[_Place]:
-    """The first place and the first other one that differs from it; none if all agree."""
+    """Return the first place and the first one that differs from it; nothing if all agree."""
     first = places[0]
     other = next((p for p in places if getattr(p, what) != getattr(first, what)), None)
     return [] if other is None else [first, other]

@@ -1,7 +1,7 @@
-"""MAUVE (Pillutla et al. 2021): how close the texts of a trained model are to those of before.
+"""Score by MAUVE (Pillutla et al. 2021) how close texts after training are to those before.
 
-The score is that of the mauve-text package. A second sample of the untrained model is scored too:
-what two samples of one model reach is what a model that lost nothing would.
+The mauve-text package computes the score. A second sample of the untrained model is scored too: it
+shows which score a model reaches that training did not change.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from abft_fast.commands.session import Job
+from abft_fast.commands.session import Session
 from abft_fast.core.backbone import backbone
 from abft_fast.data import Dataset
 from abft_fast.data.mauve_prefixes import prefixes
 from abft_fast.models import loading
 from abft_fast.options import TrainConfig
-from abft_fast.training.run_folder import Run
+from abft_fast.training.run_folder import RunFolder
 
 SAMPLES = {"before": 0, "before-again": 1, "after": 2}
-"""Samples of text, and the seed of each."""
+"""The samples of text, and the seed of each."""
 
 _NEW_TOKENS = 64
 _BATCH = 32  # prefixes generated from, or texts looked at, together
@@ -31,7 +31,7 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse a run that could not end with a score.
 
     Raises:
-        UserError: there are too few prefixes, or no such model to look at texts.
+        UserError: there are too few prefixes, or `--mauve-model` cannot be read.
     """
     prefixes(config.mauve_prefix, dataset)
     if config.mauve_model is not None:
@@ -39,20 +39,20 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
         loading.read_tokenizer(config.mauve_model)
 
 
-def record_texts(config: TrainConfig, run: Run, job: Job, sample: str) -> None:
-    """Let the model as it is continue every prefix, unless the run has this sample already."""
+def record_texts(config: TrainConfig, run: RunFolder, session: Session, sample: str) -> None:
+    """Let the session's model continue every prefix, unless the run has this sample already."""
     if run.texts(sample) is None:
-        beginnings = prefixes(config.mauve_prefix, job.dataset)
-        tokenizer = job.encoder.tokenizer
-        with job.accelerator.autocast():
-            texts = generate(job.model, tokenizer, beginnings, SAMPLES[sample])
+        beginnings = prefixes(config.mauve_prefix, session.dataset)
+        tokenizer = session.encoder.tokenizer
+        with session.accelerator.autocast():
+            texts = generate(session.model, tokenizer, beginnings, SAMPLES[sample])
         run.record_texts(sample, texts)
 
 
 def generate(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prefixes: Sequence[str], seed: int
 ) -> list[str]:
-    """Prefixes and what the model, sampled at temperature 1, writes after them."""
+    """Return each prefix with its continuation by the model, sampled at temperature 1."""
     config = backbone(model).config
     room = (loading.context_length(config) or _NEW_TOKENS + 2**20) - _NEW_TOKENS
     encoded = [ids[-room:] for ids in tokenizer(list(prefixes), verbose=False)["input_ids"]]
@@ -80,36 +80,39 @@ def generate(
     return texts
 
 
-def score_texts(config: TrainConfig, run: Run, job: Job) -> None:
-    """Score the run's samples and record it; the job's model is given up for the one that looks."""
+def score_texts(config: TrainConfig, run: RunFolder, session: Session) -> None:
+    """Score the run's samples and record the scores.
+
+    The session's model is freed first, to make room for the model that reads the texts.
+    """
     if run.mauve:
         return
     import mauve
 
     name = config.mauve_model or config.model
-    job.model = None
-    device, bits, placement = job.accelerator.device, None, None
-    if config.mauve_model is None:  # as it was in training
+    session.model = None
+    device, bits, placement = session.accelerator.device, None, None
+    if config.mauve_model is None:  # load the model as training did
         bits = config.bits if config.quantized else None
-        placement = job.placement
-    model = loading.load(name, device, job.arithmetic.dtype, bits, placement)
+        placement = session.placement
+    model = loading.load(name, device, session.arithmetic.dtype, bits, placement)
     tokenizer = loading.read_tokenizer(name)
-    with job.accelerator.autocast():
-        seen = {
+    with session.accelerator.autocast():
+        features = {
             sample: text_features(model, tokenizer, run.texts(sample)).numpy() for sample in SAMPLES
         }
 
     def score(sample: str) -> float:
-        return float(mauve.compute_mauve(seen["before"], seen[sample], verbose=False).mauve)
+        return float(mauve.compute_mauve(features["before"], features[sample], verbose=False).mauve)
 
-    found = {"after": score("after"), "before_again": score("before-again")}
-    run.record_mauve({**found, "texts": len(seen["after"]), "features": name})
+    scores = {"after": score("after"), "before_again": score("before-again")}
+    run.record_mauve({**scores, "texts": len(features["after"]), "features": name})
 
 
 def text_features(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> torch.Tensor:
-    """The model's last hidden state at each text's last token, (texts, width) float32."""
+    """Return the model's last hidden state at each text's last token, (texts, width) float32."""
     inner = backbone(model).eval()
     device = inner.get_input_embeddings().weight.device
     limit = loading.context_length(inner.config) or 0

@@ -1,4 +1,4 @@
-"""Adapters into weights: a model that plain transformers loads (paper, Eq. 2)."""
+"""Merge adapters into weights: write a model that plain transformers loads (paper, Eq. 2)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from abft_fast.runtime.progress import Progress
 def merge(config: MergeConfig, progress: Progress) -> None:
     """Write the model plus the sum of each adapter's change times its coefficient.
 
-    Sums are in float32, the result in the dtype the model is stored in. A quantized model, by the
-    options or as it is stored, is dequantized first: the adapters were trained on its rounded
-    weights.
+    Sums are computed in float32 and written in the model's stored dtype. A quantized model is
+    dequantized first, because the adapters were trained on its rounded weights.
 
     Raises:
-        UserError: the output folder exists, or a model or adapter cannot be read or do not fit.
+        UserError: the output folder exists, a model or adapter cannot be read, or an adapter does
+            not fit the model.
     """
     check_output_folder(config.output_dir, new=True)
     progress.say(f"loading {config.model}")

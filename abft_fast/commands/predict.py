@@ -1,4 +1,4 @@
-"""Label probabilities of a file's texts: the demonstrations computed once, queries packed."""
+"""Predict the labels of a file's texts: compute demonstrations once, and pack the queries."""
 
 from __future__ import annotations
 
@@ -26,18 +26,24 @@ from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import CPU_TOKENS, in_halves
 
-_CHUNK = 1024  # rows, at most, that are read, sorted by length and written at a time
-_CHUNK_TOKENS = 2**20  # of their whole prompts, about
+_CHUNK = 1024  # most rows that are read, sorted by length and written at a time
+_CHUNK_TOKENS = 2**20  # about how many tokens their whole prompts have
 
 
 def predict(
     config: PredictConfig, dataset: Dataset, writer: PredictionWriter, progress: Progress
 ) -> None:
-    """Write every row of the input with its label's probabilities, in order, as it is read.
+    """Write every row of the input, in order, with the probabilities of its labels.
+
+    Args:
+        config: the command's options.
+        dataset: the demonstrations, by `prediction_files.read_demonstrations`.
+        writer: where rows go, by `prediction_files.open_output`.
+        progress: prints messages.
 
     Raises:
-        UserError: a row cannot be used; the model cannot be loaded or cannot tell the labels; or a
-            prompt is too long and these are not to be dropped.
+        UserError: a row cannot be used, the model cannot be loaded or cannot tell the labels apart,
+            or a prompt is too long and `--on-long-prompt` is refuse.
         RunError: a label's logit is not finite.
     """
     labeller = Labeller(config, dataset, progress)
@@ -59,13 +65,17 @@ def predict(
 
 
 class Labeller(ModelOnDevice):
-    """A model with demonstrations, ready to label texts.
+    """Label texts by a model and demonstrations.
 
-    Texts are given in chunks; what the prompts of all chunks begin with is computed once, and cut
-    where a chunk's prompts part earlier than those before, as tokens do not end where texts do.
+    Texts come in chunks. The common beginning of all prompts is computed once. It is shortened when
+    the prompts of a later chunk part earlier, as a token may reach from a demonstration into a
+    query.
 
     Attributes:
-        chunk: rows to label at a time, so that memory does not grow with demonstrations.
+        dataset: the demonstrations.
+        context: the model's context length; None if the model does not say.
+        encoder: the dataset's encoder for the model.
+        chunk: rows to label at a time, so that memory does not grow with the demonstrations.
     """
 
     def __init__(self, config: PredictConfig, dataset: Dataset, progress: Progress):
@@ -88,11 +98,11 @@ class Labeller(ModelOnDevice):
 
     @property
     def shared_tokens(self) -> int:
-        """Tokens that all prompts so far begin with and that were computed once."""
+        """Return how many tokens all prompts so far share and were computed once."""
         return len(self._prefix.ids) if self._prefix else 0
 
     def label(self, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, list[float] | None]]:
-        """Rows with the probabilities of the label words, None where the prompt is too long."""
+        """Yield each row with the probabilities of the label words, None for a too long prompt."""
         prompts = self._encode([text for _, text in rows])
         fitting = []
         for index, (row, _) in enumerate(rows):
@@ -104,7 +114,7 @@ class Labeller(ModelOnDevice):
                     f"model's context of {self.context} tokens: shorten it, use fewer "
                     "demonstrations, or pass --on-long-prompt drop"
                 )
-        found: dict[int, list[float]] = {}
+        by_index: dict[int, list[float]] = {}
         if fitting:
             logits = self._logits([prompts[index] for index in fitting])
             for index, one in zip(fitting, logits, strict=True):
@@ -112,12 +122,12 @@ class Labeller(ModelOnDevice):
                     place = rows[index][0].place()
                     raise RunError(f"{place}: the model's logits of the labels are not finite")
             probabilities = logits.double().softmax(dim=1).tolist()
-            found = dict(zip(fitting, probabilities, strict=True))
+            by_index = dict(zip(fitting, probabilities, strict=True))
         for index, (row, _) in enumerate(rows):
-            yield row, found.get(index)
+            yield row, by_index.get(index)
 
     def load(self) -> None:
-        """The model with its adapter, for the label words alone."""
+        """Read the model and its adapter; keep the label words' rows of the LM head only."""
         super().load()
         for line in adapter_origin.differences(self.config):
             self.progress.say(line)
@@ -127,7 +137,7 @@ class Labeller(ModelOnDevice):
         self.model.eval()
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of whole prompts: where words end depends on what stands around them."""
+        """Tokenize whole prompts, because the tokens of a word depend on the text around it."""
         demonstrations = self.dataset.demonstrations
         prompts = [Prompt(demonstrations, Example(text, label=0)) for text in texts]
         return [encoded.input_ids for encoded in self.encoder.encode(prompts).prompts]
@@ -136,7 +146,7 @@ class Labeller(ModelOnDevice):
         return self.context is not None and len(ids) > self.context
 
     def _logits(self, prompts: Sequence[list[int]]) -> Tensor:
-        """(R, labels), in float32 on the CPU."""
+        """Return the logits of the label words, (R, labels), in float32 on the CPU."""
         prefix = self._prefix_of(prompts)
         budget = self.config.token_budget
         lengths = [len(ids) - len(prefix.ids) for ids in prompts]
@@ -152,7 +162,7 @@ class Labeller(ModelOnDevice):
         return logits
 
     def _prefix_of(self, prompts: Sequence[list[int]]) -> SharedPrefix:
-        """What all prompts so far begin with; made, and compared with whole prompts, at first."""
+        """Return the common beginning of all prompts so far; compute and check it at first."""
         shared = common_prefix(prompts)
         if self._prefix is None:
             self._prefix = self._checked(
@@ -166,14 +176,14 @@ class Labeller(ModelOnDevice):
         return self._prefix
 
     def _checked(self, prefix: SharedPrefix, prompts: Sequence[list[int]]) -> SharedPrefix:
-        """The prefix, or an empty one where the model does not allow it."""
+        """Return the prefix, or an empty one if the model does not allow a shared prefix."""
         autocast, backend = self.accelerator.autocast, self.config.attention_backend
         try:
             encoded = [EncodedPrompt(ids, [], []) for ids in prompts]
-            found = check_attention(self.model, encoded, autocast, backend)
+            attentions = check_attention(self.model, encoded, autocast, backend)
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.progress.say(f"attention: {', '.join(sorted({name for name, _ in found}))}")
+        self.progress.say(f"attention: {', '.join(sorted({name for name, _ in attentions}))}")
         if prefix.can_share(1) and shared_prefix_is_exact(prefix, prompts, autocast):
             return prefix
         self.progress.say("demonstrations are computed for each query: the model needs it")

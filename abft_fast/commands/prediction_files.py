@@ -1,4 +1,4 @@
-"""What `predict` reads and writes: demonstrations, queries, and queries with their predictions."""
+"""Read and write the files of `predict`: demonstrations, queries, and predictions."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _DIGITS = 7  # of a probability, about what float32 has
 
 
 def check_files(config: PredictConfig) -> None:
-    """Say at once what is wrong with paths.
+    """Refuse paths that cannot be used.
 
     Raises:
-        UserError: what is to be written is in no folder or would replace what is read; the adapter
-            is none; or the input cannot be read.
+        UserError: the output is in no folder or would replace an input file, the adapter's folder
+            holds no adapter, or the input cannot be read.
     """
     output = config.output
     if config.adapter is not None:
         check_adapter(config.adapter)
     if output is not None:
         check_output(output, read=(config.input, config.demonstrations))
-    next(tables.read_rows(config.input, (config.text_column,)))  # says it of the header
+    next(tables.read_rows(config.input, (config.text_column,)))  # raises for a wrong header
 
 
 def check_queries(config: PredictConfig, label_words: Sequence[str]) -> None:
-    """Read the whole input once, as its last row may be the one that cannot be used.
+    """Read the whole input once, because its last row may be the one that cannot be used.
 
     Raises:
-        UserError: as `read_queries`; or CSV is to be written and rows differ in their columns.
+        UserError: as `read_queries`, or rows differ in their columns and the output is CSV.
     """
     columns = None
     for row, _ in read_queries(config, label_words):
@@ -55,14 +55,16 @@ def check_queries(config: PredictConfig, label_words: Sequence[str]) -> None:
 
 
 def read_demonstrations(config: PredictConfig) -> Dataset:
-    """The demonstrations in the file's order; label words are the template's, or what they have.
+    """Return the demonstrations in the file's order.
+
+    The label words are the template's, or else the values of the label column.
 
     Raises:
-        UserError: a row is not what the options say, or there is one label only.
+        UserError: a row is not what the options say, or there is only one label.
     """
     path = config.demonstrations
     template = TemplateFile() if config.template is None else read_template(config.template)
-    found = []
+    labelled = []
     for row in tables.read_rows(path, (config.text_column, config.label_column)):
         value = row.category(config.label_column, template.labels or ())
         if template.labels is not None and value not in template.labels:
@@ -71,15 +73,15 @@ def read_demonstrations(config: PredictConfig) -> Dataset:
                 f"{config.template}: {tables.listed(template.labels)}"
                 f"{tables.closest(value, template.labels)}"
             )
-        found.append((row.text(config.text_column), value))
-    words = template.labels or {value: value for value in sorted({value for _, value in found})}
+        labelled.append((row.text(config.text_column), value))
+    words = template.labels or {value: value for value in sorted({value for _, value in labelled})}
     if len(words) == 1:
         raise UserError(
-            f"{path}, column {config.label_column!r}: every row has the label {found[0][1]!r}; "
+            f"{path}, column {config.label_column!r}: every row has the label {labelled[0][1]!r}; "
             "two labels are needed"
         )
     index = {value: label for label, value in enumerate(words)}
-    examples = tuple(Example(text, index[value]) for text, value in found)
+    examples = tuple(Example(text, index[value]) for text, value in labelled)
     return Dataset(
         name=tables.name_of(path),
         input_prefix=template.input_prefix,
@@ -93,10 +95,10 @@ def read_demonstrations(config: PredictConfig) -> Dataset:
 
 
 def read_queries(config: PredictConfig, label_words: Sequence[str]) -> Iterator[tuple[Row, str]]:
-    """The input's rows and their texts, one at a time.
+    """Yield the input's rows with their texts, one at a time.
 
     Raises:
-        UserError: a row has no text, or has a column of the output's.
+        UserError: a row has no text, or has a column that the output adds.
     """
     written = _columns(label_words)
     for row in tables.read_rows(config.input):
@@ -115,7 +117,7 @@ def read_queries(config: PredictConfig, label_words: Sequence[str]) -> Iterator[
 
 
 class PredictionWriter:
-    """Writes rows with their predictions, as JSON lines or CSV with the first row's columns."""
+    """Write rows with their predictions, as JSON lines or as CSV with the first row's columns."""
 
     def __init__(self, file: TextIO, label_words: Sequence[str], as_json: bool):
         self._file, self._as_json = file, as_json
@@ -123,12 +125,12 @@ class PredictionWriter:
         self._columns: list[str] | None = None
 
     def write(self, row: Row, probabilities: Sequence[float] | None) -> None:
-        """One row, with the columns of those before; without probabilities they stay empty."""
-        found: list[Any] = [None] * len(self._written)
+        """Write one row; without probabilities, its predictions stay empty."""
+        predictions: list[Any] = [None] * len(self._written)
         if probabilities is not None:
             word = self._words[max(range(len(self._words)), key=probabilities.__getitem__)]
-            found = [word, *(float(f"{p:.{_DIGITS}g}") for p in probabilities)]
-        cells = {**row.cells, **dict(zip(self._written, found, strict=True))}
+            predictions = [word, *(float(f"{p:.{_DIGITS}g}") for p in probabilities)]
+        cells = {**row.cells, **dict(zip(self._written, predictions, strict=True))}
         if self._as_json:
             values = {name: _number_or_null(value) for name, value in cells.items()}
             self._file.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
@@ -141,10 +143,10 @@ class PredictionWriter:
 
 @contextmanager
 def open_output(config: PredictConfig, label_words: Sequence[str]) -> Iterator[PredictionWriter]:
-    """A writer of the output, which appears when it is whole, or of standard output.
+    """Open the output file, which appears only when it is complete, or standard output.
 
     Raises:
-        RunError: nobody reads standard output any more.
+        RunError: the reader of standard output has closed it.
     """
     if config.output is not None:
         with atomic_file(config.output) as file:
@@ -167,14 +169,14 @@ def _columns(label_words: Sequence[str]) -> list[str]:
 
 
 def _csv_line(cells: Sequence[Any]) -> str:
-    """By the default dialect, which quotes carriage returns too, but ended by a line feed."""
+    """Return a CSV line that ends in a line feed; carriage returns in cells are quoted."""
     line = io.StringIO(newline="")
     csv.writer(line).writerow(cells)
     return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _csv_cell(value: Any) -> Any:
-    """What JSON alone has as JSON; csv writes None as nothing and all else by str."""
+    """Return lists, mappings and booleans as JSON; csv writes None as nothing, the rest by str."""
     of_json = isinstance(value, dict | list | bool)
     return json.dumps(value, ensure_ascii=False, default=str) if of_json else value
 

@@ -1,12 +1,16 @@
-"""The table a run ends with."""
+"""Print the tables that commands end with."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from abft_fast.memory.plan import Plan
-from abft_fast.training.run_folder import Run
+from abft_fast.training.run_folder import RunFolder
+
+if TYPE_CHECKING:  # it imports torch
+    from abft_fast.memory.types import Plan
 
 _PERCENTAGES = {
     "accuracy": "accuracy (%)",
@@ -21,8 +25,8 @@ _ATTENTION = {
 }
 
 
-def print_run(run: Run) -> None:
-    """Accuracy and attention before and after, what it took, and where the run is."""
+def print_run(run: RunFolder) -> None:
+    """Print accuracy and attention before and after, the cost, and the run's folder."""
     table = Table(title=f"abft-fast train: {run.folder.name}", title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
@@ -31,8 +35,8 @@ def print_run(run: Run) -> None:
     sides = [when for when in ("before", "after") if when in metrics]
     rows = [_rows(metrics[when], attention[when]) for when in sides]
     for title in rows[0] if rows else ():
-        found = {when: side[title] for when, side in zip(sides, rows, strict=True)}
-        table.add_row(title, found.get("before", ""), found.get("after", ""))
+        values = {when: side[title] for when, side in zip(sides, rows, strict=True)}
+        table.add_row(title, values.get("before", ""), values.get("after", ""))
     steps = run.metrics()
     table.add_row("training steps", "", str(len(steps)))
     table.add_row("seconds of training", "", f"{sum(row['seconds'] for row in steps):.1f}")
@@ -52,7 +56,7 @@ def print_run(run: Run) -> None:
 
 
 def print_evaluation(metrics: dict[str, dict], attention: dict[str, dict]) -> None:
-    """Each dataset's metrics."""
+    """Print each dataset's metrics."""
     table = Table(title=f"abft-fast eval: {', '.join(metrics)}", title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right")
@@ -62,11 +66,11 @@ def print_evaluation(metrics: dict[str, dict], attention: dict[str, dict]) -> No
 
 
 def _rows(metrics: dict[str, dict], attention: dict[str, dict]) -> dict[str, str]:
-    """Titles and values of all datasets' figures; of several, the first is in-domain."""
+    """Return titles and values of all figures; the first of several datasets is in-domain."""
     rows = {}
-    for dataset, found in metrics.items():
+    for dataset, scores in metrics.items():
         start = "" if len(metrics) == 1 else f"{dataset}: "
-        for name, value in found.items():
+        for name, value in scores.items():
             title, text = _figure(name, value)
             rows[start + title] = text
         heads = attention[dataset]
@@ -87,7 +91,7 @@ def _rows(metrics: dict[str, dict], attention: dict[str, dict]) -> dict[str, str
 
 
 def _figure(name: str, value: float | None) -> tuple[str, str]:
-    """A metric's title and value: per cent where it is a share, else the number."""
+    """Return a metric's title and value; the value of a share is in per cent."""
     percent = _PERCENTAGES.get(name)
     metric, at, rate = name.partition("_at_")
     if at and metric in _PERCENTAGES:  # GLER, at one error rate
@@ -98,7 +102,7 @@ def _figure(name: str, value: float | None) -> tuple[str, str]:
 
 
 def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
-    """Memory by part, then by how far gradients flow."""
+    """Print memory by part, then by gradient flow."""
     static = plan.static
     parts = Table(title=f"abft-fast plan: {model}", title_justify="left")
     parts.add_column("there all the time")
@@ -130,6 +134,14 @@ def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
     console.print(flows)
     for note in notes:
         console.print(note, soft_wrap=True)
+
+
+def print_findings(findings: list[tuple[str, str]]) -> None:
+    """Print what `doctor` found."""
+    table = Table(show_header=False)
+    for name, value in findings:
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
 
 
 def _console() -> Console:

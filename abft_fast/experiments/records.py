@@ -12,7 +12,7 @@ from abft_fast.errors import UserError
 from abft_fast.experiments.cell_folder import FINISHED, UNFINISHED, CellFolder
 from abft_fast.options import Options
 from abft_fast.options.resolve import read_yaml
-from abft_fast.training.run_folder import Run
+from abft_fast.training.run_folder import RunFolder
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Metrics by side and dataset: `{"before": {"sst2": {"accuracy": 0.5}}, "after": ...}`."""
@@ -133,7 +133,7 @@ def _read_run(folder: Path) -> Record:
 
 def _measured_in_training(folder: Path) -> dict[str, Any]:
     """Return the fields of a record that the run folder of `train` knows."""
-    run = Run(folder)
+    run = RunFolder(folder)
     environment_file = folder / "environment.json"
     environment: dict[str, Any] = {}
     if environment_file.is_file():

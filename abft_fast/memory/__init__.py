@@ -1,1 +1,1 @@
-"""The memory of a training run, counted before it runs."""
+"""Count the memory of a training run before it runs."""

@@ -1,13 +1,13 @@
-"""The memory of a training step, counted by running it on tensors without memory.
+"""Count the memory of a computation by running it on fake tensors, which have no memory.
 
-The very code of a step runs on fake tensors: shapes, dtypes and lifetimes are real, nothing
-is computed. Only what a single operation takes inside itself is not seen.
+The step's own code runs: shapes, dtypes and lifetimes are real, and nothing is computed. Memory
+that one operation uses inside itself is not counted.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import bitsandbytes as bnb
 import torch
@@ -34,7 +34,7 @@ def without_memory(model: nn.Module) -> nn.Module:
         with mode:
             return torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
 
-    new: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
+    new: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False)):
             if is_quantized(module) and name == "weight":
@@ -48,10 +48,10 @@ def without_memory(model: nn.Module) -> nn.Module:
 
 
 def _quantized(module: nn.Module, weight: FakeTensor) -> nn.Parameter:
-    """What bitsandbytes makes of a weight; its own classes of parameters cannot be fake."""
+    """Quantize a weight as bitsandbytes does; its own parameter classes cannot be fake."""
     if isinstance(module, bnb.nn.Linear8bitLt):
         data, scale, _ = bnb.functional.int8_vectorwise_quant(weight)
-        found = {"CB": data, "SCB": scale}
+        attributes = {"CB": data, "SCB": scale}
         module.state.threshold = 0.0  # which columns are outliers depends on values
     else:
         old = module.weight
@@ -60,14 +60,14 @@ def _quantized(module: nn.Module, weight: FakeTensor) -> nn.Parameter:
         )
         state.dtype = module.compute_dtype
         module.support_avx512bf16_for_cpu = False
-        found = {**vars(old), "quant_state": state}
+        attributes = {**vars(old), "quant_state": state}
     parameter = nn.Parameter(data, requires_grad=False)
-    vars(parameter).update(found)
+    vars(parameter).update(attributes)
     return parameter
 
 
-def bytes_of(tensors) -> int:
-    """Bytes of tensors' storages, each counted once; of quantized ones with their statistics."""
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors' storages, each counted once, with quantization statistics."""
     storages = {}
     for tensor in tensors:
         state = getattr(tensor, "quant_state", None)
@@ -83,11 +83,11 @@ def bytes_of(tensors) -> int:
 
 
 class CannotCount(Exception):  # noqa: N818 - the user did nothing wrong
-    """A model whose shapes depend on values, so that no run without values tells its memory."""
+    """The memory cannot be counted, for example because shapes depend on values."""
 
 
 class _MemoryCount(TorchDispatchMode):
-    """Counts the bytes of fake tensors that live at once."""
+    """Count the bytes of the fake tensors that live at once."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ class _MemoryCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self._see((args, kwargs), counted=False)  # what was there before, if it is new here
+        self._see((args, kwargs), counted=False)  # tensors from before the count
         result = function(*args, **kwargs)
         self._see(result, counted=True)
         return result
@@ -119,7 +119,7 @@ class _MemoryCount(TorchDispatchMode):
 
 
 class float32_as_on_a_gpu(TorchFunctionMode):  # noqa: N801 - a context
-    """Under autocast, computes in float32 what CUDA's autocast does and the CPU's does not."""
+    """Compute in float32 what CUDA's autocast keeps in float32 and the CPU's does not."""
 
     _NAMES = ("layer_norm", "pow", "__pow__")
 
@@ -134,10 +134,10 @@ def _to_float32(tensor: Tensor) -> Tensor:
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """Most bytes that `run` takes at once on fake tensors, beyond those there were before.
+    """Return the most bytes that `run` adds at once on fake tensors.
 
     Raises:
-        CannotCount: what happens in it depends on values.
+        CannotCount: an operation in `run` depends on values.
     """
     try:
         with _MemoryCount() as count:

@@ -30,8 +30,13 @@ class TokenBudget:
     """
 
     def __init__(self, tokens: int, say: Callable[[str], None]):
-        self.tokens = tokens
+        self.tokens = self._first = tokens
         self._say = say
+
+    @property
+    def has_fallen(self) -> bool:
+        """Return whether memory ran out since the start."""
+        return self.tokens < self._first
 
     def attempt(
         self, lengths: Sequence[int], run: Callable[[int], T], undo: Callable[[], None]

@@ -1,1 +1,1 @@
-"""The training loop, the methods it can train, and what a run leaves on disk."""
+"""Train a model by any of the methods, and keep the run on disk."""

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on as if it had not stopped. safetensors and JSON."""
+"""Save and restore everything a run needs to continue bit-identically: safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     controller: PenaltyController,
 ) -> None:
-    """Write the state after `step` steps and drop all but the newest checkpoints."""
+    """Write the state after `step` steps; delete all but the newest checkpoints."""
     tensors = {f"trained.{name}": p.detach().cpu().contiguous() for name, p in trained.items()}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
@@ -49,10 +49,13 @@ def restore(
     optimizer: torch.optim.Optimizer,
     controller: PenaltyController,
 ) -> int:
-    """Load the newest checkpoint into place; the number of steps it had taken, 0 without one.
+    """Load the newest checkpoint into the given objects.
+
+    Returns:
+        How many steps the checkpoint has; 0 where there is no checkpoint.
 
     Raises:
-        RunError: the checkpoint is damaged or of another model.
+        RunError: the checkpoint is damaged or belongs to another model.
     """
     complete = _complete(folder)
     if not complete:
@@ -88,5 +91,5 @@ def restore(
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Checkpoints whose rename happened, oldest first."""
+    """Return the checkpoints that were written completely, oldest first."""
     return sorted(folder.glob("step-*")) if folder.is_dir() else []

@@ -1,8 +1,13 @@
-"""The methods of `--method`: each its loss, in one and the same loop."""
+"""Say what each method of `--method` trains: on which prompts, by which loss.
+
+`options.methods` has the facts about a method that need no torch. To add a method, add an entry to
+both tables.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -10,7 +15,48 @@ from abft_fast.core.behavior import AttentionBehavior
 from abft_fast.core.language_model_loss import every_token, label_target, language_model_loss
 from abft_fast.core.objective import attention_behavior_loss
 from abft_fast.core.packing import EncodedPrompt, PackedPrompts
+from abft_fast.data import Dataset
 from abft_fast.options import TrainConfig
+from abft_fast.prompts import EncodedPrompts, PromptEncoder
+from abft_fast.training import method_prompts
+
+Prompts = Callable[[TrainConfig, Dataset, PromptEncoder], EncodedPrompts]
+Loss = Callable[
+    [nn.Module, Sequence[EncodedPrompt], PackedPrompts, TrainConfig, float], AttentionBehavior
+]
+
+
+@dataclass(frozen=True)
+class TrainingMethod:
+    """What a method trains.
+
+    Attributes:
+        prompts: makes the training prompts of a run.
+        loss: computes the loss of packed prompts.
+        add_targets: turns a prompt into one that the loss takes, with made-up targets.
+        shortened: says what is done to a training prompt beyond the model's context.
+    """
+
+    prompts: Prompts
+    loss: Loss
+    add_targets: Callable[[EncodedPrompt], EncodedPrompt]
+    shortened: str = "with fewer demonstrations"
+
+
+def training_prompts(
+    config: TrainConfig, dataset: Dataset, encoder: PromptEncoder
+) -> EncodedPrompts:
+    """Return the training prompts of a run.
+
+    Args:
+        config: the run's options.
+        dataset: the dataset that the run tests on.
+        encoder: that dataset's encoder.
+
+    Raises:
+        UserError: the data do not allow it.
+    """
+    return TRAINING_METHODS[config.method].prompts(config, dataset, encoder)
 
 
 def method_loss(
@@ -20,15 +66,33 @@ def method_loss(
     config: TrainConfig,
     penalty: float,
 ) -> AttentionBehavior:
-    """A method's loss, mean over prompts, and what the heads do on the way.
+    """Return a method's mean loss over prompts, and what the heads do.
 
     Args:
-        prompts: from `training_prompts`.
-        packed: the same, on the model's device.
-        penalty: A of ABFT, now.
+        model: the model to train.
+        prompts: some of those from `training_prompts`.
+        packed: the same prompts on the model's device.
+        config: the run's options.
+        penalty: the current A, for the methods that use one.
     """
-    if config.method != "ABFT":
-        return language_model_loss(model, prompts, attention=config.attention_backend)
+    return TRAINING_METHODS[config.method].loss(model, prompts, packed, config, penalty)
+
+
+def example_prompt(config: TrainConfig, length: int) -> EncodedPrompt:
+    """Return a training prompt of `length` tokens 0, with the labels and targets of a real one."""
+    spacing = length // (config.k + 1)
+    labels = list(range(spacing - 1, length - 1, spacing))[: config.k] if spacing else []
+    prompt = EncodedPrompt([0] * length, labels, [True] * len(labels))
+    return TRAINING_METHODS[config.method].add_targets(prompt)
+
+
+def _attention_loss(
+    model: nn.Module,
+    _: Sequence[EncodedPrompt],
+    packed: PackedPrompts,
+    config: TrainConfig,
+    penalty: float,
+) -> AttentionBehavior:
     return attention_behavior_loss(
         model,
         packed,
@@ -40,14 +104,31 @@ def method_loss(
     )
 
 
-def example_prompt(config: TrainConfig, length: int) -> EncodedPrompt:
-    """A training prompt of `length` tokens 0, with labels and targets where a method has them."""
-    every = length // (config.k + 1)
-    labels = list(range(every - 1, length - 1, every))[: config.k] if every else []
-    prompt = EncodedPrompt([0] * length, labels, [True] * len(labels))
-    match config.method:
-        case "ABFT":
-            return prompt
-        case "PICL":
-            return every_token(prompt.input_ids)
+def _output_loss(
+    model: nn.Module,
+    prompts: Sequence[EncodedPrompt],
+    _: PackedPrompts,
+    config: TrainConfig,
+    __: float,
+) -> AttentionBehavior:
+    return language_model_loss(model, prompts, attention=config.attention_backend)
+
+
+def _label_0(prompt: EncodedPrompt) -> EncodedPrompt:
     return label_target(prompt, 0)
+
+
+TRAINING_METHODS = {
+    "ABFT": TrainingMethod(
+        method_prompts.attention_behavior, _attention_loss, lambda prompt: prompt
+    ),
+    "E2E": TrainingMethod(method_prompts.end_to_end, _output_loss, _label_0),
+    "MetaICL": TrainingMethod(method_prompts.meta_learning, _output_loss, _label_0),
+    "PICL": TrainingMethod(
+        method_prompts.plain_text,
+        _output_loss,
+        lambda prompt: every_token(prompt.input_ids),
+        shortened="cut to their end",
+    ),
+}
+"""Every method, by its name."""

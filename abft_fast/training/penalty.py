@@ -1,4 +1,4 @@
-"""Control of the penalty A so that the number of induction heads stays steady (paper, A.3)."""
+"""Control the penalty A so that the number of induction heads stays steady (paper, A.3)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass
 class PenaltyController:
-    """`pid`, `p` (its first term alone) or `none`; A never falls below 0.
+    """Hold the penalty A and change it by the induction heads of each step; A stays at least 0.
 
     Attributes:
-        kind: which terms act.
-        penalty: A now.
+        kind: which terms act: `pid` for all, `p` for the first one, or `none`.
+        penalty: the current A.
         p, i, d: the factors C_p, C_i, C_d.
-        first, last, before_last: induction heads a prompt of steps 1, t - 1 and t - 2.
-        steps: steps observed.
+        first, last, before_last: induction heads a prompt, at steps 1, t - 1 and t - 2.
+        steps: number of observed steps.
     """
 
     kind: str
@@ -28,7 +28,7 @@ class PenaltyController:
     steps: int = 0
 
     def update(self, heads: float) -> None:
-        """Observe step t's induction heads a prompt; from t > 2 on, A moves (equation 3)."""
+        """Observe step t's induction heads a prompt; change A from t > 2 on (equation 3)."""
         self.steps += 1
         if self.steps == 1:
             self.first = heads

@@ -1,7 +1,7 @@
-"""PICL (Gu et al. 2023): plain text as in-context learning, by retrieval of similar paragraphs.
+"""Make in-context learning tasks of plain text by retrieving similar paragraphs (PICL).
 
-Gu et al. retrieve with an encoder trained for it on 80 million paragraphs; here it is BM25, so that
-any text of the user's will do, and no paragraph is filtered out.
+Gu et al. (2023) retrieve with an encoder that they trained on 80 million paragraphs. This module
+retrieves with BM25, so that any text can be used, and filters out no paragraph.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from abft_fast import data
 from abft_fast.data.text_lines import read_lines
 from abft_fast.errors import UserError
 
-_SPARE = 8  # neighbours retrieved beyond k, as copies of a paragraph are left out
+_SPARE = 8  # neighbours retrieved beyond k, because the paragraph itself is left out
 
 
 def paragraphs(file: Path | None) -> list[str]:
-    """The lines of a file, or StaICC's texts, each once; no label, no text of any test part.
+    """Return the distinct lines of a file, or StaICC's texts without labels and test texts.
 
     Raises:
-        UserError: the file cannot be read, or has no line.
+        UserError: the file cannot be read or has no line.
     """
     if file is None:
         datasets = [data.load(name) for name in data.DATASETS]
@@ -31,14 +31,14 @@ def paragraphs(file: Path | None) -> list[str]:
         texts = [text for text in texts if text and text not in tested]
     else:
         texts = read_lines("--plain-text", file)
-    found = list(dict.fromkeys(texts))
-    if not found:
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
         raise UserError(f"--plain-text {file}: it holds no text; use one paragraph a line")
-    return found
+    return distinct
 
 
 def check(texts: Sequence[str], k: int) -> None:
-    """Refuse what cannot be retrieved.
+    """Refuse paragraphs that are too few, or a missing bm25s.
 
     Raises:
         UserError: there are fewer than k + 1 paragraphs, or bm25s is not installed.
@@ -52,7 +52,7 @@ def check(texts: Sequence[str], k: int) -> None:
 
 
 def intrinsic_tasks(texts: Sequence[str], k: int, count: int, seed: int) -> list[list[str]]:
-    """`count` paragraphs drawn by seed, each after the k most similar others, the best last.
+    """Draw paragraphs by seed; put the k most similar others before each, the best one last.
 
     Raises:
         UserError: as `check`.
@@ -67,8 +67,8 @@ def intrinsic_tasks(texts: Sequence[str], k: int, count: int, seed: int) -> list
     queries = bm25s.tokenize([texts[i] for i in anchors], show_progress=False)
     wanted = min(k + 1 + _SPARE, len(texts))
     neighbours, _ = index.retrieve(queries, k=wanted, show_progress=False)
-    found = []
+    tasks = []
     for anchor, similar in zip(anchors, neighbours.tolist(), strict=True):
         others = [i for i in similar if i != anchor][:k]
-        found.append([texts[i] for i in (*reversed(others), anchor)])
-    return found
+        tasks.append([texts[i] for i in (*reversed(others), anchor)])
+    return tasks

@@ -1,4 +1,7 @@
-"""The folder of a run: what is in it, how it is made, continued and never overwritten unasked."""
+"""Make, read and continue the folder of a run; never overwrite one unasked.
+
+Nothing here needs torch, so that results are read quickly.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,12 @@ from abft_fast.options.resolve import read_yaml, resolve, write_yaml
 from abft_fast.runtime.files import check_output_folder, final_name, write_json, write_text
 
 
-class Run:
-    """`config.yaml`, `environment.json`, `run.log`, `metrics.jsonl`, `evaluation.json`,
-    `attention.json`, `checkpoints/` and `adapter/` (or `model/`) of one training run."""
+class RunFolder:
+    """Read and write the files of one training run.
+
+    A run has `config.yaml`, `environment.json`, `run.log`, `metrics.jsonl`, `evaluation.json`,
+    `attention.json`, `checkpoints/` and `adapter/` (or `model/`).
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -31,12 +37,12 @@ class Run:
         self._token_budget = folder / "token_budget.json"
 
     @classmethod
-    def reserve(cls, config: TrainConfig) -> Run:
-        """The folder a new run will have; nothing is written yet.
+    def reserve(cls, config: TrainConfig) -> RunFolder:
+        """Choose the folder of a new run; write nothing yet.
 
         Raises:
-            UserError: it cannot be made or written, or holds something and `overwrite` is off, or
-                holds something not of a run.
+            UserError: the folder cannot be made or written; it is not empty and `overwrite` is off;
+                or it holds a file that does not belong to a run.
         """
         folder = config.output_dir or _unused(Path("runs") / _name(config))
         check_output_folder(folder)
@@ -55,16 +61,16 @@ class Run:
         return cls(folder)
 
     @classmethod
-    def open(cls, folder: Path) -> tuple[Run, TrainConfig]:
-        """A run to continue, and its options.
+    def open(cls, folder: Path) -> tuple[RunFolder, TrainConfig]:
+        """Open a run to continue it; return it with its options.
 
         Raises:
-            UserError: the folder is no run, or a file of it is damaged.
+            UserError: the folder holds no run, or a file of the run is damaged.
         """
         run = cls(folder)
         if not run.is_begun:
             raise UserError(f"--resume {folder}: no run there (no config.yaml)")
-        options = read_yaml(folder / "config.yaml")
+        options = run.options
         missing = {n for n, f in TrainConfig.model_fields.items() if not f.exclude} - set(options)
         if missing:
             raise UserError(f"--resume {folder}: its config.yaml lacks {sorted(missing)[0]}")
@@ -74,18 +80,28 @@ class Run:
 
     @property
     def is_begun(self) -> bool:
-        """Whether there is a run that can be continued."""
+        """Return whether the folder holds a run that can be continued."""
         return (self.folder / "config.yaml").is_file()
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options of the run; empty if the folder holds no run."""
+        return read_yaml(self.folder / "config.yaml") if self.is_begun else {}
+
     def create(
-        self, config: TrainConfig, trained_parameters: int, files: Mapping[str, str]
+        self,
+        config: TrainConfig,
+        trained_parameters: int,
+        files: Mapping[str, str],
+        environment: Mapping[str, Any],
     ) -> None:
-        """Make the folder, empty it where that was asked for, and write what is known so far.
+        """Make the folder, empty it if the options ask for that, and write what is known so far.
 
         Args:
             config: the run's options.
-            trained_parameters: how many there are.
-            files: SHA-256 of the user's own data files.
+            trained_parameters: how many parameters are trained.
+            files: SHA-256 of the user's own data files, by path.
+            environment: what the run runs on, by `runtime.environment.describe`.
 
         Raises:
             UserError: another run has taken the folder in the meantime.
@@ -99,15 +115,11 @@ class Run:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-        from abft_fast.runtime.environment import (
-            describe,  # torch, which reading a run does without
-        )
-
-        found = {"trained_parameters": trained_parameters, "data": dict(files)}
+        about = {**environment, "trained_parameters": trained_parameters, "data": dict(files)}
         try:
             write_yaml(config, self.folder / "config.yaml")
-            write_json(self._environment, {**describe(), **found})
-        except OSError:  # a run without them could not be continued
+            write_json(self._environment, about)
+        except OSError:  # a run without these files could not be continued
             (self.folder / "config.yaml").unlink(missing_ok=True)
             if new:
                 self.folder.rmdir()
@@ -115,14 +127,14 @@ class Run:
 
     @property
     def data(self) -> dict[str, str]:
-        """SHA-256, by path, of the user's own data files that the run began with."""
+        """Return the SHA-256 of the user's own data files at the start of the run, by path."""
         return _read_json(self._environment).get("data", {})
 
     def check_data(self, files: Mapping[str, str]) -> None:
-        """Make sure that the user's own data are what the run began with.
+        """Refuse the user's own data if they have changed since the run began.
 
         Raises:
-            UserError: a file has changed.
+            UserError: a file has another SHA-256.
         """
         known = self.data
         for path, digest in files.items():
@@ -134,60 +146,63 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Metrics by side, `before` and `after`, and dataset; empty before the first evaluation."""
+        """Return metrics by side (`before`, `after`) and dataset; empty before any evaluation."""
         return _read_json(self._evaluation)
 
     @property
     def attention(self) -> dict[str, dict[str, dict[str, float]]]:
-        """The same for attention behavior."""
+        """Return attention behavior by side and dataset."""
         return _read_json(self._attention)
 
     def record_evaluation(self, when: str, metrics: dict, attention: dict) -> None:
-        """Add one side, by dataset; evaluation.json last, as it tells that the side is done."""
-        for path, found in ((self._attention, attention), (self._evaluation, metrics)):
+        """Record one side, by dataset.
+
+        evaluation.json is written last, because it tells a resumed run that the side is done.
+        """
+        for path, by_dataset in ((self._attention, attention), (self._evaluation, metrics)):
             content = _read_json(path)
-            content[when] = found
+            content[when] = by_dataset
             write_json(path, content)
 
     @property
     def token_budget(self) -> int | None:
-        """What `--token-budget auto` found; None before."""
+        """Return the recorded token budget; None if none is recorded."""
         return _read_json(self._token_budget).get("tokens")
 
     def record_token_budget(self, tokens: int) -> None:
-        """Remember it for a resumed run."""
+        """Record the token budget for a resumed run."""
         write_json(self._token_budget, {"tokens": tokens})
 
     def texts(self, sample: str) -> list[str] | None:
-        """Texts a model has written; None before."""
+        """Return a recorded sample of texts; None if it is not recorded."""
         return _read_json(self.folder / f"texts-{sample}.json").get("texts")
 
     def record_texts(self, sample: str, texts: list[str]) -> None:
-        """Keep a sample of texts."""
+        """Record a sample of texts."""
         write_json(self.folder / f"texts-{sample}.json", {"texts": texts})
 
     @property
     def mauve(self) -> dict[str, Any]:
-        """Scores of the samples; empty before."""
+        """Return the recorded MAUVE scores; empty if there are none."""
         return _read_json(self.folder / "mauve.json")
 
-    def record_mauve(self, found: dict[str, Any]) -> None:
-        """Keep the scores."""
-        write_json(self.folder / "mauve.json", found)
+    def record_mauve(self, scores: dict[str, Any]) -> None:
+        """Record the MAUVE scores."""
+        write_json(self.folder / "mauve.json", scores)
 
     @property
     def artifact(self) -> Path:
-        """What a finished run leaves: its adapter or its model."""
+        """Return the folder of the trained adapter or model."""
         adapter = self.folder / "adapter"
         return adapter if adapter.is_dir() else self.folder / "model"
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add a step's row to metrics.jsonl."""
+        """Append a step's row to metrics.jsonl."""
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a row cut short by a crash is not one."""
+        """Return the rows of metrics.jsonl, without a row that a crash cut short."""
         rows = []
         if self._metrics.is_file():
             for line in self._metrics.read_text(encoding="utf-8").splitlines():
@@ -198,7 +213,7 @@ class Run:
         return rows
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop rows of steps that a resumed run takes again."""
+        """Delete the rows of the steps that a resumed run takes again."""
         rows = [row for row in self.metrics() if row["step"] <= step]
         write_text(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -223,7 +238,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _unused(folder: Path) -> Path:
-    """The folder, or the first of folder-2, folder-3, ... that is not there."""
+    """Return the folder, or the first of folder-2, folder-3, ... that does not exist."""
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([folder], numbered) if not path.exists())
 

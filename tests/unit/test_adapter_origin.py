@@ -7,7 +7,7 @@ from abft_fast.errors import UserError
 from abft_fast.options import EvalConfig, PredictConfig, TrainConfig
 from abft_fast.options.datasets import file_hashes
 from abft_fast.options.resolve import resolve
-from abft_fast.training.run_folder import Run
+from abft_fast.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.unit
 
@@ -22,7 +22,7 @@ def trained(tmp_path, monkeypatch):
 
     def make(**options):
         config = resolve(TrainConfig, {"dataset": "own.csv", **options})
-        Run(tmp_path / "run").create(config, 0, file_hashes(config))
+        RunFolder(tmp_path / "run").create(config, 0, file_hashes(config), {})
         (tmp_path / "run" / "adapter").mkdir()
         return "run/adapter"
 

@@ -6,14 +6,15 @@ import json
 import pytest
 
 from abft_fast import data
+from abft_fast.commands.evaluate import keep_rows_of_labels, prepare_tests
 from abft_fast.commands.report import print_run
-from abft_fast.commands.session import Job
+from abft_fast.commands.session import Session
+from abft_fast.commands.train import train
 from abft_fast.core.label_logits import label_columns, label_logits
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.progress import Progress
-from abft_fast.training.loop import train
-from abft_fast.training.run_folder import Run
+from abft_fast.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.unit
 
@@ -38,8 +39,8 @@ OPTIONS = {
 
 def test_before_and_after_on_all_datasets(few_test_examples, tmp_path, capsys):
     config = resolve(TrainConfig, OPTIONS | {"output_dir": tmp_path / "run"})
-    run = Run.reserve(config)
-    train(config, run, Progress(), new=True)
+    run = RunFolder.reserve(config)
+    train(config, run, Progress())
     for name in ("evaluation.json", "attention.json"):
         content = json.loads((run.folder / name).read_text())
         for when in ("before", "after"):
@@ -59,17 +60,18 @@ def line_of(table, title):
 
 def test_the_head_keeps_the_rows_of_all_datasets(few_test_examples):
     config = resolve(TrainConfig, OPTIONS | {"calibration": "none"})
-    job = Job(config, Progress())
-    tests = job.evaluation_sets()
-    job.load()
-    expected = [
-        label_logits(job.model, found.encoded[0].prompts[:2], found.encoded[0].label_ids)[0]
-        for found in tests
-    ]
-    vocabulary = job.model.lm_head.weight.shape[0]
-    job.keep_label_rows(tests)
-    assert job.model.lm_head.weight.shape[0] < vocabulary
-    for found, logits in zip(tests, expected, strict=True):
-        label_columns(job.model, found.encoded[0].label_ids)
-        again = label_logits(job.model, found.encoded[0].prompts[:2], found.encoded[0].label_ids)[0]
-        assert (again - logits).abs().max() < 1e-4
+    session = Session(config, Progress())
+    tests = prepare_tests(session)
+    session.load()
+
+    def logits_of(test):
+        encoded = test.encoded[0]
+        return label_logits(session.model, encoded.prompts[:2], encoded.label_ids)[0]
+
+    expected = [logits_of(test) for test in tests]
+    vocabulary = session.model.lm_head.weight.shape[0]
+    keep_rows_of_labels(session, tests)
+    assert session.model.lm_head.weight.shape[0] < vocabulary
+    for test, logits in zip(tests, expected, strict=True):
+        label_columns(session.model, test.encoded[0].label_ids)
+        assert (logits_of(test) - logits).abs().max() < 1e-4

@@ -13,7 +13,7 @@ from abft_fast.commands.data_report import oddities
 from abft_fast.errors import UserError
 from abft_fast.options import TrainConfig, datasets
 from abft_fast.options.resolve import resolve, write_yaml
-from abft_fast.training.run_folder import Run
+from abft_fast.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.unit
 
@@ -138,11 +138,11 @@ def test_a_run_remembers_its_data(reviews, monkeypatch):
     (reviews.parent / "t.yaml").write_text("input_prefix: 'a '\n")
     given = {"dataset": "reviews.csv", "template": "t.yaml", "split_seed": "3"}
     config = resolve(TrainConfig, {**given, "output_dir": "run"})
-    run = Run.reserve(config)
-    run.create(config, 0, dict(datasets.by_options(config).files))
+    run = RunFolder.reserve(config)
+    run.create(config, 0, dict(datasets.by_options(config).files), {})
     (reviews.parent / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    run, options = Run.open(reviews.parent / "run")
+    run, options = RunFolder.open(reviews.parent / "run")
     dataset = datasets.by_options(options)
     assert (dataset.input_prefix, len(dataset.files)) == ("a ", 2)
     run.check_data(dict(dataset.files))
@@ -159,7 +159,7 @@ def test_a_run_remembers_its_data(reviews, monkeypatch):
 def test_a_run_is_named_after_the_file(reviews, monkeypatch):
     write("my reviews.csv", [("a", 0), ("b", 1)])
     config = resolve(TrainConfig, {"dataset": "my reviews.csv"})
-    assert Run.reserve(config).folder.name.endswith("-builtin-my-reviews")
+    assert RunFolder.reserve(config).folder.name.endswith("-builtin-my-reviews")
 
 
 def test_a_name_is_never_a_folder_of_that_name(reviews):

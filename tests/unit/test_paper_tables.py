@@ -14,7 +14,7 @@ from abft_fast.experiments.tables.layouts import make_table
 from abft_fast.options import TableConfig, TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.files import write_json
-from abft_fast.training.run_folder import Run
+from abft_fast.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.unit
 
@@ -23,8 +23,8 @@ def write_run(root, before=None, after=None, seconds=None, parameters=1, **optio
     """A run folder as `train` writes it, with the accuracies given."""
     folder = root / re.sub(r"[^\w.]+", "-", "-".join(map(str, ("run", *options.values()))))
     config = resolve(TrainConfig, options)
-    run = Run(folder)
-    run.create(config, parameters, {})
+    run = RunFolder(folder)
+    run.create(config, parameters, {}, {})
     metric = "accuracy" if config.test_type == "Normal" else "consistency"
     for side, given in (("before", before), ("after", after)):
         scores = {config.dataset_name: given} if isinstance(given, float) else given
@@ -180,7 +180,7 @@ def test_what_tells_rows_of_results_apart(tmp_path):
             place.prepare(cell)
             score = 0.1 * len(name) + 0.01 * len(cell.config.calibration)
             place.run.mkdir()
-            Run(place.run).record_evaluation("after", {"subj": {"accuracy": score}}, {})
+            RunFolder(place.run).record_evaluation("after", {"subj": {"accuracy": score}}, {})
             place.finish(0, 1.0)
     assert [line.split(" | ")[:4] for line in show(tmp_path)[2:]] == [
         ["| big (builtin)", "ABFT (calibration=none)", "1", "74.00"],

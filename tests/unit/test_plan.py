@@ -9,19 +9,26 @@ import pytest
 import torch
 from transformers import GPTJConfig
 
-from abft_fast.commands import session
+from abft_fast.commands import train
 from abft_fast.errors import UserError
 from abft_fast.memory import plan
-from abft_fast.memory.plan import FLOWS, Arithmetic, Flow, make_plan, static_memory, step_memory
+from abft_fast.memory.measure import (
+    static_memory,
+    step_memory,
+    step_peak,
+    trainable_without_memory,
+)
+from abft_fast.memory.plan import make_plan
 from abft_fast.memory.simulation import CannotCount, bytes_of
+from abft_fast.memory.types import FLOWS, Arithmetic, Flow
 from abft_fast.models.synthetic import random_model
 from abft_fast.models.trainable import train_lora, train_weights
 from abft_fast.options import PlanConfig, TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import CPU_TOKENS
-from abft_fast.training.loop import token_budget
-from abft_fast.training.run_folder import Run
+from abft_fast.training.loop import choose_token_budget
+from abft_fast.training.run_folder import RunFolder
 from tests.tiny_models import tiny_config
 
 pytestmark = pytest.mark.unit
@@ -64,9 +71,9 @@ def test_weights_are_counted_as_they_are(family, bits, trainable):
 def test_few_layers_tell_the_memory_of_many(flow):
     shape = tiny_config("llama", num_hidden_layers=13, hidden_size=64, intermediate_size=176)
     few = step_memory(shape, options(), FLOAT32, flow, 50)
-    whole = plan._trainable(shape, options(), FLOAT32, flow)
+    whole = trainable_without_memory(shape, options(), FLOAT32, flow)
     for count in (50, 200):
-        peak = plan._peak(whole, options(), FLOAT32, flow, 50, count)
+        peak = step_peak(whole, options(), FLOAT32, flow, 50, count)
         assert few.at(50 * count) == pytest.approx(peak, rel=0.02)
 
 
@@ -79,7 +86,8 @@ from abft_fast import EncodedPrompt
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.models.trainable import enable_checkpointing, train_lora
-from abft_fast.memory.plan import FLOWS, Arithmetic, step_memory
+from abft_fast.memory.measure import step_memory
+from abft_fast.memory.types import FLOWS, Arithmetic
 from abft_fast.models.synthetic import random_model
 from abft_fast.training.loop import backward
 from benchmarks.peak_memory import high_water_mark, reset_high_water_mark
@@ -145,9 +153,9 @@ def test_what_fits_and_what_to_change():
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
     config = options(train_samples=8)
     for limit, force in ((10**9, False), (10**5, True), (10**5, False)):
-        monkeypatch.setattr(session, "memory_to_be_had", lambda device, all_gpus, it=limit: it)
+        monkeypatch.setattr(train, "available_memory", lambda device, all_gpus, it=limit: it)
         config.force = force
-        found = session.Job(config, Progress())
+        found = train.TrainSession(config, Progress())
         prompts = found.encoder.encode(found.dataset.training_prompts(4, 8, 0)).prompts
         if limit > 10**5 or force:
             found.check_memory(prompts)
@@ -204,16 +212,21 @@ def test_advice_is_advice_that_can_be_followed():
 
 def test_a_cpu_packs_no_more_than_the_plan_has_room_for(tmp_path):
     config = options(train_samples=8, device="cpu")
-    found = session.Job(config, Progress())
+    found = train.TrainSession(config, Progress())
     prompts = found.encoder.encode(found.dataset.training_prompts(4, 8, 0)).prompts
-    run, longest = Run(tmp_path), max(map(len, prompts))
-    assert token_budget(config, run, found, prompts) == CPU_TOKENS  # nothing planned
-    found.most_tokens = CPU_TOKENS + 1
-    assert token_budget(config, run, found, prompts) == CPU_TOKENS and run.token_budget is None
-    found.most_tokens = longest - 1
-    assert token_budget(config, run, found, prompts) == longest == run.token_budget
-    found.most_tokens = CPU_TOKENS
-    assert token_budget(config, run, found, prompts) == longest  # a resumed run goes on as it began
+    run, longest = RunFolder(tmp_path), max(map(len, prompts))
+    found.model = None  # nothing is computed
+
+    def budget():
+        return choose_token_budget(train.to_train(found, run, prompts))
+
+    assert budget() == CPU_TOKENS  # nothing planned
+    found.planned_tokens = CPU_TOKENS + 1
+    assert budget() == CPU_TOKENS and run.token_budget is None
+    found.planned_tokens = longest - 1
+    assert budget() == longest == run.token_budget
+    found.planned_tokens = CPU_TOKENS
+    assert budget() == longest  # a resumed run goes on as it began
 
 
 def test_what_nobody_can_count_is_said():

@@ -10,7 +10,7 @@ from abft_fast.options.resolve import resolve
 from abft_fast.runtime.files import atomic_folder, write_json
 from abft_fast.training import checkpoint
 from abft_fast.training.penalty import PenaltyController
-from abft_fast.training.run_folder import Run
+from abft_fast.training.run_folder import RunFolder
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.unit
@@ -19,48 +19,48 @@ pytestmark = pytest.mark.unit
 def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = resolve(TrainConfig, {})
-    first = Run.reserve(config)
-    first.create(config, 0, {})
-    second = Run.reserve(config)
-    second.create(config, 0, {})
+    first = RunFolder.reserve(config)
+    first.create(config, 0, {}, {})
+    second = RunFolder.reserve(config)
+    second.create(config, 0, {}, {})
     assert first.folder != second.folder
 
 
 def test_a_folder_taken_meanwhile_is_left_alone(tmp_path):
     config = resolve(TrainConfig, {"output_dir": str(tmp_path / "run")})
-    slow, quick = Run.reserve(config), Run.reserve(config)
-    quick.create(config, 0, {})
+    slow, quick = RunFolder.reserve(config), RunFolder.reserve(config)
+    quick.create(config, 0, {}, {})
     quick.append_metrics({"step": 1})
     with pytest.raises(UserError, match="taken by another run"):
-        slow.create(config, 0, {})
+        slow.create(config, 0, {}, {})
     assert quick.metrics() == [{"step": 1}]
 
 
 def test_what_a_kill_left_half_written_is_overwritten(tmp_path):
-    Run(tmp_path).create(resolve(TrainConfig, {}), 0, {})
+    RunFolder(tmp_path).create(resolve(TrainConfig, {}), 0, {}, {})
     (tmp_path / ".adapter.tmp").mkdir()
     (tmp_path / ".evaluation.json.tmp").write_text("{")
     config = resolve(TrainConfig, {"output_dir": str(tmp_path), "overwrite": True})
-    run = Run.reserve(config)
+    run = RunFolder.reserve(config)
     (tmp_path / ".notes.tmp").write_text("mine")
     with pytest.raises(UserError, match=r"holds .notes.tmp, which is not of a run"):
-        Run.reserve(config)
+        RunFolder.reserve(config)
     (tmp_path / ".notes.tmp").unlink()
-    run.create(config, 0, {})
+    run.create(config, 0, {}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "environment.json"]
 
 
 def test_a_config_cut_short_is_not_resumed_as_something_else(tmp_path):
     config = resolve(TrainConfig, {"output_dir": str(tmp_path), "dataset": "trec", "lr": "0.5"})
-    Run(tmp_path).create(config, 0, {})
-    assert Run.open(tmp_path)[1].model_dump() == config.model_dump()
+    RunFolder(tmp_path).create(config, 0, {}, {})
+    assert RunFolder.open(tmp_path)[1].model_dump() == config.model_dump()
     (tmp_path / "config.yaml").write_text("model: builtin\n")
     with pytest.raises(UserError, match="lacks"):
-        Run.open(tmp_path)
+        RunFolder.open(tmp_path)
 
 
 def test_a_metrics_row_cut_short_is_dropped(tmp_path):
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     for step in (1, 2, 3):
         run.append_metrics({"step": step})
     with (tmp_path / "metrics.jsonl").open("a") as file:

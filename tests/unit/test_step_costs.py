@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
-from abft_fast.memory.plan import Flow
 from abft_fast.memory.simulation import bytes_of, peak_memory, without_memory
+from abft_fast.memory.types import Flow
 from abft_fast.models.synthetic import skeleton
 from abft_fast.models.trainable import enable_checkpointing, set_trained, trained_parameters
 from tests.costs import Largest, MatrixProducts, Waits, moved

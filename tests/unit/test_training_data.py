@@ -8,8 +8,8 @@ from abft_fast.models import loading
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
+from abft_fast.training.methods import training_prompts
 from abft_fast.training.picl import intrinsic_tasks, paragraphs
-from abft_fast.training.training_data import training_prompts
 
 pytestmark = pytest.mark.unit
 

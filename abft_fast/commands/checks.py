@@ -1,0 +1,153 @@
+"""Check a command's options, files and model folder before anything slow is imported.
+
+This module imports neither torch nor transformers at its top, so a mistake is answered in about a
+second. `cli.app` calls a check of this module first and imports the command's own module after it.
+All other modules of this package import what they need at their top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from abft_fast.commands import adapter_origin, prediction_files
+from abft_fast.data import Dataset, mauve_prefixes
+from abft_fast.errors import UserError
+from abft_fast.models.files import check_adapter, check_model, check_model_folder
+from abft_fast.options import (
+    EvalConfig,
+    MergeConfig,
+    Options,
+    PlanConfig,
+    PredictConfig,
+    TrainConfig,
+    datasets,
+    flag,
+)
+from abft_fast.options.methods import METHODS
+from abft_fast.runtime import launch
+from abft_fast.runtime.files import check_output, check_output_folder
+from abft_fast.training import picl
+from abft_fast.training.run_folder import RunFolder
+
+_OF_THIS_CALL = ("force", "device", "device_map")
+"""Options that a resumed run may be given anew."""
+
+
+def check_train(config: TrainConfig, flags: Mapping[str, Any]) -> tuple[TrainConfig, RunFolder]:
+    """Reserve the folder of a new run, or open the run to resume.
+
+    Args:
+        config: the options that `flags` and a `--config` file give.
+        flags: the options of the command line.
+
+    Returns:
+        The run's options and folder. The options of a resumed run are its own.
+
+    Raises:
+        UserError: the options, the data, the model or the run's folder do not allow it.
+    """
+    if config.resume is None:
+        run = RunFolder.reserve(config)
+        _check_data(config)
+        check_train_data(config)
+    else:
+        unwanted = sorted(set(flags) - {"resume", "debug", *_OF_THIS_CALL})
+        if unwanted:
+            names = ", ".join(map(flag, unwanted))
+            raise UserError(f"--resume goes on with the run's own options: leave out {names}")
+        run, options = RunFolder.open(config.resume)
+        given = {name: getattr(config, name) for name in _OF_THIS_CALL if name in flags}
+        config = options.model_copy(update={**given, "resume": config.resume})
+        run.check_data(datasets.file_hashes(config))
+    check_model(config.model)
+    _check_device(config)
+    return config, run
+
+
+def check_evaluate(config: EvalConfig) -> None:
+    """Check the files that an evaluation reads and writes.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    if config.output is not None:
+        check_output(config.output, read=datasets.paths(config))
+    if config.adapter is not None:
+        check_adapter(config.adapter)
+    check_model(config.model)
+    _check_data(config)
+    if config.adapter is not None:
+        adapter_origin.check_tested_apart(config)
+    _check_device(config)
+
+
+def check_plan(config: PlanConfig) -> None:
+    """Check the data and the model folder that a plan is made for.
+
+    Raises:
+        UserError: one of them cannot be used, or `--resume` is given.
+    """
+    if config.resume is not None:
+        options = config.resume / "config.yaml"
+        raise UserError(f"--resume is for train: plan a run by --config {options}")
+    check_model_folder(config.model)
+    _check_data(config)
+    check_train_data(config)
+
+
+def check_predict(config: PredictConfig) -> Dataset:
+    """Check the files that a prediction reads and writes; return the demonstrations.
+
+    Raises:
+        UserError: one of them cannot be used, or a launcher started several processes.
+    """
+    if launch.process_count() > 1:
+        raise UserError("predict runs in one process: start it without a launcher")
+    check_model(config.model)
+    prediction_files.check_files(config)
+    dataset = prediction_files.read_demonstrations(config)
+    prediction_files.check_queries(config, dataset.label_words)
+    return dataset
+
+
+def check_merge(config: MergeConfig) -> None:
+    """Check the adapters, the model folder and the output folder of a merge.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    check_output_folder(config.output_dir, new=True)
+    for folder, _ in config.adapters:
+        check_adapter(folder)
+    check_model(config.model)
+
+
+def check_train_data(config: TrainConfig) -> None:
+    """Check the files that only training reads.
+
+    Raises:
+        UserError: the plain text or the prefixes of MAUVE cannot be used, or a package is missing.
+    """
+    if config.plain_text is not None:
+        picl.check(picl.paragraphs(config.plain_text), config.k)
+    if config.mauve_test:
+        if config.mauve_prefix is not None:
+            mauve_prefixes.read_prefixes(config.mauve_prefix)
+        mauve_prefixes.check_installed()
+
+
+def _check_data(config: Options) -> None:
+    """Check that the user's own data allow `--k` demonstrations."""
+    if config.data_are_own:
+        dataset = datasets.by_options(config)
+        if isinstance(config, TrainConfig) and METHODS[config.method].trains_on_tested_dataset:
+            dataset.check_training(config.k)
+        dataset.check_test(config.k)
+
+
+def _check_device(config: Options) -> None:
+    """Refuse `--device cuda` without a GPU; this needs torch, but nothing slower."""
+    from abft_fast.runtime.environment import uses_cpu
+
+    uses_cpu(config.device)

@@ -1,0 +1,127 @@
+"""Evaluate a model, with or without an adapter, on test prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from abft_fast import data
+from abft_fast.commands import adapter_origin
+from abft_fast.commands.session import Session, check_same_data
+from abft_fast.core.label_logits import keep_label_rows
+from abft_fast.evaluation import inference
+from abft_fast.evaluation.behavior import BehaviorMean
+from abft_fast.evaluation.evaluation_set import EvaluationSet
+from abft_fast.models import trainable
+from abft_fast.options import EvalConfig
+from abft_fast.prompts import EncodedPrompts, PromptEncoder
+from abft_fast.runtime import processes
+from abft_fast.runtime.environment import uses_cpu
+from abft_fast.runtime.files import write_json
+from abft_fast.runtime.progress import Progress
+from abft_fast.runtime.token_budget import CPU_TOKENS
+
+Scores = dict[str, dict[str, float | None]]
+"""Figures by dataset and name."""
+
+
+def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
+    """Test the model that the options name, and write `--output`.
+
+    Returns:
+        Metrics and attention behavior.
+
+    Raises:
+        UserError: an option, the data, the model or the adapter does not allow the evaluation.
+    """
+    with processes.running(uses_cpu(config.device)):
+        check_same_data(config)
+        with processes.fail_together():
+            session = Session(config, progress)
+            tests = prepare_tests(session)
+            session.show_data(tests[0].prompts)
+            for line in (*adapter_origin.differences(config), *config.without_effect):
+                progress.say(line)
+            session.load()
+            if config.adapter is not None:
+                session.model = trainable.load_adapter(session.model, config.adapter)
+            keep_rows_of_labels(session, tests)
+            session.check_attention(tests[0].prompts)
+        metrics, attention = run_tests(session, tests, "evaluating")
+        if config.output is not None:
+            processes.run_on_main(write_json, config.output, metrics)
+    return metrics, attention
+
+
+def prepare_tests(session: Session) -> list[EvaluationSet]:
+    """Return the tests that the options ask for, their prompts tokenized.
+
+    Raises:
+        UserError: a dataset does not allow the test, or a prompt is too long.
+    """
+    config, name = session.config, session.dataset.name
+    names = [name]
+    if config.generalization_test:
+        names += [other for other in data.PAPER_DATASETS if other != name]
+    tests = []
+    for dataset_name in names:
+        dataset, encoder = session.dataset, session.encoder
+        if dataset_name != name:
+            dataset = data.load(dataset_name)
+            encoder = PromptEncoder.by_options(
+                config, encoder.tokenizer, dataset, encoder.max_length
+            )
+        test = EvaluationSet(config, dataset, encoder)
+        for encoded in test.encoded:
+            session.say_too_long(encoded, f"{dataset_name}: test", "with fewer demonstrations")
+        tests.append(test)
+    return tests
+
+
+def keep_rows_of_labels(session: Session, tests: Sequence[EvaluationSet]) -> None:
+    """Free the rows of the LM head that belong to no label word of the dataset or the tests."""
+    wanted = set(session.encoder.label_ids).union(*(test.label_ids for test in tests))
+    keep_label_rows(session.model, sorted(wanted))
+
+
+def run_tests(
+    session: Session, tests: Sequence[EvaluationSet], title: str
+) -> tuple[Scores, Scores]:
+    """Test the session's model in its current state.
+
+    Args:
+        session: the model and its device.
+        tests: what to test.
+        title: the title of the progress bar.
+
+    Returns:
+        Metrics and attention behavior.
+    """
+    metrics, attention = {}, {}
+    for test in tests:
+        lengths = ([len(prompt) for prompt in encoded.prompts] for encoded in test.encoded)
+        own_prompts = sum(len(processes.own_share(each)) for each in lengths)
+        bar_title = title if len(tests) == 1 else f"{title}, {test.dataset}"
+        with session.progress.bar(bar_title, own_prompts) as advance:
+            scores, behavior = test.run(functools.partial(_predict, session, advance))
+        metrics[test.dataset] = scores
+        attention[test.dataset] = dataclasses.asdict(behavior)
+    return metrics, attention
+
+
+def _predict(
+    session: Session, advance: Callable[[int], None], encoded: EncodedPrompts, behavior: bool
+) -> tuple[Tensor, BehaviorMean]:
+    config = session.config
+    return inference.predict_labels(
+        session.model,
+        encoded,
+        CPU_TOKENS if config.token_budget == "auto" else config.token_budget,
+        advance,
+        session.accelerator.autocast,
+        config.attention_backend,
+        behavior,
+    )

@@ -1,0 +1,97 @@
+"""Plan the memory of a training run, for every way that gradients can flow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from abft_fast.commands.data_report import show_data
+from abft_fast.errors import UserError
+from abft_fast.memory.plan import (
+    GPU_RESERVE,
+    available_memory,
+    flows_of,
+    make_plan,
+    what_to_change,
+)
+from abft_fast.memory.simulation import CannotCount
+from abft_fast.memory.types import Arithmetic, Flow, Plan
+from abft_fast.models import loading
+from abft_fast.models.shapes import SYNTHETIC, known_shape
+from abft_fast.options import PlanConfig, datasets
+from abft_fast.prompts import PromptEncoder
+from abft_fast.runtime.environment import uses_cpu
+from abft_fast.runtime.progress import Progress
+from abft_fast.training.methods import training_prompts
+
+
+def plan(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
+    """Plan the run that `train` would start with these options; read no weights.
+
+    Returns:
+        The plan, and notes on it: the longest prompt, the available memory, whether the run fits.
+
+    Raises:
+        UserError: an option, the data or the model does not allow the run, or its memory cannot be
+            counted from its config.
+    """
+    known = None if Path(config.model).is_dir() else known_shape(_without_prefix(config.model))
+    shape = known or loading.read_config(config.model)
+    lengths, dataset_name = _prompt_lengths(config, shape, known is not None, progress)
+    longest = max(lengths)
+    on_gpu = config.gpu_memory is not None or not uses_cpu(config.device)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if config.gpu_memory is None:
+        limit = available_memory(device, all_gpus=config.device_map == "auto")
+    else:
+        limit = int(config.gpu_memory * 1e9) - GPU_RESERVE
+    mixed = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and on_gpu)
+    arithmetic = Arithmetic(device.type, mixed)
+    chosen = Flow(config.gradient, config.checkpointing)
+    flows = dict.fromkeys([*flows_of(config), chosen])
+    try:
+        planned = make_plan(shape, config, arithmetic, flows, longest, limit)
+        if planned.fits(chosen):
+            verdict = "fits"
+        else:
+            advice = what_to_change(shape, config, arithmetic, longest, limit)
+            verdict = f"does not fit: {advice}"
+    except CannotCount as error:
+        raise UserError(
+            f"model {config.model}: {error}; `train` finds a budget by trying"
+        ) from error
+    tokenizer = ", by the built-in model's tokenizer, which makes many" if known else ""
+    reserve = f" ({GPU_RESERVE / 1e9:.0f} GB is left to CUDA)" if on_gpu else ""
+    notes = [
+        f"longest of {len(lengths)} training prompts of {dataset_name}, k={config.k}: "
+        f"{longest} tokens{tokenizer}",
+        f"{limit / 1e9:.1f} GB are available{reserve}",
+        f"{chosen.options}: {verdict}",
+        *config.without_effect,
+    ]
+    return planned, notes
+
+
+def _without_prefix(model: str) -> str:
+    return model.removeprefix(SYNTHETIC)
+
+
+def _prompt_lengths(
+    config: PlanConfig, shape: PreTrainedConfig, is_known: bool, progress: Progress
+) -> tuple[list[int], str]:
+    """Return the tokens of every training prompt, and the dataset's name.
+
+    A known shape has no tokenizer, so the built-in model's tokenizer stands for it. There a label
+    word may have several tokens although the model's own tokenizer makes one.
+    """
+    dataset = datasets.by_options(config)
+    tokenizer = loading.read_tokenizer("builtin" if is_known else config.model)
+    options = config.model_copy(update={"label_token": "first"}) if is_known else config
+    context = loading.context_length(shape)
+    encoder = PromptEncoder.by_options(options, tokenizer, dataset, context)
+    prompts = training_prompts(config, dataset, encoder).prompts
+    lengths = [len(prompt) for prompt in prompts]
+    show_data(progress, dataset, encoder, lengths)
+    return lengths, dataset.name

@@ -1,0 +1,196 @@
+"""Train: evaluate a model, optimize it, evaluate it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate.utils import set_seed
+from torch import nn
+
+from abft_fast.commands import mauve
+from abft_fast.commands.evaluate import keep_rows_of_labels, prepare_tests, run_tests
+from abft_fast.commands.session import Session, check_same_data
+from abft_fast.core.packing import EncodedPrompt
+from abft_fast.errors import Interrupted, UserError
+from abft_fast.evaluation.evaluation_set import EvaluationSet
+from abft_fast.memory.plan import available_memory, make_plan, what_to_change
+from abft_fast.memory.simulation import CannotCount
+from abft_fast.memory.types import Flow
+from abft_fast.models import loading, trainable
+from abft_fast.models.preflight import check_gradients
+from abft_fast.options import TrainConfig, datasets
+from abft_fast.runtime import processes
+from abft_fast.runtime.environment import describe, uses_cpu
+from abft_fast.runtime.files import atomic_folder
+from abft_fast.runtime.launch import is_main
+from abft_fast.runtime.progress import Progress
+from abft_fast.training.loop import Training, optimize
+from abft_fast.training.methods import TRAINING_METHODS, training_prompts
+from abft_fast.training.run_folder import RunFolder
+
+
+def train(config: TrainConfig, run: RunFolder, progress: Progress) -> RunFolder:
+    """Start a run, or continue the one that `config.resume` names.
+
+    Args:
+        config: the run's options.
+        run: its folder, by `RunFolder.reserve` or `RunFolder.open`.
+        progress: prints messages and bars.
+
+    Returns:
+        The run's folder: the main process's, as a reserved name contains the time.
+
+    Raises:
+        UserError: an option, the data or the model does not allow the run; nothing is written.
+        RunError: training cannot continue.
+        Interrupted: the user stopped a run that can be continued.
+    """
+    with processes.running(uses_cpu(config.device)):
+        run = RunFolder(processes.from_main(run.folder))
+        try:
+            _train(config, run, progress)
+        except KeyboardInterrupt:
+            if config.no_save or not run.is_begun:
+                raise
+            line = f"interrupted; continue with `abft-fast train --resume {run.folder}`"
+            raise Interrupted(line) from None
+    return run
+
+
+def _train(config: TrainConfig, run: RunFolder, progress: Progress) -> None:
+    """Do what the run has not done yet; see `train`."""
+    check_same_data(config)
+    with processes.fail_together():
+        session, prompts, tests = set_up(config, run, progress)
+
+    def evaluate_once(side: str) -> None:
+        if side in config.sides and processes.from_main(side not in run.evaluation):
+            scores = run_tests(session, tests, f"evaluating {side}")
+            processes.run_on_main(run.record_evaluation, side, *scores)
+
+    evaluate_once("before")
+    if config.mauve_test:
+        processes.run_on_main(mauve.record_texts, config, run, session, "before")
+        processes.run_on_main(mauve.record_texts, config, run, session, "before-again")
+    optimize(to_train(session, run, prompts))
+    processes.run_on_main(save_result, config, run, session.model)
+    evaluate_once("after")
+    if config.mauve_test:
+        processes.run_on_main(mauve.record_texts, config, run, session, "after")
+        processes.run_on_main(mauve.score_texts, config, run, session)
+    session.accelerator.end_training()
+
+
+def set_up(
+    config: TrainConfig, run: RunFolder, progress: Progress
+) -> tuple[TrainSession, list[EncodedPrompt], list[EvaluationSet]]:
+    """Prepare everything that precedes the first evaluation, and make a new run's folder.
+
+    Returns:
+        The session with its model loaded, the training prompts, and the tests.
+
+    Raises:
+        UserError: as `train`.
+    """
+    is_new = config.resume is None
+    set_seed(config.seed)
+    files = datasets.file_hashes(config)
+    session = TrainSession(config, progress, run.folder)
+    if not is_new and is_main():
+        run.check_data(files)
+    for line in config.without_effect:
+        progress.say(line)
+    prompts = session.encode_training()
+    tests = prepare_tests(session) if config.sides else []
+    session.show_data(prompts, *(test.prompts for test in tests[:1]))
+    if config.mauve_test:
+        mauve.check(config, session.dataset)
+    tested = sum(len(encoded.prompts) for test in tests for encoded in test.encoded)
+    progress.say(
+        f"on {session.accelerator.device.type}: {len(prompts):,} prompts to train on, "
+        f"{tested:,} to test on"
+    )
+    session.check_memory(prompts)
+    session.load()
+    session.check_attention(prompts)
+    if config.trainable == "lora":
+        check_gradients(session.model)
+    if config.needs_label_rows_only:
+        keep_rows_of_labels(session, tests)
+    set_seed(config.seed)
+    session.model = trainable.set_trained(session.model, config.trainable, config.lora_r)
+    trained = sum(p.numel() for p in trainable.trained_parameters(session.model).values())
+    if is_new and is_main():
+        run.create(config, trained, files, describe())
+    progress.keep(run.folder / "run.log")
+    return session, prompts, tests
+
+
+class TrainSession(Session):
+    """Add training prompts and the plan of memory to a session.
+
+    Attributes:
+        planned_tokens: tokens that fit at once, after `check_memory`; None without a plan.
+    """
+
+    planned_tokens: int | None = None
+
+    def encode_training(self) -> list[EncodedPrompt]:
+        """Return the training prompts of the method; say how many were too long."""
+        encoded = training_prompts(self.config, self.dataset, self.encoder)
+        self.say_too_long(encoded, "training", TRAINING_METHODS[self.config.method].shortened)
+        return encoded.prompts
+
+    def check_memory(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """Say how much memory training takes; refuse what cannot fit, before weights are read.
+
+        Raises:
+            UserError: not even the longest prompt fits, and `--force` is not given.
+        """
+        config = self.config
+        longest = max(map(len, prompts))
+        flow = Flow(config.gradient, config.checkpointing)
+        room = available_memory(self.accelerator.device, all_gpus=self.placement is not None)
+        model = (self.shape, config, self.arithmetic)
+        try:
+            plan = make_plan(*model, [flow], longest, room)
+            advice = "" if plan.fits(flow) else what_to_change(*model, longest, room)
+        except CannotCount as error:
+            self.progress.say(f"no plan of memory: {error}")
+            return
+        self.progress.say(
+            f"plan: weights and optimizer {plan.static.total / 1e9:.2f} GB, "
+            f"{plan.steps[flow].at(longest) / 1e9:.2f} GB for the longest prompt ({longest} "
+            f"tokens); {plan.most_tokens(flow):,} tokens at once fit in {room / 1e9:.1f} GB"
+        )
+        self.planned_tokens = plan.most_tokens(flow)
+        if not plan.fits(flow) and not config.force:
+            raise UserError(
+                f"{config.model} with {flow.options} does not fit in {room / 1e9:.1f} GB: "
+                f"{advice}, or --force"
+            )
+
+
+def to_train(session: TrainSession, run: RunFolder, prompts: list[EncodedPrompt]) -> Training:
+    """Return what the training loop takes."""
+    return Training(
+        config=session.config,
+        run=run,
+        model=session.model,
+        prompts=prompts,
+        accelerator=session.accelerator,
+        progress=session.progress,
+        planned_tokens=session.planned_tokens,
+    )
+
+
+def save_result(config: TrainConfig, run: RunFolder, model: nn.Module) -> None:
+    """Write `adapter/`, which plain PEFT loads, or `model/`, which plain transformers loads."""
+    name = "adapter" if config.trainable == "lora" else "model"
+    if config.no_save or (run.folder / name).exists():
+        return
+    with atomic_folder(run.folder / name) as temporary:
+        model.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
+        if name == "model":
+            loading.read_tokenizer(config.model).save_pretrained(temporary)

@@ -1,0 +1,161 @@
+"""Measure the memory of weights and of a step on tensors without memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from abft_fast.core.packing import pack
+from abft_fast.memory.simulation import (
+    CannotCount,
+    bytes_of,
+    float32_as_on_a_gpu,
+    peak_memory,
+    without_memory,
+)
+from abft_fast.memory.types import Arithmetic, Flow, StaticMemory, StepMemory
+from abft_fast.models import trainable
+from abft_fast.models.shapes import with_layers
+from abft_fast.models.stored_format import stored_format
+from abft_fast.models.synthetic import skeleton
+from abft_fast.options import TrainConfig
+from abft_fast.training.methods import example_prompt, method_loss
+
+_ADAM_STATES = 2
+_FEWEST_LAYERS = 4
+_FEWEST_TOKENS = 2048  # below this, memory that does not grow with tokens sets the peak
+
+
+def static_memory(
+    shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic
+) -> StaticMemory:
+    """Count the memory of weights and optimizer.
+
+    Raises:
+        UserError: the model cannot be trained this way.
+        CannotCount: its weights are stored in a format that is not counted.
+    """
+    model = trainable_without_memory(shape, config, arithmetic, Flow("local"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    head = model.get_output_embeddings()
+    freed = set()
+    if config.needs_label_rows_only and head.weight is not model.get_input_embeddings().weight:
+        freed = set(head.parameters())
+    frozen = [p for p in model.parameters() if not p.requires_grad and p not in freed]
+    quantized = [p for p in frozen if not p.is_floating_point()]
+    others = [p for p in frozen if p.is_floating_point()]
+    size = bytes_of(trained)
+    return StaticMemory(
+        quantized=bytes_of(quantized),
+        frozen=bytes_of([*others, *model.buffers()]),
+        trained=size,
+        gradients=size,
+        optimizer=_ADAM_STATES * size,
+        parameters=sum(p.numel() for p in trained),
+    )
+
+
+def step_memory(
+    shape: PreTrainedConfig,
+    config: TrainConfig,
+    arithmetic: Arithmetic,
+    flow: Flow,
+    length: int,
+) -> StepMemory:
+    """Measure two shallow models on fake tensors and extrapolate linearly to the model's depth.
+
+    Args:
+        shape: the model's config.
+        config: the run's options.
+        arithmetic: how numbers are kept.
+        flow: how far gradients flow.
+        length: tokens of each prompt.
+
+    Returns:
+        The memory of one forward and backward.
+    """
+    depth = shape.num_hidden_layers
+    few = max(_FEWEST_LAYERS, flow.gradient) if isinstance(flow.gradient, int) else _FEWEST_LAYERS
+    depths = [few, 2 * few] if 2 * few < depth else [depth]
+    softcap = getattr(shape.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    one_by_one = softcap is not None or _attention(config, arithmetic) == "separate"
+    count = 1 if one_by_one else -(-_FEWEST_TOKENS // length)
+    counts = [count, 3 * count]
+    peaks = []  # by depth, then by number of prompts
+    for layers in depths:
+        model = trainable_without_memory(with_layers(shape, layers), config, arithmetic, flow)
+        peaks.append([step_peak(model, config, arithmetic, flow, length, n) for n in counts])
+    at_depth = [_line(depths, of_count, depth) for of_count in zip(*peaks, strict=True)]
+    tokens = [n * length for n in counts]
+    slope = (at_depth[1] - at_depth[0]) / (tokens[1] - tokens[0])
+    return StepMemory(fixed=_line(tokens, at_depth, 0), a_token=slope)
+
+
+def trainable_without_memory(
+    shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic, flow: Flow
+) -> nn.Module:
+    """Set the model up as `train` does, on tensors without memory."""
+    model = skeleton(shape, arithmetic.dtype, _bits(shape, config))
+    model = without_memory(trainable.set_trained(model, config.trainable, config.lora_r))
+    if flow.checkpointing:
+        trainable.enable_checkpointing(model)
+    return model
+
+
+def step_peak(
+    model: nn.Module,
+    config: TrainConfig,
+    arithmetic: Arithmetic,
+    flow: Flow,
+    length: int,
+    count: int,
+) -> int:
+    """Return the peak bytes of a forward and backward on `count` prompts of `length` tokens."""
+    prompts = [example_prompt(config, length)] * count
+    packed = pack(prompts)
+    changes = {"gradient": flow.gradient, "attention_backend": _attention(config, arithmetic)}
+    options = config.model_copy(update=changes)
+    for parameter in trainable.trained_parameters(model).values():
+        parameter.grad = torch.empty_like(parameter)  # the previous batch leaves gradients
+
+    def step() -> None:
+        with contextlib.ExitStack() as stack:
+            if arithmetic.mixed:
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            if arithmetic.device_type == "cuda":
+                stack.enter_context(float32_as_on_a_gpu())
+            method_loss(model, prompts, packed, options, config.penalty).loss.backward()
+
+    return peak_memory(step)
+
+
+def _line(at: Sequence[float], values: Sequence[float], to: float) -> float:
+    """Extrapolate to `to` from one or two points."""
+    if len(at) == 1:
+        return values[0]
+    return values[0] + (values[1] - values[0]) * (to - at[0]) / (at[1] - at[0])
+
+
+def _bits(shape: PreTrainedConfig, config: TrainConfig) -> int | None:
+    """Return the bits of quantized weights, by the options or by the checkpoint's format."""
+    match stored_format(shape):
+        case None:
+            return config.bits if config.quantized else None
+        case "bitsandbytes":
+            return 8 if shape.quantization_config.get("load_in_8bit") else 4
+        case "mxfp4":
+            return None  # loading dequantizes these weights
+    raise CannotCount(f"weights stored as {stored_format(shape)} are not counted")
+
+
+def _attention(config: TrainConfig, arithmetic: Arithmetic) -> str:
+    """Return an attention backend of the same memory as the run's.
+
+    All backends that return a log-sum-exp take the same memory.
+    """
+    float32_on_gpu = arithmetic.device_type == "cuda" and not arithmetic.mixed
+    return "separate" if float32_on_gpu or config.attention_backend == "separate" else "auto"
