@@ -117,7 +117,7 @@ class PromptEncoder:
         if not tokenizer.is_fast:
             raise UserError(
                 f"tokenizer {type(tokenizer).__name__} reports no character offsets, so label "
-                "positions cannot be told: use the model's fast tokenizer"
+                "positions are unknown: use the model's fast tokenizer"
             )
         self.dataset = dataset.name
         self.template = Template.of(dataset, form)

@@ -44,13 +44,18 @@ def check_tested_apart(config: EvalConfig) -> None:
     trained_on = run.data.get(options["dataset"])
     if options["dataset"] != now["dataset"] and digest != trained_on:
         return
-    what = f"adapter {config.adapter} was trained on rows of {config.dataset} that this tests on"
+    what = f"adapter {config.adapter} was trained on rows of {config.dataset} that are to be tested"
     if digest != trained_on:
-        raise UserError(f"{what}, as the file has changed since: put it back, or give --test-file")
+        raise UserError(
+            f"{what}, because the file has changed since: restore the file, or give --test-file"
+        )
     for name in ("test_file", "test_share", "split_seed", "label_column"):
         if options[name] != now[name]:
             given = _given(name, options[name])
-            raise UserError(f"{what}: its run had {given}; give that, or other rows by --test-file")
+            raise UserError(
+                f"{what}: the adapter's run had {given}; give the same, or other rows with "
+                "--test-file"
+            )
 
 
 def _given(name: str, value: Any) -> str:

@@ -90,7 +90,7 @@ def check_plan(config: PlanConfig) -> None:
     """
     if config.resume is not None:
         options = config.resume / "config.yaml"
-        raise UserError(f"--resume is for train: plan a run by --config {options}")
+        raise UserError(f"--resume works with train only: plan a run with --config {options}")
     check_model_folder(config.model)
     _check_data(config)
     check_train_data(config)

@@ -89,8 +89,8 @@ class Labeller(ModelOnDevice):
         if self._is_too_long(bare):
             raise UserError(
                 f"{config.demonstrations}: with its {len(dataset.demonstrations)} demonstrations a "
-                f"prompt without a query has {len(bare)} tokens, and the model's context "
-                f"{self.context}: use fewer"
+                f"prompt without a query has {len(bare)} tokens, but the model's context has "
+                f"{self.context}: use fewer demonstrations"
             )
         self.chunk = min(max(_CHUNK_TOKENS // len(bare), 1), _CHUNK)
         self.load()
@@ -110,8 +110,8 @@ class Labeller(ModelOnDevice):
                 fitting.append(index)
             elif self.config.on_long_prompt == "refuse":
                 raise UserError(
-                    f"{row.place()}: its prompt of {len(prompts[index])} tokens is longer than the "
-                    f"model's context of {self.context} tokens: shorten it, use fewer "
+                    f"{row.place()}: the prompt of {len(prompts[index])} tokens is longer than the "
+                    f"model's context of {self.context} tokens: shorten the text, use fewer "
                     "demonstrations, or pass --on-long-prompt drop"
                 )
         by_index: dict[int, list[float]] = {}

@@ -50,7 +50,7 @@ def check_queries(config: PredictConfig, label_words: Sequence[str]) -> None:
         if not _writes_json(config) and row.cells.keys() != columns:
             odd = sorted(row.cells.keys() ^ columns)[0]
             raise UserError(
-                f"{row.place()}: column {odd!r} is not in all rows, as CSV needs it: write .jsonl"
+                f"{row.place()}: not all rows have column {odd!r}, but CSV needs this: write .jsonl"
             )
 
 
@@ -104,14 +104,14 @@ def read_queries(config: PredictConfig, label_words: Sequence[str]) -> Iterator[
     for row in tables.read_rows(config.input):
         if config.text_column not in row.cells:
             raise UserError(
-                f"{row.place()}: no column {config.text_column!r}; there are "
+                f"{row.place()}: there is no column {config.text_column!r}; the columns are "
                 f"{tables.listed(row.cells) or 'none'}"
                 f"{tables.closest(config.text_column, row.cells)}"
             )
         for column in written:
             if column in row.cells:
                 raise UserError(
-                    f"{row.place()}: column {column!r} is to be written: rename it in the input"
+                    f"{row.place()}: the output has a column {column!r} too: rename it in the input"
                 )
         yield row, row.text(config.text_column)
 

@@ -131,7 +131,9 @@ def check_same_data(config: TrainConfig | EvalConfig) -> None:
     all_files = processes.gather(files)
     if len({tuple(hashes.values()) for hashes in all_files}) > 1:
         path = next(p for p in files if len({hashes.get(p) for hashes in all_files}) > 1)
-        raise UserError(f"not every process reads the same {Path(path).name}: share the file")
+        raise UserError(
+            f"not every process reads the same {Path(path).name}: give all of them the same file"
+        )
 
 
 def make_accelerator(
@@ -148,7 +150,7 @@ def make_accelerator(
         precision = "no" if cpu else "bf16"
     tracker = getattr(config, "tracker", "none")
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise UserError(f"--tracker {tracker}: not installed; `pip install 'abft-fast[track]'`")
+        raise UserError(f"--tracker {tracker} is not installed: `pip install 'abft-fast[track]'`")
     try:
         return Accelerator(
             cpu=cpu,

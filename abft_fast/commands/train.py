@@ -167,7 +167,7 @@ class TrainSession(Session):
         if not plan.fits(flow) and not config.force:
             raise UserError(
                 f"{config.model} with {flow.options} does not fit in {room / 1e9:.1f} GB: "
-                f"{advice}, or --force"
+                f"{advice}, or pass --force"
             )
 
 

@@ -109,8 +109,8 @@ def _query_key_rows(config: PreTrainedConfig) -> Tensor:
         case "gpt_neox":  # Q, K, V of head 0, then of head 1, ...
             return torch.arange(heads * 3 * head_dim) % (3 * head_dim) < 2 * head_dim
     raise UnsupportedModel(
-        f"{config.model_type}: where Q and K are in its fused projection is not known, "
-        "so it cannot be trained"
+        f"{config.model_type}: this library does not know where Q and K are in the fused "
+        "projection, so it cannot train the model"
     )
 
 
@@ -132,12 +132,12 @@ def prepare(model: nn.Module) -> PreTrainedModel:
     with_attention = attention_layers(model)
     if not with_attention:
         raise UnsupportedModel(
-            f"{family}: no attention layer with Q and K projections; not supported"
+            f"{family}: no layer has Q and K projections; this family is not supported"
         )
     if not inner._can_set_attn_implementation():
         raise UnsupportedModel(
-            f"{family}: its attention is not called through transformers' AttentionInterface, "
-            "so the loss cannot see it; not supported"
+            f"{family}: attention does not go through transformers' AttentionInterface, "
+            "so the loss cannot see it; this family is not supported"
         )
     inner.set_attn_implementation(attention.NAME)
     _keep_gradients_through_nf4(inner)
@@ -161,7 +161,7 @@ def _keep_gradients_through_nf4(inner: PreTrainedModel) -> None:
         weight = module.weight
         if getattr(weight, "quant_state", None) is None:
             raise UnsupportedModel(
-                "config.json says 4 bits, its files hold no state of quantization"
+                "config.json says 4 bits, but the files hold no quantization state"
             )
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -196,4 +196,6 @@ def decoder_layers(inner: PreTrainedModel) -> nn.ModuleList:
     for module in inner.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise UnsupportedModel(f"{inner.config.model_type}: not a text decoder with a list of layers")
+    raise UnsupportedModel(
+        f"{inner.config.model_type}: the model is not a text decoder with a list of layers"
+    )

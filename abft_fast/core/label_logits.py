@@ -44,7 +44,9 @@ def label_columns(model: nn.Module, label_ids: Sequence[int]) -> list[int]:
         return list(label_ids)
     missing = set(label_ids) - set(kept)
     if missing:
-        raise ValueError(f"token {min(missing)} is not one of the {len(kept)} the LM head has kept")
+        raise ValueError(
+            f"token {min(missing)} is not one of the {len(kept)} tokens that the LM head has kept"
+        )
     return [kept.index(token) for token in label_ids]
 
 

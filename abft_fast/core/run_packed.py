@@ -63,6 +63,6 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs: Any) -> Model
     if missing:
         raise UnsupportedModel(
             f"{inner.config.model_type}: attention of layers {missing} does not reach "
-            "the loss (no keyword arrives through AttentionInterface); not supported"
+            "the loss (no keyword arrives through AttentionInterface); this family is not supported"
         )
     return output

@@ -81,7 +81,7 @@ class SharedPrefix:
         length = len(self.ids)
         for i, prompt in enumerate(prompts):
             if list(prompt[:length]) != self.ids or len(prompt) == length:
-                raise ValueError(f"prompts[{i}] does not go on from the prefix of {length} tokens")
+                raise ValueError(f"prompts[{i}] does not continue the prefix of {length} tokens")
         own = pack([EncodedPrompt(list(prompt[length:]), [], []) for prompt in prompts])
         return replace(own, position_ids=own.position_ids + length)
 

@@ -77,7 +77,8 @@ class Dataset:
         """
         if k > len(self.demonstrations):
             raise UserError(
-                f"k={k}: {self.name} has {len(self.demonstrations)} demonstrations to draw from"
+                f"k={k}: {self.name} has {len(self.demonstrations)} demonstrations to draw from, "
+                f"so k is at most {len(self.demonstrations)}"
             )
 
     def training_prompts(self, k: int, count: int, seed: int) -> list[Prompt]:

@@ -160,10 +160,11 @@ def _check_classes(source: OwnSource, training: list[_Labelled], words: Collecti
     if source.test is None and rows.most_common()[-1][1] == 1:
         lonely = [value for value in words if rows[value] == 1]
         row = next(example.row for example in training if example.value == lonely[0])
-        others = f" (and {len(lonely) - 1} other labels)" if len(lonely) > 1 else ""
+        others = f" ({len(lonely) - 1} more labels have one row)" if len(lonely) > 1 else ""
         raise UserError(
-            f"{source.training}, row {row}, column {source.label_column!r}: the only row with the "
-            f"label {lonely[0]!r}{others}, but a split needs two: add rows, or give --test-file"
+            f"{source.training}, row {row}, column {source.label_column!r}: this is the only row "
+            f"with the label {lonely[0]!r}{others}, but a split needs two: add rows, or give "
+            "--test-file"
         )
 
 
@@ -171,8 +172,8 @@ def _check_distinct(source: OwnSource, files: Sequence[tuple[str, str]]) -> None
     training, test = files[:2]
     if training[1] == test[1]:
         raise UserError(
-            f"{source.test} holds what {source.training} does: test on rows that are not trained "
-            "on, or leave out --test-file for a split"
+            f"{source.test} has the content of {source.training}: test on rows that are not "
+            "trained on, or leave out --test-file for a split"
         )
 
 

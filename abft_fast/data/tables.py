@@ -183,13 +183,13 @@ def _read_csv(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
             raise UserError(f"{path} is empty: its first row must name the columns")
         twice = [name for name in header if header.count(name) > 1]
         if twice:
-            raise UserError(f"{_place(path, number)}: column {twice[0]!r} stands there twice")
-        _check_columns(_place(path, number), columns, header, f"; a {mark} parts columns")
+            raise UserError(f"{_place(path, number)}: column {twice[0]!r} is named twice")
+        _check_columns(_place(path, number), columns, header, f"; a {mark} separates columns")
         for number, cells in records:
             if len(cells) != len(header):
                 raise UserError(
-                    f"{_place(path, number)}: cells: {len(cells)}, columns: {len(header)}; "
-                    f'a text with a {mark} in it must stand in "quotes"'
+                    f"{_place(path, number)}: the row must have {len(header)} cells, not "
+                    f'{len(cells)}; put a text with a {mark} in it in "quotes"'
                 )
             if mark == "tab" and any("\t" in cell and "\n" in cell for cell in cells):
                 raise UserError(
@@ -211,7 +211,7 @@ def _records(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
             hint = (
                 "longer texts need .jsonl, unless a quote was left open"
                 if "field limit" in str(error)
-                else "a quoted cell ends with a quote, and a quote within it is doubled"
+                else "end a quoted cell with a quote, and double each quote inside it"
             )
             raise UserError(f"{_place(path, begin)}: {error}: {hint}") from None
         if cells:
@@ -227,13 +227,15 @@ def _read_jsonl(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
                 cells = json.loads(line.rstrip(), object_pairs_hook=_object)
             except json.JSONDecodeError as error:
                 where = f"{_place(path, number)}, character {error.colno}"
-                raise UserError(f"{where}: not JSON: {error.msg}") from None
+                raise UserError(f"{where}: the line is not JSON: {error.msg}") from None
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{_place(path, number)}: not to be read: {error}") from None
+                raise UserError(
+                    f"{_place(path, number)}: the line cannot be read: {error}"
+                ) from None
             if not isinstance(cells, dict):
                 raise UserError(
-                    f"{_place(path, number)}: {_shown(cells)} is no object: each line must be one, "
-                    'such as {"text": "…", "label": "…"}'
+                    f"{_place(path, number)}: {_shown(cells)} is not an object: each line must "
+                    'be an object, such as {"text": "…", "label": "…"}'
                 )
             _check_columns(_place(path, number), columns, cells)
             yield _row(path, number, cells, columns)
@@ -244,7 +246,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(cells) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} stands there twice")
+        raise ValueError(f"key {twice!r} is given twice")
     return cells
 
 
@@ -296,7 +298,7 @@ def _library(name: str, path: Path) -> ModuleType:
         return __import__(name)
     except ImportError:
         raise UserError(
-            f"{path}: {name}, which reads it, is not installed: `pip install 'abft-fast[data]'`"
+            f"{path} cannot be read without {name}: `pip install 'abft-fast[data]'`"
         ) from None
 
 
@@ -338,7 +340,7 @@ def _check_columns(
     for column in columns or ():
         if column not in there:
             raise UserError(
-                f"{where}: no column {column!r}; there are {listed(there) or 'none'}"
+                f"{where}: there is no column {column!r}; the columns are {listed(there) or 'none'}"
                 f"{closest(column, there) or (if_one if len(there) == 1 else '')}"
             )
 

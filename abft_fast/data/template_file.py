@@ -50,12 +50,12 @@ def read_template(path: Path) -> TemplateFile:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if node is None:
         return TemplateFile()
-    nodes = _mapping(path, node, f"a mapping with {', '.join(_KEYS)}")
+    nodes = _mapping(path, node, f"the file must be a mapping with {', '.join(_KEYS)}")
     for name, value in nodes.items():
         if name not in _KEYS:
             row = value.start_mark.line + 1
             raise UserError(
-                f"{path}, row {row}: no key {name!r}; there are {', '.join(_KEYS)}"
+                f"{path}, row {row}: there is no key {name!r}; the keys are {', '.join(_KEYS)}"
                 f"{closest(name, _KEYS)}"
             )
     template = TemplateFile(**{name: _read(path, name, value) for name, value in nodes.items()})
@@ -69,9 +69,12 @@ def read_template(path: Path) -> TemplateFile:
 def _read(path: Path, name: str, node: yaml.Node) -> str | dict[str, str]:
     if name != "labels":
         return _text(path, name, node)
-    example = "a mapping from values of the label column to label words, such as `1: positive`"
+    example = (
+        "labels must be a mapping from values of the label column to label words, such as "
+        "`1: positive`"
+    )
     labels: dict[str, str] = {}
-    for value, word_node in _mapping(path, node, f"labels: {example}").items():
+    for value, word_node in _mapping(path, node, example).items():
         word = _text(path, f"label {value!r}", word_node).strip()
         where = f"{path}, row {word_node.start_mark.line + 1}"
         if not word:
@@ -81,18 +84,18 @@ def _read(path: Path, name: str, node: yaml.Node) -> str | dict[str, str]:
             raise UserError(f"{where}: labels {twin!r} and {value!r} have the same word, {word!r}")
         labels[value] = word
     if len(labels) < 2:
-        raise UserError(f"{path}: labels: {len(labels)}, but at least two must be told apart")
+        raise UserError(f"{path}: labels must have at least two entries, not {len(labels)}")
     return labels
 
 
 def _mapping(path: Path, node: yaml.Node, wanted: str) -> dict[str, yaml.Node]:
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}, row {node.start_mark.line + 1}: must be {wanted}")
+        raise UserError(f"{path}, row {node.start_mark.line + 1}: {wanted}")
     nodes: dict[str, yaml.Node] = {}
     for key, value in node.value:
         name = _text(path, "a key", key).strip()
         if name in nodes:
-            raise UserError(f"{path}, row {key.start_mark.line + 1}: {name!r} stands there twice")
+            raise UserError(f"{path}, row {key.start_mark.line + 1}: {name!r} is given twice")
         nodes[name] = value
     return nodes
 

@@ -81,6 +81,6 @@ class EvaluationSet:
 
     def _refuse(self, why: str) -> None:
         raise UserError(
-            f"{self.dataset}: {why}, and some are longer than the model's context: lower --k, or "
-            "pass --on-long-prompt fewer-demonstrations"
+            f"{self.dataset}: {why}, and some prompts are longer than the model's context: "
+            "lower --k, or pass --on-long-prompt fewer-demonstrations"
         )

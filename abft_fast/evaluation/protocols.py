@@ -138,8 +138,8 @@ def _check_unseen(dataset: Dataset, k: int) -> None:
         draws += 2 * queries * (1 - chance) / chance
     if draws > _MOST_DRAWS:
         raise UserError(
-            f"UnseenLabel: k={k} demonstrations of {dataset.name} rarely lack a label, it would "
-            f"take {draws:.0e} draws: lower --k"
+            f"UnseenLabel: k={k} demonstrations of {dataset.name} rarely lack a label, so the "
+            f"test would take {draws:.0e} draws: lower --k"
         )
 
 
@@ -182,8 +182,8 @@ def _demonstration_sensitivity(cls, dataset: Dataset, k: int, form: str) -> Prot
     test = dataset.test[: 2 * len(dataset.test) // _SAMPLES_A_QUERY]
     if not test:
         raise UserError(
-            f"DemoSensitivity: {dataset.name} has {len(dataset.test)} test examples, it needs "
-            f"{_SAMPLES_A_QUERY // 2} or more"
+            f"DemoSensitivity: {dataset.name} has {len(dataset.test)} test examples, but the test "
+            f"needs {_SAMPLES_A_QUERY // 2} or more"
         )
     made = _made(
         experimentor.demonstration_sensitivity_experimentor,
@@ -241,7 +241,9 @@ _MAKERS = {
 
 def _check_demonstrations(test_type: str, k: int) -> None:
     if k == 0:
-        raise UserError(f"--k 0: {test_type} changes demonstrations, so it needs at least one")
+        raise UserError(
+            f"--k 0: {test_type} changes demonstrations, so it needs at least one of them"
+        )
 
 
 def _sensitivity(results: dict) -> dict[str, float]:

@@ -94,7 +94,7 @@ class CellFolder:
             for name, value in self.options.items():
                 if name in options and name not in PLACEMENT and options[name] != value:
                     raise UserError(
-                        f"{self.folder} was run with {name} {value}, and is now to be run with "
+                        f"{self.folder} was run with {name} {value}, but this sweep asks for "
                         f"{options[name]}: choose another --output-dir"
                     )
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def read_cells(path: Path, overrides: dict[str, Any]) -> list[Cell]:
     """
     content = read_yaml(path)
     if not content:
-        raise UserError(f"sweep {path} is empty: it needs {', '.join(PARTS)}, or one of them")
+        raise UserError(f"sweep {path} is empty: it needs at least one of {', '.join(PARTS)}")
     try:
         file = parse_sweep(content).override(overrides)
         file.check()
@@ -114,8 +114,8 @@ def _evaluation_cell(
     given = options.get("calibration", calibration)
     if given != calibration:
         raise UserError(
-            f"method {method} is calibration {calibration}, not {given}: name calibration where a "
-            f"method trains, as in `- ABFT: {{method: ABFT, calibration: {given}}}`"
+            f"method {method} uses calibration {calibration}, not {given}: set calibration for a "
+            f"method that trains, as in `- ABFT: {{method: ABFT, calibration: {given}}}`"
         )
     config = resolve(EvalConfig, {**options, "calibration": calibration})
     files = tuple(datasets.file_hashes(config).items())

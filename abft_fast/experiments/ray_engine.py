@@ -25,7 +25,7 @@ from abft_fast.options import SweepConfig
 def require_ray() -> None:
     """Raise UserError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
-        raise UserError("--engine ray: not installed; `pip install 'abft-fast[ray]'`")
+        raise UserError("--engine ray needs Ray: `pip install 'abft-fast[ray]'`")
 
 
 def run_on_ray(config: SweepConfig, folders: list[Path], on_end: CellEnded) -> None:

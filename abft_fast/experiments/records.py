@@ -73,7 +73,9 @@ def read_records(folder: Path) -> list[Record]:
         elif _is_run(path.parent) and not (path.parent.parent / "cell.yaml").is_file():
             records.append(_read(_read_run, path.parent))
     if not records:
-        raise UserError(f"folder {folder} holds no run: name a run's, a sweep's or one above them")
+        raise UserError(
+            f"folder {folder} holds no run: name the folder of a run or a sweep, or one above them"
+        )
     return records
 
 
@@ -98,7 +100,7 @@ def _read(reader: Callable[[Path], Record], folder: Path) -> Record:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} cannot be read ({type(error).__name__}: {error}): "
-            "mend what is in it, or move it away"
+            "repair the files in it, or move the folder away"
         ) from None
 
 

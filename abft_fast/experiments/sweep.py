@@ -59,12 +59,12 @@ def run_sweep(config: SweepConfig, cells: list[Cell], progress: Progress) -> Pat
             run_cells(config, sweep.unfinished(), sweep.cell_ended)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"interrupted, its cells ended; the same command goes on: "
+                f"interrupted, and the cells were ended; continue with the same command: "
                 f"abft-fast sweep {config.file}"
             ) from None
     if sweep.errors:
         raise RunError(
-            f"{len(sweep.errors)} of {len(cells)} cells failed, the same command tries them again: "
+            f"{len(sweep.errors)} of {len(cells)} cells failed; the same command tries them again: "
             + "; ".join(f"{title}: {error}" for title, error in sweep.errors)
         )
     return folder

@@ -157,7 +157,7 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         try:
             overrides[_option(name.strip(), "--set")] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UserError(f"--set {pair}: the value is no YAML") from None
+            raise UserError(f"--set {pair}: the value is not YAML") from None
     return overrides
 
 
@@ -173,8 +173,8 @@ def require_known(name: str, names: Iterable[str], kind: str, where: str) -> Non
     close = difflib.get_close_matches(name, list(names), 1) or difflib.get_close_matches(
         name.lower(), list(names), 1
     )
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
-    raise UserError(f"{where}: no {kind} {name}; {hint}")
+    hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(names)}"
+    raise UserError(f"{where}: there is no {kind} {name}; {hint}")
 
 
 def _axis(axis: str, entries: Any) -> list[Group]:
@@ -188,14 +188,14 @@ def _axis(axis: str, entries: Any) -> list[Group]:
             continue
         if len(entry) != 1:
             raise UserError(
-                f"grid: {axis}: an entry is a value, or one name and its options: "
+                f"grid: {axis}: an entry must be a value, or one name and its options: "
                 f"`- name: {{{axis}: {_example(axis)}, ...}}`"
             )
         ((name, given),) = entry.items()
         where = f"grid: {axis}: {name}"
         group = _group(str(name), _options(given, where, lists=True))
         if axis not in group.options:
-            raise UserError(f"{where} does not say which {axis} it is")
+            raise UserError(f"{where} does not set {axis}")
         groups.append(group)
     return groups
 
@@ -210,14 +210,14 @@ def _options(given: Any, where: str, *, lists: bool = False) -> dict[str, Any]:
     options = {}
     for name, value in _mapping(given, where).items():
         if isinstance(value, list) and not lists:
-            raise UserError(f"{where}: {name} is a list: several values go under `grid`")
+            raise UserError(f"{where}: {name} is a list: put several values under `grid`")
         options[_option(name, where)] = value if isinstance(value, list) else _scalar(value, where)
     return options
 
 
 def _scalar(value: Any, where: str) -> Any:
     if isinstance(value, dict | list):
-        raise UserError(f"{where}: {value} is no value of an option")
+        raise UserError(f"{where}: an option cannot have the value {value}")
     return value
 
 

@@ -149,7 +149,7 @@ def _bits(shape: PreTrainedConfig, config: TrainConfig) -> int | None:
             return 8 if shape.quantization_config.get("load_in_8bit") else 4
         case "mxfp4":
             return None  # loading dequantizes these weights
-    raise CannotCount(f"weights stored as {stored_format(shape)} are not counted")
+    raise CannotCount(f"the memory of weights stored as {stored_format(shape)} cannot be counted")
 
 
 def _attention(config: TrainConfig, arithmetic: Arithmetic) -> str:

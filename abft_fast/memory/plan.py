@@ -79,7 +79,7 @@ def what_to_change(
         return f"{what} {size}: use a larger GPU or a smaller model"
     flow = max(plan.steps, key=plan.most_demonstrations)
     if not plan.most_demonstrations(flow):
-        return "no prompt with a demonstration does: use a larger GPU or a smaller model"
+        return "not even a prompt with one demonstration fits: use a larger GPU or a smaller model"
     return f"try {options}{flow.options} --k {plan.most_demonstrations(flow)}"
 
 

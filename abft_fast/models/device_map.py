@@ -22,7 +22,7 @@ def over_all_gpus(device: torch.device) -> dict[str, Any] | None:
     if process_count() > 1:
         raise UserError(
             f"--device-map auto splits one model over all GPUs, but {process_count()} processes "
-            "were launched: start it without a launcher, or leave out --device-map"
+            "were launched: start the run without a launcher, or leave out --device-map"
         )
     if device.type != "cuda":
         return None

@@ -60,11 +60,11 @@ def check_adapter(folder: Path) -> None:
         known = False
     if not known:
         raise UserError(
-            f"adapter {folder}: {_ADAPTER_CONFIG} is not what PEFT writes: copy it again"
+            f"adapter {folder}: PEFT did not write this {_ADAPTER_CONFIG}: copy the adapter again"
         )
     if not (folder / _ADAPTER_WEIGHTS).is_file():
         problem = pickle_problem(folder, "adapter_model*.bin")
-        raise UserError(f"adapter {folder}: {problem or f'it holds no {_ADAPTER_WEIGHTS}'}")
+        raise UserError(f"adapter {folder}: {problem or f'the folder holds no {_ADAPTER_WEIGHTS}'}")
     problem = weights_problem(folder / _ADAPTER_WEIGHTS)
     if problem is not None:
         raise UserError(f"adapter {folder}: {problem}")
@@ -84,7 +84,7 @@ def find_damaged_weights(folder: Path) -> str | None:
     try:
         files = shards(folder)
     except ValueError:
-        return f"{folder / SAFETENSORS_INDEX_FILE} is no JSON: {_AGAIN}"
+        return f"{folder / SAFETENSORS_INDEX_FILE} is not JSON: {_AGAIN}"
     except (KeyError, TypeError, AttributeError):
         return f"{folder / SAFETENSORS_INDEX_FILE} does not say where weights are: {_AGAIN}"
     if not files:
@@ -102,7 +102,7 @@ def pickle_problem(folder: Path, pattern: str) -> str | None:
     if not pickles:
         return None
     return (
-        f"{pickles[0]} is a pickle, which can run any code as it is read: use weights saved as "
+        f"{pickles[0]} is a pickle, which can run any code while it is read: use weights saved as "
         "safetensors"
     )
 
@@ -126,7 +126,7 @@ def _json_problem(path: Path) -> str | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return f"{path} is no JSON: {_AGAIN}"
+        return f"{path} is not JSON: {_AGAIN}"
     if not isinstance(content, dict) and path.name == "config.json":
         return f"{path} holds no JSON object: {_AGAIN}"
     return None
@@ -135,7 +135,7 @@ def _json_problem(path: Path) -> str | None:
 def weights_problem(path: Path, expected: Collection[str] = ()) -> str | None:
     """Return what is wrong with a safetensors file that should hold the expected weights."""
     if not path.is_file():
-        return f"{path} is missing, which {SAFETENSORS_INDEX_FILE} names: {_AGAIN}"
+        return f"{path} is missing, but {SAFETENSORS_INDEX_FILE} names it: {_AGAIN}"
     with path.open("rb") as file:
         if file.read(19) == b"version https://git":
             return f"{path} is a pointer of git-lfs, not the weights: run `git lfs pull` there"
@@ -147,5 +147,5 @@ def weights_problem(path: Path, expected: Collection[str] = ()) -> str | None:
         return f"{path} is damaged, {path.stat().st_size} bytes ({reason}): {_AGAIN}"
     lacking = [name for name in expected if name not in held]
     if lacking:
-        return f"{path} lacks {lacking[0]}, which {SAFETENSORS_INDEX_FILE} has in it: {_AGAIN}"
+        return f"{path} lacks {lacking[0]}, but {SAFETENSORS_INDEX_FILE} lists it there: {_AGAIN}"
     return None

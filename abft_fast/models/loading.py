@@ -43,7 +43,9 @@ def read_config(name: str) -> PreTrainedConfig:
         return _read(AutoConfig, name)
     shape = known_shape(name.removeprefix(SYNTHETIC))
     if shape is None:
-        raise UserError(f"model {name}: known shapes are {', '.join(known_names())}")
+        raise UserError(
+            f"model {name}: there is no such shape; use one of {', '.join(known_names())}"
+        )
     return shape
 
 
@@ -83,7 +85,7 @@ def load(
     elif placement is None:
         model = random_model(config, device, dtype, bits)
     else:
-        raise UserError(f"model {name}: synthetic weights are on one GPU; leave out --device-map")
+        raise UserError(f"model {name}: synthetic weights stay on one GPU; leave out --device-map")
     try:
         prepare(model)
     except UnsupportedModel as error:
@@ -119,8 +121,8 @@ def _stored_model(
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:
         problem = _damage(_path(name)) or (
-            f"{len(lacking)} weights, such as {lacking[0]}, are not in its files or of another "
-            "shape there: its config.json is of another model, or it was saved without them"
+            f"{len(lacking)} weights, such as {lacking[0]}, are missing from the files or have "
+            "another shape there: config.json is of another model, or the weights were not saved"
         )
         raise UserError(f"model {name}: {problem}")
     return model
@@ -140,9 +142,9 @@ def _read(kind: type, name: str, **options: Any) -> Any:
     except Exception as error:  # of whatever library reads the files
         problem = _damage(path)
         if is_out_of_memory(error):
-            problem = "it does not fit into memory: use --quantized, or a smaller one"
+            problem = "the model does not fit into memory: use --quantized, or a smaller model"
         elif "during automatic conversion" in str(error) and problem is None:
-            problem = "a weight could not be quantized as it was read, as when memory runs out"
+            problem = "a weight could not be quantized while it was read; perhaps memory ran out"
         line = f"model {name}: {problem}" if problem else _why_not_loaded(name, path, error)
         raise UserError(line) from error
 
@@ -180,11 +182,11 @@ def _why_not_loaded(name: str, path: str, error: Exception) -> str:
     unreachable = any(word in lowered for word in ("offline", "connect", "network"))
     if unreachable or (HF_HUB_OFFLINE and isinstance(error, OSError)):
         return (
-            f"offline: {name} is not in the local cache; download it where there is a network, "
-            "or pass a local folder"
+            f"offline: model {name} is not in the local cache; download it where there is a "
+            "network, or pass a local folder"
         )
     if "gated" in lowered or "401" in lowered or "403" in lowered:
-        return f"model {name}: the hub wants a token with access to it (`hf auth login`)"
+        return f"model {name}: the hub asks for a token that may read this model (`hf auth login`)"
     if "not a valid model identifier" in lowered or "not a local folder" in lowered:
         return f"model {name} is neither a local folder nor a model on the hub"
     return f"model {name} cannot be loaded: {text[:300]}"

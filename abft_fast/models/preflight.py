@@ -74,14 +74,14 @@ def check_attention(
     expected = torch.cat([output.last_hidden_state[0] for output in eager])
     if not expected.isfinite().all():
         raise UserError(
-            f"{_where_not_finite(model, pair, autocast)}: its values are not finite: download it "
-            f"again; if it is whole, the model overflows in {str(arithmetic).split('.')[-1]}"
+            f"{_where_not_finite(model, pair, autocast)}: the values are not finite: download the "
+            f"file again; if it is whole, the model overflows in {str(arithmetic).split('.')[-1]}"
         )
     error = _relative_error(torch.cat(packed), expected)
     if not error <= _tolerance(inner, arithmetic):
         raise UserError(
             f"{inner.config.model_type}: packed attention differs from the model's own by "
-            f"{error:.1%}, so its loss would be wrong; this family is not supported"
+            f"{error:.1%}, so the loss would be wrong; this family is not supported"
         )
     return attentions
 
@@ -149,7 +149,7 @@ def check_gradients(model: nn.Module) -> None:
         expected = direction.float().square().sum().item()
         if not abs(product - expected) <= _GRADIENT_TOLERANCE * expected:
             raise UserError(
-                f"{name} ({type(module).__name__}) passes no right gradient on: use the "
+                f"{name} ({type(module).__name__}) does not pass the right gradient on: use the "
                 "unquantized checkpoint with --quantized"
             )
 

@@ -149,7 +149,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise UserError(f"adapter {folder} does not fit the model: {line}") from error
     # PEFT only warns of layers that one of the two lacks.
     if set(saved) != set(get_peft_model_state_dict(adapted)):
-        raise UserError(f"adapter {folder} does not fit the model: it adapts other layers")
+        raise UserError(
+            f"adapter {folder} does not fit the model: the adapter changes other layers"
+        )
     return adapted
 
 

@@ -24,12 +24,13 @@ def by_options(options: Options) -> Dataset:
     path = Path(options.dataset)
     parts = tables.parts(path)
     if parts and "train" not in parts:
-        raise UserError(f"{path} has no part `train`; there are {', '.join(parts)}")
+        raise UserError(f"{path} has no part `train`; its parts are {', '.join(parts)}")
     test = options.test_file or parts.get("test")
     for name in ("test_share", "split_seed"):
         if test is not None and getattr(options, name) != Options.model_fields[name].default:
             raise UserError(
-                f"{flag(name)}: {path} has a part `test`, nothing is split: leave it out"
+                f"{flag(name)}: {path} has a part `test`, so nothing is split: leave this option "
+                "out"
             )
     return load_own(
         OwnSource(

@@ -52,11 +52,13 @@ class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
         unwanted = [name for name in given if name in without_own]
         if unwanted and not self.data_are_own:
             raise ValueError(
-                f"{flag(unwanted[0])} is for data of your own, and {self.dataset} is StaICC's: "
-                "leave it out, or name a file by --dataset"
+                f"{flag(unwanted[0])} is for your own data, and {self.dataset} is StaICC's: "
+                "leave the option out, or name a file with --dataset"
             )
         if self.test_file is not None and given[-1] in split:
-            raise ValueError(f"{flag(given[-1])}: with --test-file nothing is split: leave it out")
+            raise ValueError(
+                f"{flag(given[-1])}: --test-file gives all test rows: leave this option out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -68,7 +70,7 @@ class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
             )
         if self.test_type in ("GLER", "DemoSensitivity") and self.k == 0:
             raise ValueError(
-                f"--k 0: {self.test_type} changes demonstrations, so it needs at least one"
+                f"--k 0: {self.test_type} changes demonstrations, so it needs at least one of them"
             )
         return self
 

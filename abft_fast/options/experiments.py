@@ -53,7 +53,9 @@ class SweepConfig(CommandOptions):
     def _check_engine(self) -> Self:
         given = [n for n in ("cell_cpus", "cell_gpus") if n in self.model_fields_set]
         if given and self.engine != "ray":
-            raise ValueError(f"{flag(given[0])} is for --engine ray: leave it out")
+            raise ValueError(
+                f"{flag(given[0])} works with --engine ray only: leave this option out"
+            )
         return self
 
 
@@ -78,5 +80,7 @@ class TableConfig(CommandOptions):
     @model_validator(mode="after")
     def _check_metric(self) -> Self:
         if self.layout == "3" and "metric" in self.model_fields_set:
-            raise ValueError(f"--metric {self.metric}: layout 3 shows consistency: leave it out")
+            raise ValueError(
+                f"--metric {self.metric}: layout 3 always shows consistency: leave --metric out"
+            )
         return self

@@ -37,5 +37,5 @@ class PredictConfig(PromptOptions, ColumnOptions):
         if value is None or str(value) == "-":
             return None
         if value.suffix.lower() not in (".csv", ".jsonl"):
-            raise ValueError("end it in .csv or .jsonl")
+            raise ValueError("use a name that ends in .csv or .jsonl")
         return value

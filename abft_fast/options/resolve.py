@@ -91,7 +91,7 @@ def _mistake_line(
     in_file = config_file is not None and option not in flags
     place = f"config {config_file}: " if in_file else ""
     if mistake["type"] == "extra_forbidden":
-        return f"{place}no option {option!r}{tables.closest(option, kind.model_fields)}"
+        return f"{place}there is no option {option!r}{tables.closest(option, kind.model_fields)}"
     hint = ""
     if mistake["type"] == "literal_error":
         annotation = kind.model_fields[option].annotation

@@ -213,12 +213,13 @@ class TrainConfig(Options):
     def _check_trainable(self) -> Self:
         if self.quantized and self.trainable != "lora":
             raise ValueError(
-                f"--trainable {self.trainable} needs float weights: drop --quantized, or use lora"
+                f"--trainable {self.trainable} needs float weights: drop --quantized, or use "
+                "--trainable lora"
             )
         if self.gradient != "full" and not METHODS[self.method].gradient_can_be_local:
             raise ValueError(
-                f"--gradient {self.gradient} is ABFT's: the loss of {self.method} is at the "
-                "model's output, so its gradient is full"
+                f"--gradient {self.gradient} works with ABFT only: the loss of {self.method} is at "
+                "the model's output, so use --gradient full"
             )
         return self
 
@@ -239,7 +240,10 @@ class TrainConfig(Options):
         there = {f"--method {self.method}", "--mauve-test" if self.mauve_test else ""}
         for name, option in needed.items():
             if getattr(self, name) is not None and option not in there:
-                raise ValueError(f"{flag(name)} is for {option}: add that, or leave it out")
+                raise ValueError(
+                    f"{flag(name)} works with {option} only: add {option}, or leave "
+                    f"{flag(name)} out"
+                )
         return self
 
     @property
@@ -271,7 +275,7 @@ class TrainConfig(Options):
         names = self.meta_datasets.split(",")
         for name in names:
             if tested & {absolute_place(name), *map(str, Path(absolute_place(name)).parents)}:
-                raise UserError(f"--meta-datasets holds {name}, which is tested: leave it out")
+                raise UserError(f"--meta-datasets holds {name}, which is tested: leave {name} out")
         return names
 
     @property

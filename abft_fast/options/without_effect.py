@@ -65,7 +65,7 @@ def lines_without_effect(options: BaseModel, rules: Sequence[Rule]) -> list[str]
     """Return a line for each option that is not at its default and does nothing in this run."""
     fields = type(options).model_fields
     lines = {
-        name: f"{flag(name)} does nothing here: it is for {rule.purpose}"
+        name: f"{flag(name)} does nothing here: it works with {rule.purpose} only"
         for rule in rules
         for name in rule.options
         if rule.is_idle(options) and getattr(options, name) != fields[name].default

@@ -82,7 +82,7 @@ def check_output(path: Path, read: Iterable[Path] = ()) -> None:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"--output {path}: no permission to write in {path.parent}")
     if path.resolve() in [other.resolve() for other in read]:
-        raise UserError(f"--output {path} is what is read: name another file")
+        raise UserError(f"--output {path} is a file that the command reads: name another file")
 
 
 def check_output_folder(folder: Path, *, new: bool = False) -> None:

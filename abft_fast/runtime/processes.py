@@ -76,7 +76,7 @@ def _check_launch(cpu: bool) -> None:
     here = launch.local_process_count()
     if not cpu and here > torch.cuda.device_count():
         raise UserError(
-            f"{here} processes on this machine, but {torch.cuda.device_count()} GPUs: "
+            f"{here} processes run on this machine, which has {torch.cuda.device_count()} GPUs: "
             "launch as many processes as GPUs"
         )
 

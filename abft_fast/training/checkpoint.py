@@ -68,7 +68,8 @@ def restore(
         taken, penalty_state = state["step"], state["controller"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(
-            f"checkpoint {newest} cannot be read ({error}); delete it to go on from before it"
+            f"checkpoint {newest} cannot be read ({error}): delete it to continue from the "
+            "one before"
         ) from error
     saved = {n.removeprefix("trained."): t for n, t in tensors.items() if n.startswith("trained.")}
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in trained.items()}:

@@ -203,17 +203,18 @@ def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: 
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if step == 1 and not is_finite:
         raise RunError(
-            f"step 1: loss {loss}, gradient norm {norm}: not finite before anything is learnt: the "
-            "model's files are damaged (download them again), or use another --mixed-precision"
+            f"step 1: loss {loss} and gradient norm {norm} are not finite before anything is "
+            "learnt: the model's files are damaged (download them again), or use another "
+            "--mixed-precision"
         )
     if not is_finite:
         raise RunError(
-            f"step {step}: loss {loss}, gradient norm {norm}: not finite; lower --lr "
+            f"step {step}: loss {loss} and gradient norm {norm} are not finite: lower --lr "
             f"(now {config.lr:g}) or use another --mixed-precision"
         )
     if step == 1 and heads == 0 and config.head_filter and METHODS[config.method].uses_penalty:
         raise RunError(
-            "no induction head in the first pseudo-batch, so the loss is 0: try "
+            "the first pseudo-batch has no induction head, so the loss is 0: try "
             "--no-head-filter, more demonstrations (--k), or another model"
         )
     if step == 1 and norm == 0:
@@ -288,7 +289,9 @@ def _start_or_resume(training: Training) -> tuple[TrainState, int]:
     with processes.fail_together():
         done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
     if len(set(processes.gather(done))) > 1:
-        raise RunError(f"not every process sees the same checkpoints: share {run.checkpoints}")
+        raise RunError(
+            f"not every process sees the same checkpoints: put {run.checkpoints} on a shared disk"
+        )
     processes.run_on_main(run.forget_metrics_after, done)
     optimizer = training.accelerator.prepare_optimizer(optimizer)
     model.eval()  # dropout stays off: heads are judged by their undisturbed attention

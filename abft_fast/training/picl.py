@@ -33,7 +33,7 @@ def paragraphs(file: Path | None) -> list[str]:
         texts = read_lines("--plain-text", file)
     distinct = list(dict.fromkeys(texts))
     if not distinct:
-        raise UserError(f"--plain-text {file}: it holds no text; use one paragraph a line")
+        raise UserError(f"--plain-text {file} holds no text: write one paragraph a line")
     return distinct
 
 

@@ -55,8 +55,8 @@ class RunFolder:
             foreign = sorted(p.name for p in folder.iterdir() if final_name(p.name) not in _ENTRIES)
             if foreign:
                 raise UserError(
-                    f"output folder {folder} holds {foreign[0]}, which is not of a run, so "
-                    "--overwrite does not empty it: choose another --output-dir"
+                    f"output folder {folder} holds {foreign[0]}, which no run writes, so "
+                    "--overwrite does not empty the folder: choose another --output-dir"
                 )
         return cls(folder)
 
@@ -69,11 +69,11 @@ class RunFolder:
         """
         run = cls(folder)
         if not run.is_begun:
-            raise UserError(f"--resume {folder}: no run there (no config.yaml)")
+            raise UserError(f"--resume {folder}: the folder holds no run (it has no config.yaml)")
         options = run.options
         missing = {n for n, f in TrainConfig.model_fields.items() if not f.exclude} - set(options)
         if missing:
-            raise UserError(f"--resume {folder}: its config.yaml lacks {sorted(missing)[0]}")
+            raise UserError(f"--resume {folder}: config.yaml lacks the option {sorted(missing)[0]}")
         for path in (run._environment, run._evaluation, run._attention, run._token_budget):
             _read_json(path)
         return run, resolve(TrainConfig, options)
@@ -140,8 +140,8 @@ class RunFolder:
         for path, digest in files.items():
             if known.get(path) != digest:
                 raise UserError(
-                    f"{path} is not what run {self.folder} began with (SHA-256 differs): put it "
-                    f"back, or start a new run by --config {self.folder / 'config.yaml'}"
+                    f"{path} has changed since run {self.folder} began (SHA-256 differs): restore "
+                    f"the file, or start a new run with --config {self.folder / 'config.yaml'}"
                 )
 
     @property
@@ -232,7 +232,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}): put it back, or start a new run by --config "
+            f"{path} is damaged ({error}): restore the file, or start a new run with --config "
             f"{path.with_name('config.yaml')}"
         ) from None
 

@@ -99,7 +99,7 @@ def test_divergence_ends_the_run_with_exit_code_1(tmp_path):
         "--output-dir", tmp_path / "run",
     )  # fmt: skip
     assert result.returncode == 1
-    assert "not finite; lower --lr" in last_line(result)
+    assert "not finite: lower --lr" in last_line(result)
 
 
 def test_a_disk_that_takes_no_more(tmp_path):

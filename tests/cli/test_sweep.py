@@ -75,7 +75,7 @@ def test_a_sweep_goes_on_where_it_was_ended(file, tmp_path):
     folder = tmp_path / "sweep"
     code, said, first = end_once_there_are(2, signal.SIGTERM, file, folder)
     assert code == 130
-    assert said[-1].startswith("abft-fast: interrupted, its cells ended; the same command goes on")
+    assert said[-1].startswith("abft-fast: interrupted, and the cells were ended; continue with")
     (vanilla,) = folder.glob("cells/builtin-trec-vanilla-*/metrics.json")
     evaluated = vanilla.stat().st_mtime_ns
     assert [row["status"] for row in results(folder)] == ["waiting", "finished"]

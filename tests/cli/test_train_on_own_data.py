@@ -79,14 +79,14 @@ def test_a_run_is_not_resumed_on_changed_data(example, tmp_path):
     (folder / "reviews.csv").write_text(before)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert "reviews.csv is not what run" in line and "SHA-256 differs" in line
+    assert "reviews.csv has changed since run" in line and "SHA-256 differs" in line
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--split-seed", 1], "its run had --split-seed 0; give that, or other rows"),
-        (["--output", "reviews.csv"], "--output reviews.csv is what is read"),
+        (["--split-seed", 1], "the adapter's run had --split-seed 0; give the same, or other rows"),
+        (["--output", "reviews.csv"], "--output reviews.csv is a file that the command reads"),
     ],
 )
 def test_eval_refuses_to_spoil_results_or_data(example, options, message):
@@ -124,8 +124,8 @@ def test_a_mistake_is_said_before_torch_is_imported(verb, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == (
-        "abft-fast: reviews.csv, row 1: no column 'label'; there are 'text', 'lable'; "
-        "did you mean 'lable'?\n"
+        "abft-fast: reviews.csv, row 1: there is no column 'label'; the columns are 'text', "
+        "'lable'; did you mean 'lable'?\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["reviews.csv"]
 

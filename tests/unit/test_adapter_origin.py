@@ -54,7 +54,9 @@ def test_its_own_split_and_other_data_are_tested(trained, tmp_path):
 )
 def test_another_split_is_refused(trained, tmp_path, run, now, message):
     adapter = trained(**run)
-    with pytest.raises(UserError, match=f"own.csv that this tests on: its run had {message}"):
+    with pytest.raises(
+        UserError, match=f"own.csv that are to be tested: the adapter's run had {message}"
+    ):
         check_tested_apart(evaluation(adapter, **now))
     (tmp_path / "own.csv").rename(tmp_path / "moved.csv")
     with pytest.raises(UserError, match=message):
@@ -65,7 +67,7 @@ def test_changed_data_are_refused(trained, tmp_path):
     adapter = trained()
     with (tmp_path / "own.csv").open("a") as file:
         file.write("one more,good\n")
-    with pytest.raises(UserError, match="has changed since: put it back, or give --test-file"):
+    with pytest.raises(UserError, match="has changed since: restore the file, or give --test-file"):
         check_tested_apart(evaluation(adapter))
     check_tested_apart(evaluation(adapter, test_file="other.csv"))
 

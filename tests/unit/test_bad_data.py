@@ -38,14 +38,14 @@ def here(tmp_path, monkeypatch):
         ("a.csv", "", "a.csv is empty"),
         ("a.csv", "\n\n", "a.csv is empty"),
         ("a.csv", "text,label\n", "a.csv has no rows"),
-        ("a.csv", "txet,label\na,b\n", "a.csv, row 1: no column 'text'; there are 'txet', 'label'; "
-         "did you mean 'txet'?"),
-        ("a.csv", "text;label\na;b\n", "there are 'text;label'; a comma parts columns"),
-        ("a.tsv", "text,label\na,b\n", "there are 'text,label'; a tab parts columns"),
+        ("a.csv", "txet,label\na,b\n", "a.csv, row 1: there is no column 'text'; the "
+         "columns are 'txet', 'label'; did you mean 'txet'?"),
+        ("a.csv", "text;label\na;b\n", "the columns are 'text;label'; a comma separates columns"),
+        ("a.tsv", "text,label\na,b\n", "the columns are 'text,label'; a tab separates columns"),
         ("a.tsv", 'text\tlabel\na\t1\n"b\t2\nc"\t1\n', "a.tsv, row 3: a quote at a cell's begin"),
-        ("a.csv", "text,label,text\n", "a.csv, row 1: column 'text' stands there twice"),
-        ("a.csv", "text,label\na,x\nb, c,y\n", "a.csv, row 3: cells: 3, columns: 2"),
-        ("a.csv", 'text,label\n"a\nb",x\nc\n', "a.csv, row 4: cells: 1, columns: 2"),
+        ("a.csv", "text,label,text\n", "a.csv, row 1: column 'text' is named twice"),
+        ("a.csv", "text,label\na,x\nb, c,y\n", "a.csv, row 3: the row must have 2 cells, not 3"),
+        ("a.csv", 'text,label\n"a\nb",x\nc\n', "a.csv, row 4: the row must have 2 cells, not 1"),
         ("a.csv", 'text,label\n"a,x\nb,y\n', "a.csv, row 2: unexpected end of data"),
         ("a.csv", 'text,label\na,x\n"b" c,y\n', "a.csv, row 3: ',' expected after '\"'"),
         ("a.csv", f'text,label\n"{"x" * 140_000}",a\n', "a.csv, row 2: field larger than"),
@@ -57,14 +57,15 @@ def here(tmp_path, monkeypatch):
         ("a.csv", GOOD + "text,NaN\n", "a.csv, row 10, column 'label': the label is NaN"),
         ("a.csv", GOOD + "text,None\n", "a.csv, row 10, column 'label': the label is None"),
         ("a.csv", "text,label\na,x\nb,x\n", "a.csv, column 'label': every row has the label 'x'"),
-        ("a.csv", GOOD + "text,c\n", "row 10, column 'label': the only row with the label 'c'"),
+        ("a.csv", GOOD + "text,c\n", "'label': this is the only row with the label 'c'"),
         ("a.jsonl", "", "a.jsonl has no rows"),
-        ("a.jsonl", '{"text": "a", "label": 1}\n{"text":\n', "row 2, character 9: not JSON"),
-        ("a.jsonl", '["a", "b"]\n', "a.jsonl, row 1: a list is no object"),
-        ("a.jsonl", "[" * 100_000, "a.jsonl, row 1: not to be read"),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text":\n', "row 2, character 9: the line is not"),
+        ("a.jsonl", '["a", "b"]\n', "a.jsonl, row 1: a list is not an object"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl, row 1: the line cannot be read"),
         ("a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "a", "lable": 1}\n',
-         "a.jsonl, row 3: no column 'label'; there are 'text', 'lable'; did you mean 'lable'?"),
-        ("a.jsonl", '{"text": "a", "text": "b", "label": 1}\n', "row 1: not to be read: key"),
+         "a.jsonl, row 3: there is no column 'label'; the columns are 'text', 'lable'; did you "
+         "mean 'lable'?"),
+        ("a.jsonl", '{"text": "a", "text": "b", "label": 1}\n', "the line cannot be read: key"),
         ("a.jsonl", '{"text": 5, "label": 1}\n', "column 'text': a text is needed, not int 5"),
         ("a.jsonl", '{"text": null, "label": 1}\n', "row 1, column 'text': the text is empty"),
         ("a.jsonl", '{"text": NaN, "label": 1}\n', "row 1, column 'text': the text is NaN"),
@@ -84,12 +85,12 @@ def test_a_file(name, content, expected, here):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("inputprefix: x\n", "t.yaml, row 1: no key 'inputprefix'; there are input_prefix, "
-         "label_prefix, labels; did you mean 'input_prefix'?"),
-        ("labels: [good, bad]\n", "t.yaml, row 1: must be labels: a mapping"),
+        ("inputprefix: x\n", "t.yaml, row 1: there is no key 'inputprefix'; the keys are "
+         "input_prefix, label_prefix, labels; did you mean 'input_prefix'?"),
+        ("labels: [good, bad]\n", "t.yaml, row 1: labels must be a mapping"),
         ("labels:\n  a: good\n  b: good \n", "row 3: labels 'a' and 'b' have the same word"),
-        ("labels:\n  a: good\n  a: bad\n", "t.yaml, row 3: 'a' stands there twice"),
-        ("labels: {a: good}\n", "t.yaml: labels: 1, but at least two"),
+        ("labels:\n  a: good\n  a: bad\n", "t.yaml, row 3: 'a' is given twice"),
+        ("labels: {a: good}\n", "t.yaml: labels must have at least two entries, not 1"),
         ("labels:\n  a: good\n  b:\n", "t.yaml, row 3: label 'b' has no word"),
         ("labels: {a: good, B: bad}\n", "good.csv, row 3, column 'label': 'b' is not among the "
          "labels of t.yaml: 'a', 'B'"),
@@ -97,7 +98,7 @@ def test_a_file(name, content, expected, here):
         ("label_prefix: ' '\n", "t.yaml: label_prefix is empty"),
         ("input_prefix: [a]\n", "t.yaml, row 1: input_prefix must be text"),
         ("input_prefix: Review: \n", "t.yaml, row 1: mapping values are not allowed here"),
-        ("- labels\n", "t.yaml, row 1: must be a mapping"),
+        ("- labels\n", "t.yaml, row 1: the file must be a mapping"),
         (b"\xff\xfe", "t.yaml cannot be read"),
     ],
 )  # fmt: skip
@@ -112,13 +113,13 @@ def test_a_template(content, expected, here):
         ({"dataset": "no.csv"}, "no.csv cannot be read: No such file or directory"),
         ({"dataset": "good.csv", "template": "no.yaml"}, "no.yaml cannot be read: No such file"),
         ({"dataset": "good.csv", "test_file": "no.csv"}, "no.csv cannot be read: No such file"),
-        ({"dataset": "good.csv", "test_file": "good.csv"}, "good.csv holds what good.csv does"),
+        ({"dataset": "good.csv", "test_file": "good.csv"}, "good.csv has the content of good.csv"),
         ({"dataset": "good.csv", "label_column": "labels"}, "did you mean 'label'?"),
         ({"dataset": "good.csv", "label_column": "text"}, "--text-column and --label-column are"),
         ({"dataset": "good.csv", "test_share": "1"}, "--test-share 1: input should be less"),
-        ({"dataset": "good.csv", "test_file": "b.csv", "split_seed": 1}, "--split-seed: with "
-         "--test-file nothing is split"),
-        ({"dataset": "sst2", "template": "t.yaml"}, "--template is for data of your own"),
+        ({"dataset": "good.csv", "test_file": "b.csv", "split_seed": 1}, "--split-seed: "
+         "--test-file gives all test rows"),
+        ({"dataset": "sst2", "template": "t.yaml"}, "--template is for your own data"),
         ({"dataset": "."}, "folder . was not saved by `datasets`"),
         ({"dataset": "imdb"}, "or data of your own (.csv, .tsv, .jsonl, .parquet, or a folder"),
     ],
@@ -168,7 +169,7 @@ def test_a_damaged_folder(damage, here):
 
 def test_parts_of_a_folder():
     DatasetDict({"training": Dataset.from_dict(COLUMNS)}).save_to_disk("both")
-    assert refusal(dataset="both") == "both has no part `train`; there are training"
+    assert refusal(dataset="both") == "both has no part `train`; its parts are training"
     assert "both holds the parts training: name one" in refusal(
         dataset="good.csv", test_file="both"
     )

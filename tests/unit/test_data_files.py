@@ -50,7 +50,9 @@ def test_every_format_has_the_same_rows(name, tmp_path):
     assert rows[0].place("label") == f"{path}, row {first}, column 'label'"
     (cells,) = {tuple(row.cells) for row in read_rows(path, ["label", "text"])}
     assert set(cells) == {"label", "text"}
-    with pytest.raises(UserError, match=r"no column 'txt'; there are .*; did you mean 'text'\?"):
+    with pytest.raises(
+        UserError, match=r"no column 'txt'; the columns are .*; did you mean 'text'\?"
+    ):
         list(read_rows(path, ["txt"]))
 
 
@@ -120,9 +122,7 @@ def test_a_missing_extra_is_named(name, library, tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
     )
-    expected = (
-        f"{path}: {library}, which reads it, is not installed: `pip install 'abft-fast[data]'`"
-    )
+    expected = f"{path} cannot be read without {library}: `pip install 'abft-fast[data]'`"
     assert result.stdout.strip() == expected
 
 

@@ -116,20 +116,23 @@ def test_overrides_replace_axes_groups_and_settings(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("grids: {}", "the file: no part grids; did you mean grid?"),
+        ("grids: {}", "the file: there is no part grids; did you mean grid?"),
         ("options: {k: 1, k: 2}", "k is given twice, line 1"),
-        ("options: {sede: 1}", "options: no option sede; did you mean seed?"),
-        ("grid: {datasets: [subj]}", "grid: no option datasets; did you mean dataset?"),
-        ("settings: {a: {head-filtre: 1}}", "settings: a: no option head_filtre; did you mean he"),
-        ("options: {output_dir: x}", "options: no option output_dir"),
-        ("options: {k: [1, 2]}", "options: k is a list: several values go under `grid`"),
+        ("options: {sede: 1}", "options: there is no option sede; did you mean seed?"),
+        ("grid: {datasets: [subj]}", "grid: there is no option datasets; did you mean dataset?"),
+        (
+            "settings: {a: {head-filtre: 1}}",
+            "settings: a: there is no option head_filtre; did you mean he",
+        ),
+        ("options: {output_dir: x}", "options: there is no option output_dir"),
+        ("options: {k: [1, 2]}", "options: k is a list: put several values under `grid`"),
         ("grid: {k: 4}", r"grid: k must be a list, such as \[4\]"),
         ("grid: {k: []}", "grid: k must be a list"),
         ("grid: [k]", "grid must be a mapping"),
-        ("grid: {model: [{a: {k: 1}}]}", "grid: model: a does not say which model it is"),
-        ("grid: {model: [{model: gpt2, k: 1}]}", "an entry is a value, or one name and its"),
+        ("grid: {model: [{a: {k: 1}}]}", "grid: model: a does not set model"),
+        ("grid: {model: [{model: gpt2, k: 1}]}", "an entry must be a value, or one name and its"),
         ("grid: {k: [0, 1]}", "k=0: --k 0: input should be greater"),
-        ("grid: {method: [AFBT]}", "--method: no method AFBT; did you mean ABFT"),
+        ("grid: {method: [AFBT]}", "--method: there is no method AFBT; did you mean ABFT"),
         ("grid: {method: [vanilla], k: [-1]}", "vanilla k=-1: --k -1"),
         (
             "grid: {model: [{a: {model: gpt2, method: E2E}}], method: [{b: {method: ABFT}}]}",
@@ -142,7 +145,7 @@ def test_overrides_replace_axes_groups_and_settings(tmp_path):
         ("grid: {model: [{a: {model: x}}, {a: {model: y}}]}", "two entries are called a"),
         (
             "options: {calibration: batch}\ngrid: {method: [vanilla]}",
-            "method vanilla is calibration none, not batch: name calibration where",
+            "method vanilla uses calibration none, not batch: set calibration for",
         ),
         ("settings: {a: {quantized: true, trainable: full}}", "a: --trainable full needs float"),
     ],
@@ -157,7 +160,7 @@ def test_a_mistake_is_one_line_before_anything_starts(text, message, tmp_path):
     [
         ("seed", "use NAME=VALUE"),
         ("sede=1", "no option sede; did you mean seed"),
-        ("seed=[1", "is no YAML"),
+        ("seed=[1", "is not YAML"),
     ],
 )
 def test_a_mistake_in_an_override(pair, message):

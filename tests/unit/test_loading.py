@@ -106,7 +106,7 @@ DAMAGES = {
     "cut": (cut_inside_the_header, f"{SHARD} is damaged, 50 bytes"),
     "empty": (empty, f"{SHARD} is damaged, 0 bytes"),
     "garbage": (scramble_the_header, f"{SHARD} is damaged, "),
-    "missing": (remove, f"{SHARD} is missing, which model.safetensors.index.json names"),
+    "missing": (remove, f"{SHARD} is missing, but model.safetensors.index.json names it"),
     "pointer": (leave_the_pointer, f"{SHARD} is a pointer of git-lfs"),
     "without-a-weight": (lose_a_weight, f"{SHARD} lacks {FIRST_PROJECTION}"),
     "index": (break_json("model.safetensors.index.json"), "index.json is no JSON"),
@@ -172,7 +172,7 @@ def test_a_number_that_is_none_is_found_before_the_run(checkpoint, bits, weight)
     save_file(tensors, shard, {"format": "pt"})
     model = load(str(checkpoint), CPU, torch.float32, bits)
     where = weight.removesuffix(".weight")
-    with pytest.raises(UserError, match=f"^{where} of .*{shard.name}: its values are not finite: "):
+    with pytest.raises(UserError, match=f"^{where} of .*{shard.name}: the values are not finite: "):
         check_attention(model, prompts())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -227,7 +227,7 @@ def installed():
 
 def test_four_bits_without_their_state_are_refused(checkpoint):
     quantized_by(checkpoint, {"quant_method": "bitsandbytes", "load_in_4bit": True})
-    assert "its files hold no state of quantization" in the_line(checkpoint)
+    assert "the files hold no quantization state" in the_line(checkpoint)
 
 
 def gradients(model):

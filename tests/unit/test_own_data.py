@@ -107,7 +107,9 @@ def test_parts_of_a_dataset_dict(reviews):
     dataset = load(dataset="both")
     assert (dataset.name, dataset.label_words) == ("both", ("false", "true"))
     assert (len(dataset.training), len(dataset.test)) == (4, 1)
-    with pytest.raises(UserError, match="--split-seed: both has a part `test`, nothing is split"):
+    with pytest.raises(
+        UserError, match="--split-seed: both has a part `test`, so nothing is split"
+    ):
         load(dataset="both", split_seed=1)
     DatasetDict({"train": made}).save_to_disk("one")
     dataset = load(dataset="one", test_share=0.5)
@@ -147,7 +149,7 @@ def test_a_run_remembers_its_data(reviews, monkeypatch):
     assert (dataset.input_prefix, len(dataset.files)) == ("a ", 2)
     run.check_data(dict(dataset.files))
     (reviews.parent / "t.yaml").write_text("input_prefix: 'b '\n")
-    with pytest.raises(UserError, match=r"t\.yaml is not what run .* began with"):
+    with pytest.raises(UserError, match=r"t\.yaml has changed since run .* began"):
         run.check_data(dict(datasets.by_options(options).files))
     write_yaml(options, reviews.parent / "replay.yaml")
     replayed = resolve(TrainConfig, {"config": "../replay.yaml"})

@@ -226,7 +226,7 @@ def test_cells_that_have_not_run_are_missing(tmp_path):
     ]
     options = place.folder / "cell.yaml"
     options.write_text(options.read_text().replace("k: 4", "k: 5"))
-    with pytest.raises(UserError, match="was run with k 5, and is now to be run with 4"):
+    with pytest.raises(UserError, match="was run with k 5, but this sweep asks for 4"):
         place.prepare(cell)
 
 

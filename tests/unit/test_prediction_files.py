@@ -86,9 +86,12 @@ def test_one_label_is_refused(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("id,txt\n1,a\n", r"queries.csv, row 2: no column 'text'; .*'id', 'txt'; did you mean"),
-        ("text,prediction\na,b\n", "row 2: column 'prediction' is to be written: rename it"),
-        ("text,p_good\na,b\n", "row 2: column 'p_good' is to be written"),
+        (
+            "id,txt\n1,a\n",
+            r"queries.csv, row 2: there is no column 'text'; .*'id', 'txt'; did you mean",
+        ),
+        ("text,prediction\na,b\n", "row 2: the output has a column 'prediction' too: rename it"),
+        ("text,p_good\na,b\n", "row 2: the output has a column 'p_good' too"),
         ("text\nfine\n  \n", "row 3, column 'text': the text is empty"),
         ("text\n", "queries.csv has no rows"),
     ],
@@ -131,7 +134,7 @@ def test_csv(folder):
 def test_csv_needs_the_same_columns(folder):
     (folder / "queries.jsonl").write_text('{"text": "a"}\n{"text": "b", "note": 1}\n')
     for output in ("out.csv", "-"):
-        with pytest.raises(UserError, match=r"jsonl, row 2: column 'note' is not in all rows"):
+        with pytest.raises(UserError, match=r"jsonl, row 2: not all rows have column 'note'"):
             check_queries(options(input="queries.jsonl", output=output), WORDS)
     check_queries(options(input="queries.jsonl", output="out.jsonl"), WORDS)
     rows = [({"text": "a"}, None), ({"text": "b", "note": 1}, None)]
@@ -167,10 +170,10 @@ def test_the_output_is_whole_or_as_it_was(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output": "queries.csv"}, "--output queries.csv is what is read"),
-        ({"output": "./demos.csv"}, "--output demos.csv is what is read"),
+        ({"output": "queries.csv"}, "--output queries.csv is a file that the command reads"),
+        ({"output": "./demos.csv"}, "--output demos.csv is a file that the command reads"),
         ({"output": "no/out.csv"}, "folder no does not exist"),
-        ({"output": "out.txt"}, "--output out.txt: end it in .csv or .jsonl"),
+        ({"output": "out.txt"}, "--output out.txt: use a name that ends in .csv or .jsonl"),
         ({"adapter": "nowhere"}, "adapter nowhere holds no adapter_config.json"),
         ({"input": "nowhere.csv"}, "nowhere.csv cannot be read"),
         ({"label_column": "text"}, "--text-column and --label-column are both text"),

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.unit
 @pytest.mark.parametrize(
     ("environment", "cpu", "message"),
     [
-        ({"LOCAL_WORLD_SIZE": "99"}, False, "99 processes on this machine, but . GPUs"),
+        ({"LOCAL_WORLD_SIZE": "99"}, False, "99 processes run on this machine, which has . GPUs"),
         ({"ACCELERATE_USE_FSDP": "true"}, True, "accelerate is set to FSDP: launch with"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, True, "accelerate is set to DEEPSPEED"),
     ],

@@ -185,7 +185,7 @@ def small(labels=(0, 1), **options):
             "DemoSensitivity",
             dataclasses.replace(small(), test=small().test[:3]),
             2,
-            "DemoSensitivity: tiny has 3 test examples, it needs 4",
+            "DemoSensitivity: tiny has 3 test examples, but the test needs 4",
         ),
         ("UnseenLabel", data.load("hate_speech_18"), 12, r"k=12 .* rarely lack a label"),
     ],

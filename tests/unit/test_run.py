@@ -43,7 +43,7 @@ def test_what_a_kill_left_half_written_is_overwritten(tmp_path):
     config = resolve(TrainConfig, {"output_dir": str(tmp_path), "overwrite": True})
     run = RunFolder.reserve(config)
     (tmp_path / ".notes.tmp").write_text("mine")
-    with pytest.raises(UserError, match=r"holds .notes.tmp, which is not of a run"):
+    with pytest.raises(UserError, match=r"holds .notes.tmp, which no run writes"):
         RunFolder.reserve(config)
     (tmp_path / ".notes.tmp").unlink()
     run.create(config, 0, {}, {})

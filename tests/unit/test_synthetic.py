@@ -42,7 +42,9 @@ def test_every_known_shape_has_its_parameters():
 def test_a_shape_is_found_by_its_hub_id():
     assert known_shape("qwen/qwen2.5-32B").to_dict() == known_shape("qwen2.5-32b").to_dict()
     assert known_shape("qwen2.5-33b") is None
-    with pytest.raises(UserError, match=r"model synthetic:foo: known shapes are qwen2\.5-0\.5b, "):
+    with pytest.raises(
+        UserError, match=r"model synthetic:foo: there is no such shape; use one of qwen2\.5-0\.5b, "
+    ):
         read_config("synthetic:foo")
 
 
@@ -113,5 +115,5 @@ def test_it_takes_its_own_memory_and_a_weights():
 
 
 def test_load_makes_one(tmp_path):
-    with pytest.raises(UserError, match="synthetic weights are on one GPU"):
+    with pytest.raises(UserError, match="synthetic weights stay on one GPU"):
         load("synthetic:qwen2.5-0.5b", CPU, torch.float32, 4, {"device_map": "auto"})

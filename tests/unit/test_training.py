@@ -130,7 +130,7 @@ def test_every_prompt_is_taken_once_an_epoch():
     ("step", "loss", "norm", "heads", "message"),
     [
         (1, float("nan"), 1.0, 3.0, "not finite before anything is learnt"),
-        (5, float("nan"), 1.0, 3.0, "not finite; lower --lr"),
+        (5, float("nan"), 1.0, 3.0, "not finite: lower --lr"),
         (5, 1.0, float("inf"), 3.0, "not finite"),
         (1, 0.0, 0.0, 0.0, "--no-head-filter"),
         (1, 1.0, 0.0, 3.0, "gradient is 0"),
@@ -172,7 +172,7 @@ def test_an_adapter_of_other_layers_is_refused(tmp_path):
     train_lora(tiny_model("llama"), rank=4).save_pretrained(tmp_path)
     assert load_adapter(tiny_model("llama"), tmp_path)
     for depth in (2, 6):
-        with pytest.raises(UserError, match="adapts other layers"):
+        with pytest.raises(UserError, match="changes other layers"):
             load_adapter(tiny_model("llama", num_hidden_layers=depth), tmp_path)
 
 

@@ -53,9 +53,9 @@ def test_metaicl_trains_on_files_of_ones_own(tmp_path):
     found, _ = prompts_of(**options, meta_datasets=f"mr,{file}", k=2)
     texts = [TOKENIZER.decode(p.input_ids) for p in found]
     assert sum("news" in text for text in texts) == 6
-    with pytest.raises(UserError, match="--text-column is for data of your own"):
+    with pytest.raises(UserError, match="--text-column is for your own data"):
         prompts_of(**options, meta_datasets="mr")
-    with pytest.raises(UserError, match="--test-file is for data of your own"):
+    with pytest.raises(UserError, match="--test-file is for your own data"):
         prompts_of(**options, meta_datasets=f"mr,{file}", test_file=file)
 
 
@@ -65,7 +65,7 @@ def test_metaicl_trains_on_files_of_ones_own(tmp_path):
         ({"meta_datasets": "trec,imdb"}, "'imdb' is unknown"),
         ({"meta_datasets": "trec,subj"}, "holds subj, which is tested"),
         ({"meta_datasets": "trec", "generalization_test": True}, "holds trec, which is tested"),
-        ({"method": "E2E", "gradient": "local"}, "--gradient local is ABFT's"),
+        ({"method": "E2E", "gradient": "local"}, "--gradient local works with ABFT only"),
         ({"method": "MetaICL", "quantized": True}, "--trainable model needs float weights"),
         ({"method": "RLHF"}, "--method RLHF"),
     ],
@@ -112,7 +112,7 @@ def test_picl_predicts_every_token(tmp_path):
         assert prompt.target_positions == list(range(len(prompt) - 1))
         assert TOKENIZER.decode(prompt.input_ids).count("\n") == 2
     file.write_text(" \n")
-    with pytest.raises(UserError, match="it holds no text"):
+    with pytest.raises(UserError, match="holds no text"):
         prompts_of(method="PICL", plain_text=file)
     with pytest.raises(UserError, match="No such file"):
         prompts_of(method="PICL", plain_text=tmp_path / "nowhere.txt")

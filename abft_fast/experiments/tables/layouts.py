@@ -154,7 +154,7 @@ def _only_setting(methods: list[MethodRuns], method: str) -> MethodRuns | None:
     if len(found) > 1:
         raise UserError(
             f"layout 3: {found[0].model} has {len(found)} settings of {method}: "
-            "use a folder with one of them"
+            "use a folder with one setting"
         )
     return found[0] if found else None
 
