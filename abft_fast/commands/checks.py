@@ -55,7 +55,7 @@ def check_train(config: TrainConfig, flags: Mapping[str, Any]) -> tuple[TrainCon
         unwanted = sorted(set(flags) - {"resume", "debug", *_OF_THIS_CALL})
         if unwanted:
             names = ", ".join(map(flag, unwanted))
-            raise UserError(f"--resume goes on with the run's own options: leave out {names}")
+            raise UserError(f"--resume uses the run's own options: leave out {names}")
         run, options = RunFolder.open(config.resume)
         given = {name: getattr(config, name) for name in _OF_THIS_CALL if name in flags}
         config = options.model_copy(update={**given, "resume": config.resume})
