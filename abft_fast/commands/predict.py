@@ -178,11 +178,8 @@ class Labeller(ModelOnDevice):
     def _checked(self, prefix: SharedPrefix, prompts: Sequence[list[int]]) -> SharedPrefix:
         """Return the prefix, or an empty one if the model does not allow a shared prefix."""
         autocast, backend = self.accelerator.autocast, self.config.attention_backend
-        try:
-            encoded = [EncodedPrompt(ids, [], []) for ids in prompts]
-            attentions = check_attention(self.model, encoded, autocast, backend)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        encoded = [EncodedPrompt(ids, [], []) for ids in prompts]
+        attentions = check_attention(self.model, encoded, autocast, backend)
         self.progress.say(f"attention: {', '.join(sorted({name for name, _ in attentions}))}")
         if prefix.can_share(1) and shared_prefix_is_exact(prefix, prompts, autocast):
             return prefix

@@ -105,15 +105,9 @@ class Session(ModelOnDevice):
             UserError: the two differ, or no backend supports the model here.
         """
         self.progress.say("checking packed attention against the model's own")
-        try:
-            attentions = check_attention(
-                self.model,
-                prompts,
-                self.accelerator.autocast,
-                self.config.attention_backend,
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        attentions = check_attention(
+            self.model, prompts, self.accelerator.autocast, self.config.attention_backend
+        )
         for (name, backend), reasons in attentions.items():
             self.progress.say(f"attention: {name}, its loss: {backend}")
             if name == "separate":
