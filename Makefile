@@ -34,6 +34,8 @@ coverage: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --select ANN201 --config lint.flake8-annotations.ignore-fully-untyped=false \
+		abft_fast kernels
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 

@@ -9,5 +9,5 @@ BUILTIN_LEARNING_RATES = {"lora": 3e-3, "full": 1e-3, "model": 5e-4}
 
 
 def builtin_model_path() -> Path:
-    """The folder of the built-in model: `AutoModelForCausalLM` and `AutoTokenizer` load it."""
+    """Return the built-in model's folder, for `AutoModelForCausalLM` and `AutoTokenizer`."""
     return Path(__file__).parent / "model"

@@ -221,6 +221,7 @@ def save(model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: 
 
 
 def main() -> None:
+    """Build the model that the command line describes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=builtin_model_path())
     parser.add_argument("--steps", type=int, default=1600)

@@ -16,7 +16,7 @@ from abft_fast.runtime.environment import describe
 
 
 def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
-    """Findings as (what, found), and the problems among them, one line each."""
+    """Return the findings as (what, found), and the problems among them, one line each."""
     environment = describe()
     problems: list[str] = []
     findings = [("python", environment["python"])]
@@ -63,7 +63,7 @@ def _several(gpus: int) -> str:
 
 
 def _attention() -> list[tuple[str, str]]:
-    """What a model's attention and its loss would run on here, and why."""
+    """Say what would compute a model's attention and its loss here, and why."""
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
     query = torch.zeros(1, 1, 128, dtype=dtype, device="cuda" if gpu else "cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ class SharedPrefix:
         own = pack([EncodedPrompt(list(prompt[length:]), [], []) for prompt in prompts])
         return replace(own, position_ids=own.position_ids + length)
 
-    def _run(self, model: nn.Module, own: PackedPrompts, **kwargs):
+    def _run(self, model: nn.Module, own: PackedPrompts, **kwargs: Any) -> Any:
         if self.ids and not self._kept:
             self._kept = self._compute()
         self.computed += len(own.input_ids)

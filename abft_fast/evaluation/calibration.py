@@ -7,10 +7,11 @@ their probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from StaICC.prefabricate_inference import standard_calibration
 
+from abft_fast.data import Prompt
 from abft_fast.evaluation.protocols import Call, Probabilities
 from abft_fast.evaluation.staicc_adapter import PromptWriter, Triplet, quiet
 from abft_fast.options import CalibrationType
@@ -41,9 +42,9 @@ class Calibration:
         self.call: Call | None = None
         if kind in _TRAINED:
             words = len(triplet.template.label_words)
-            prompts: list = []
+            prompts: list[Prompt] = []
 
-            def note(prompt, label_space) -> list[float]:
+            def note(prompt: Prompt, label_space: Sequence[str]) -> list[float]:
                 prompts.append(prompt)
                 return [1 / words] * words
 
@@ -71,7 +72,7 @@ class Calibration:
             calibrated = iter(kept)
             yield [next(calibrated) if row else row for row in call]
 
-    def _train(self, feedforward) -> standard_calibration.calibration:
+    def _train(self, feedforward: Callable) -> standard_calibration.calibration:
         made = _TRAINED[self._kind](list(self._triplet.template.label_words))
         with quiet():
             made.train(

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from StaICC.util import experimentor, functional
 from StaICC.util.experimentor import single_experimentor
@@ -103,17 +104,21 @@ class Protocol:
         """Return StaICC's metrics by name, given each call's predictions; None where undefined."""
         remaining = iter(predictions)
 
-        def replay(prompt, label_space) -> list[list[float]]:
+        def replay(prompt: Prompt, label_space: Sequence[str]) -> list[list[float]]:
             return [list(row) for row in next(remaining)]
 
         return {name: value for part in self._parts for name, value in part.run(replay).items()}
 
 
-def _made(kind: type[single_experimentor], triplet: Triplet, k: int, **options):
+def _made(
+    kind: type[single_experimentor], triplet: Triplet, k: int, **options: Any
+) -> single_experimentor:
     return kind(triplet_dataset=triplet, k=k, **options)
 
 
-def _normal(cls, dataset: Dataset, k: int, form: str, *, unseen: bool = False) -> Protocol:
+def _normal(
+    cls: type[Protocol], dataset: Dataset, k: int, form: str, *, unseen: bool = False
+) -> Protocol:
     triplet = Triplet(dataset, form)
     made = _made(single_experimentor, triplet, k, metrics=METRICS)
     install(made, dataset.test, 2 * len(dataset.test))
@@ -143,7 +148,7 @@ def _check_unseen(dataset: Dataset, k: int) -> None:
         )
 
 
-def _gler(cls, dataset: Dataset, k: int, form: str) -> Protocol:
+def _gler(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> Protocol:
     _check_demonstrations("GLER", k)
     triplet = Triplet(dataset, form)
     made = _made(
@@ -163,7 +168,7 @@ def _gler(cls, dataset: Dataset, k: int, form: str) -> Protocol:
     return cls(triplet, [_Part(install(made, dataset.test, 2 * len(dataset.test)), names)])
 
 
-def _template_sensitivity(cls, dataset: Dataset, k: int, form: str) -> Protocol:
+def _template_sensitivity(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> Protocol:
     if dataset.alternate_template is None:
         raise UserError(
             f"TempSensitivity: {dataset.name} has no alternate templates; use another --test-type"
@@ -176,7 +181,9 @@ def _template_sensitivity(cls, dataset: Dataset, k: int, form: str) -> Protocol:
     return cls(triplet, [_Part(install(made, test, len(test)), _sensitivity)])
 
 
-def _demonstration_sensitivity(cls, dataset: Dataset, k: int, form: str) -> Protocol:
+def _demonstration_sensitivity(
+    cls: type[Protocol], dataset: Dataset, k: int, form: str
+) -> Protocol:
     _check_demonstrations("DemoSensitivity", k)
     triplet = Triplet(dataset, form)
     test = dataset.test[: 2 * len(dataset.test) // _SAMPLES_A_QUERY]
@@ -195,7 +202,7 @@ def _demonstration_sensitivity(cls, dataset: Dataset, k: int, form: str) -> Prot
     return cls(triplet, [_Part(install(made, test, 2 * len(dataset.test)), _sensitivity)])
 
 
-def _triplet_bias(cls, dataset: Dataset, k: int, form: str) -> Protocol:
+def _triplet_bias(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> Protocol:
     triplet = Triplet(dataset, form)
     parts = []
     for bias in ("contextual", "domain"):

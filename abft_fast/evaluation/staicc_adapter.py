@@ -84,7 +84,12 @@ class PromptWriter(dataset_interface.prompt_writter):
         label = self._triplet_dataset.get_default_ground_truth_label_index(query_index)
         return dataclasses.replace(prompt, query=Example(prompt.query.text, label))
 
-    def write_prompt_from_dataline(self, demos_lines, query_line, cut_by_length=0) -> Prompt:
+    def write_prompt_from_dataline(
+        self,
+        demos_lines: Sequence[tuple[Sequence[str], str]],
+        query_line: Sequence[str],
+        cut_by_length: int = 0,
+    ) -> Prompt:
         """Return a prompt whose query's label is not known."""
         words = self._triplet_dataset.demonstration
         return Prompt(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -101,7 +102,7 @@ class _MemoryCount(TorchDispatchMode):
         self._see(result, counted=True)
         return result
 
-    def _see(self, tensors, counted: bool) -> None:
+    def _see(self, tensors: Any, counted: bool) -> None:
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, FakeTensor):
                 continue

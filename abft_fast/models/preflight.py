@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ def _where_not_finite(
     not_finite: list[str] = []
 
     def watch(name: str) -> Callable:
-        def look(module, args, output) -> None:
+        def look(module: nn.Module, args: tuple, output: Any) -> None:
             is_tensor = isinstance(output, torch.Tensor)
             if not not_finite and is_tensor and not output.isfinite().all():
                 not_finite.append(name)

@@ -11,7 +11,7 @@ by 1e-6, which matters in `1 - alpha` of a head that is sure of its label.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -265,7 +265,7 @@ def _(grad_out, grad_loss, *saved_and_options):
     return (*grads, query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     inputs, outputs = _Inputs(*inputs), _Outputs(*output)
     ctx.options = pick(_Options, inputs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -285,7 +285,7 @@ def _(query, key, *_):
     return key.new_empty(key.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     inputs, outputs = _Inputs(*inputs), _Outputs(*output)
     ctx.mark_non_differentiable(*(t for name, t in outputs._asdict().items() if name != "loss"))
     ctx.scores = pick(Scores, inputs)
