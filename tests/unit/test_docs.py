@@ -82,7 +82,14 @@ def test_the_architecture_page_names_every_package_and_files_that_exist():
     folders = {path.parent.name for path in (ROOT / "abft_fast").glob("*/__init__.py")}
     described = set(re.findall(r"^\*\*`(\w+)`\*\*", page, re.MULTILINE))
     assert described == folders | {"prompts", "errors", "abft_kernels"}
-    changes = page[page.index("## Where does a change go?") :]
+    packages, changes = page.split("## Where does a change go?")
+    for package, text in re.findall(r"^\*\*`(\w+)`\*\*(.*?)\n\n", packages, re.M | re.DOTALL):
+        folder = ROOT / (
+            "kernels/abft_kernels" if package not in folders else f"abft_fast/{package}"
+        )
+        for module in re.findall(r"`([\w/]+)`", text):
+            path = folder / module
+            assert path.is_dir() or path.with_suffix(".py").is_file(), f"{package}: {module}"
     paths = re.findall(r"`((?:abft_fast|kernels|tests|docs)/[^`]*)`", changes)
     assert len(paths) >= 5
     for path in paths:
