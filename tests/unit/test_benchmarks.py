@@ -55,12 +55,14 @@ def run_pytest(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_contenders_take_turns_and_ratios_are_of_one_round(tmp_path):
     (tmp_path / "test_turns.py").write_text(TURNS)
     run = run_pytest("-c", ROOT / "pyproject.toml", "--rootdir", ROOT, tmp_path / "test_turns.py")
     assert run.returncode == 0, run.stdout
 
 
+@pytest.mark.slow
 def test_a_benchmark_runs_checks_itself_and_leaves_its_rows(tmp_path):
     heads = "32/8x128" if record.GPU else "4/1x64"
     case = f"benchmarks/fused_attention.py::bench_fused_attention[128-{heads}-forward]"
@@ -89,6 +91,7 @@ def _peak_of(megabytes: int) -> tuple[int, int]:
     return peak_of(lambda: bytearray(megabytes * 2**20)), os.getpid()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(record.GPU, reason="a GPU's counter counts its own memory")
 def test_a_fresh_process_tells_its_own_peak():
     (peak, pid), (_, another) = (in_fresh_process(_peak_of, 20) for _ in range(2))

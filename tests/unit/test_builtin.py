@@ -87,6 +87,7 @@ def test_pseudo_tasks_are_consistent(corpus):
             shown.add(ids[label])
 
 
+@pytest.mark.slow
 def test_the_recipe_runs(tmp_path, capsys):
     build(tmp_path, steps=1, seed=0)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)

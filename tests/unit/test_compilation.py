@@ -21,6 +21,7 @@ def run_compiled(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_representative_variants_compile_for_every_target_without_spills():
     run = run_compiled(KERNELS_FOLDER / "compile_report.py", "--quick")
     assert run.returncode == 0, run.stderr
@@ -75,6 +76,7 @@ print(count(first), count(first, *others))
 """
 
 
+@pytest.mark.slow
 def test_new_lengths_counts_penalties_filters_and_layouts_compile_nothing():
     run = run_compiled("-c", COUNT_COMPILATIONS)
     assert run.returncode == 0, run.stderr

@@ -107,6 +107,7 @@ def case(request):
     return make_case(*request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["no-grad", "grad"])
 def test_bytes_of_a_forward_that_scans_all_keys(needs_grad, case):
     """A key head's keys are read once for its whole group of query heads, once more at labels."""
@@ -135,6 +136,7 @@ def test_bytes_of_a_forward_that_scans_all_keys(needs_grad, case):
     check_label_loss(traffic, size, needs_grad)
 
 
+@pytest.mark.slow
 def test_bytes_of_a_forward_that_knows_its_normalizer(case):
     """Label keys alone; for a gradient, once, also all keys of key heads with an induction head."""
     size = Sizes(case)
@@ -173,6 +175,7 @@ def test_bytes_of_a_forward_that_knows_its_normalizer(case):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [False, True], ids=["new", "added"])
 def test_bytes_of_a_backward(accumulate, case):
     """Keys and queries of heads with a loss alone; where it adds, no other key's gradient."""

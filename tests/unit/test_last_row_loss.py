@@ -66,6 +66,7 @@ def test_any_shape_matches_the_specification(rows, heads, head_dim, seed):
     torch.testing.assert_close(actual_grads, expected_grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())
 def test_gradcheck(options):
     case = make_case([11, 1, 6], [3, 1, 2], seed=3, **options)

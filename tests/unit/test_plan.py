@@ -67,6 +67,7 @@ def test_weights_are_counted_as_they_are(family, bits, trainable):
     assert (planned.quantized > 0) == (bits is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.options)
 def test_few_layers_tell_the_memory_of_many(flow):
     shape = tiny_config("llama", num_hidden_layers=13, hidden_size=64, intermediate_size=176)
@@ -115,6 +116,7 @@ for flow in FLOWS:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's own high-water mark")
 @pytest.mark.parametrize("bits", [0, 4])
 def test_a_step_takes_what_was_planned(bits):

@@ -1,6 +1,7 @@
 """`abft_fast.__version__` is the version of the package, the citation and the changelog."""
 
 import re
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,11 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_installed_package_has_it():
     assert version("abft-fast") == abft_fast.__version__
+
+
+def test_the_kernels_alone_have_it():
+    kernels = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())
+    assert kernels["project"]["version"] == abft_fast.__version__
 
 
 def test_citation_and_changelog_have_it():
