@@ -51,6 +51,7 @@ def uniform(prompt, label_space):
     return [[1 / len(label_space)] * len(label_space)] * len(prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test_type", [t for t in TEST_TYPES if t != "UnseenLabel"])
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_prompts_are_staiccs_own(name, test_type):
