@@ -168,12 +168,12 @@ OPTIONS = [
     yaml_file("config-twice", "k: 4\nk: 5\n", "config c.yaml cannot be read: k is given twice"),
     yaml_file("config-broken", "k: [\n", "config c.yaml, row 2: expected the node content"),
     option("train --config nowhere.yaml", "config nowhere.yaml does not exist"),
-    sweep("sweep-key", "grids: {}\n", "sweep s.yaml: the file: no part grids; did you mean grid?"),
+    sweep("sweep-key", "grids: {}\n", "the file: there is no part grids; did you mean grid?"),
     sweep("sweep-option", "options: {sede: 1}\n", "no option sede; did you mean seed?"),
     sweep("sweep-method", "grid: {method: [ABFT, vanila]}\n",
-          "sweep s.yaml: vanila: --method: no method vanila; did you mean vanilla?"),
+          "sweep s.yaml: vanila: --method: there is no method vanila; did you mean vanilla?"),
     sweep("sweep-list", "- ABFT\n", "config s.yaml must be a mapping"),
-    sweep("sweep-empty", "", "sweep s.yaml is empty: it needs options, grid, settings"),
+    sweep("sweep-empty", "", "sweep s.yaml is empty: it needs at least one of options"),
     sweep("sweep-no-cell", "grid: {seed: []}\n", "grid: seed must be a list, such as [0]"),
     sweep("sweep-bad-cell", "grid: {k: [2, 4, -1]}\n", "sweep s.yaml: k=-1: --k -1"),
     option("sweep", "Missing argument 'FILE'"),
@@ -190,7 +190,7 @@ OPTIONS = [
     option("table . --layout 5", "--layout 5: input should be '1', '2', '3' or '4'"),
     option("table . --output no/where.md", "--output no/where.md: folder no does not exist"),
     option("table nowhere", "folder nowhere does not exist"),
-    option("table .", "folder . holds no run: name a run's, a sweep's or one above them"),
+    option("table .", "folder . holds no run: name the folder of a run"),
 ]  # fmt: skip
 
 FILES = [

@@ -81,7 +81,7 @@ def test_eval_of_two_processes(two, tmp_path):
     ("arguments", "message"),
     [
         (["--dataset", "imdb"], "dataset 'imdb' is unknown"),
-        (["--device-map", "auto"], "2 processes were launched: start it without a launcher"),
+        (["--device-map", "auto"], "2 processes were launched: start the run without a launcher"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -125,7 +125,7 @@ def test_the_check_before_a_run(family):
 def test_prompts_that_do_not_go_on_from_it_are_refused():
     shared = SharedPrefix(tiny_model("llama"), [5, 6, 7])
     for prompts in ([[5, 6, 7, 8], [5, 6, 8, 9]], [[5, 6, 7]], [[5, 6]]):
-        with pytest.raises(ValueError, match=rf"prompts\[{len(prompts) - 1}\] does not go on"):
+        with pytest.raises(ValueError, match=rf"prompts\[{len(prompts) - 1}\] does not continue"):
             shared.label_logits(prompts, LABELS)
 
 

@@ -55,7 +55,9 @@ def test_logits_stay_and_rows_go(name, adapted):
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     again, _, _ = label_logits(model, given, [11, 90])
     torch.testing.assert_close(again, before[:, [2, 0]], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="token 8 is not one of the 3 the LM head has kept"):
+    with pytest.raises(
+        ValueError, match="token 8 is not one of the 3 tokens that the LM head has kept"
+    ):
         label_logits(model, given, [7, 8])
 
 

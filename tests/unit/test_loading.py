@@ -109,12 +109,12 @@ DAMAGES = {
     "missing": (remove, f"{SHARD} is missing, but model.safetensors.index.json names it"),
     "pointer": (leave_the_pointer, f"{SHARD} is a pointer of git-lfs"),
     "without-a-weight": (lose_a_weight, f"{SHARD} lacks {FIRST_PROJECTION}"),
-    "index": (break_json("model.safetensors.index.json"), "index.json is no JSON"),
+    "index": (break_json("model.safetensors.index.json"), "index.json is not JSON"),
     "empty-index": (break_json("model.safetensors.index.json", "{}"), "does not say where"),
     "index-names-nothing": (name_a_missing_file, "model-00009.safetensors is missing"),
-    "config": (break_json("config.json"), "config.json is no JSON"),
+    "config": (break_json("config.json"), "config.json is not JSON"),
     "config-list": (break_json("config.json", "[1]"), "config.json holds no JSON object"),
-    "tokenizer": (break_json("tokenizer.json"), "tokenizer.json is no JSON"),
+    "tokenizer": (break_json("tokenizer.json"), "tokenizer.json is not JSON"),
 }
 
 
@@ -135,18 +135,22 @@ def test_weights_that_are_nowhere_are_not_made_up(checkpoint):
     content = json.loads(index.read_text())
     del content["weight_map"][FIRST_PROJECTION]
     index.write_text(json.dumps(content))
-    assert f"1 weights, such as {FIRST_PROJECTION}, are not in its files" in the_line(checkpoint)
+    assert f"1 weights, such as {FIRST_PROJECTION}, are missing from the files" in the_line(
+        checkpoint
+    )
 
 
 def test_a_backbone_without_its_head_is_refused(tmp_path):
     save(tiny_model("llama", tie_word_embeddings=False).model, tmp_path)
-    assert "such as lm_head.weight, are not in its files" in the_line(tmp_path)
+    assert "such as lm_head.weight, are missing from the files" in the_line(tmp_path)
 
 
 def test_weights_of_another_shape_are_named(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
-    assert "layers.0.mlp.down_proj.weight, are not in its files or of" in the_line(checkpoint)
+    assert "layers.0.mlp.down_proj.weight, are missing from the files or have" in the_line(
+        checkpoint
+    )
 
 
 def test_a_name_the_hub_would_not_take_is_one_line():
@@ -325,7 +329,7 @@ def test_a_quantized_layer_that_loses_the_gradient_is_refused(kind):
     width = model.config.hidden_size
     model.model.layers[1].self_attn.o_proj = kind(width, width)
     with pytest.raises(
-        UserError, match=rf"layers.1.self_attn.o_proj \({kind.__name__}\) passes no"
+        UserError, match=rf"layers.1.self_attn.o_proj \({kind.__name__}\) does not pass"
     ):
         check_gradients(model)
 

@@ -160,7 +160,7 @@ def test_a_query_beyond_the_context(folder):
     (folder / "short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 400}))
     texts = ["a fine film", "word " * 300, "so so", "word " * 400]
     write("queries.csv", enumerate(texts), "id", "text")
-    message = r"queries.csv, row 3: its prompt of \d+ tokens is longer than the .* of 400 tokens"
+    message = r"queries.csv, row 3: the prompt of \d+ tokens is longer than the .* of 400 tokens"
     with pytest.raises(UserError, match=message):
         run(model="short")
     assert not list(folder.glob("*out*"))
@@ -170,7 +170,9 @@ def test_a_query_beyond_the_context(folder):
     expected = one_by_one(plain, texts[::2], data.load("subj").training[:5])
     assert_predicted(rows[::2], expected)
     (folder / "short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 90}))
-    with pytest.raises(UserError, match=r"demos.csv: with its 5 demonstrations .* context 90: use"):
+    with pytest.raises(
+        UserError, match=r"demos.csv: with its 5 demonstrations .* context has 90: use"
+    ):
         run(model="short", on_long_prompt="drop")
 
 
