@@ -131,6 +131,7 @@ def test_a_step_takes_what_was_planned(bits):
     assert all(1 / 1.15 <= ratio <= 1.15 for ratio in ratios), ratios
 
 
+@pytest.mark.slow
 def test_what_fits_and_what_to_change():
     shape, config = tiny_config("llama"), options()
     whole = make_plan(shape, config, FLOAT32, FLOWS, longest=60, limit=10**9)

@@ -102,6 +102,7 @@ print(bytes_of(model.parameters()), high_water_mark("cpu") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's own high-water mark")
 def test_it_takes_its_own_memory_and_a_weights():
     run = subprocess.run(

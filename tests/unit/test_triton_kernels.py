@@ -36,6 +36,7 @@ def check(case, **options):
     assert_as_good_as_eager(last_row_loss, case, backend="triton", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())
 def test_features(options, dtype):
@@ -57,6 +58,7 @@ def test_head_dimensions(head_dim):
     check(make_case([40, 33], [4, 6], head_dim=head_dim, dtype=torch.float32))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 140), st.integers(0, 40)), min_size=1, max_size=4),
@@ -82,6 +84,7 @@ def test_a_row_of_nothing_but_labels_of_one_kind_has_a_gradient_of_rounding_alon
         assert gradient.norm() <= 8 * torch.finfo(torch.float32).eps * case["key"].norm()
 
 
+@pytest.mark.slow
 def test_long_rows_are_split_over_programs(monkeypatch):
     case = make_case([2101, 700, 1], [16, 3, 1], head_dim=16, dtype=torch.float32)
     counted = []
