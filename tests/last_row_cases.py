@@ -96,7 +96,10 @@ def eager(query, key, key_start, key_end, label_positions, label_offsets, label_
     for row in range(len(query)):
         start, end = int(key_start[row]), int(key_end[row])
         keys = key[start:end].repeat_interleave(group, dim=1).transpose(0, 1)
-        scores = (query[row][:, None] @ keys.transpose(1, 2))[:, 0] * scale
+        # As in eager attention, the last row is one of many: a product of a single row is summed in
+        # another order, and more exactly on some processors.
+        many_rows = query[row][:, None].expand(-1, 16, -1)
+        scores = (many_rows @ keys.transpose(1, 2))[:, -1] * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if window is not None and end - start > window:
@@ -140,6 +143,9 @@ def assert_as_good_as_eager(function, case, factor=2, **options):
         for name, value in _quantities(eager, reordered, threshold_from=is_induction).items():
             exact = truth[name][..., order] if name in ("query", "key") else truth[name]
             budgets[name] = max(budgets[name], factor * error(value, exact))
+    # Rounded scores cancel in eager's S, as one product yields labels and the row's sum. A kernel
+    # multiplies label keys by themselves, so S loses what the part on correct labels does.
+    budgets["label_mass"] = max(budgets["label_mass"], budgets["correct_mass"])
     found = _quantities(function, case, **options)
     assert torch.equal(function(**case, **options).is_induction, is_induction)
     for name, exact in truth.items():
