@@ -143,9 +143,10 @@ def assert_as_good_as_eager(function, case, factor=2, **options):
         for name, value in _quantities(eager, reordered, threshold_from=is_induction).items():
             exact = truth[name][..., order] if name in ("query", "key") else truth[name]
             budgets[name] = max(budgets[name], factor * error(value, exact))
-    # Rounded scores cancel in eager's S, as one product yields labels and the row's sum. A kernel
-    # multiplies label keys by themselves, so S loses what the part on correct labels does.
-    budgets["label_mass"] = max(budgets["label_mass"], budgets["correct_mass"])
+    # A score's rounding is proportional to its terms; exp makes it a relative error of the mass.
+    rounding = torch.finfo(case["query"].dtype).eps * _largest_sum_of_terms(in_float64(case))
+    for name in ("label_mass", "correct_mass"):
+        budgets[name] = max(budgets[name], rounding)
     found = _quantities(function, case, **options)
     assert torch.equal(function(**case, **options).is_induction, is_induction)
     for name, exact in truth.items():
@@ -153,6 +154,14 @@ def assert_as_good_as_eager(function, case, factor=2, **options):
             assert found[name].norm() == 0, name
         else:
             assert error(found[name], exact) <= budgets[name], (name, budgets[name])
+
+
+def _largest_sum_of_terms(case):
+    """The largest scale * sum |q_i k_i| of a score: rounding of a dot product is relative to it."""
+    query, key = case["query"].abs(), case["key"].abs()
+    scale = query.shape[-1] ** -0.5 if case.get("scale") is None else case["scale"]
+    keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return scale * torch.einsum("rhd,thd->rht", query, keys).max().item()
 
 
 def _quantities(function, case, **options):

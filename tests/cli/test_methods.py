@@ -66,7 +66,7 @@ def test_picl_trains_on_plain_text_and_keeps_nothing_unasked(tmp_path):
     assert not (folder / "model").exists() and not (folder / "checkpoints").exists()
     text.write_text("\n".join(f"another film about {i} birds" for i in range(60)))
     changed = abft_fast("train", "--resume", folder)
-    assert changed.returncode == 2 and "plain.txt is not what run" in changed.stderr
+    assert changed.returncode == 2 and "plain.txt has changed since run" in changed.stderr
 
 
 def test_mauve_compares_texts_before_and_after(tmp_path):

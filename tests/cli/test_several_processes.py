@@ -107,7 +107,7 @@ def test_all_processes_must_read_the_same_data(tmp_path):
     options = ["train", "--dataset", "own.csv", "--device", "cpu"]
     result = launch(TORCHRUN, "apart.py", *options, cwd=tmp_path)
     assert said(result.stderr) == [
-        "abft-fast: not every process reads the same own.csv: share the file"
+        "abft-fast: not every process reads the same own.csv: give all of them the same file"
     ]
     assert not list(tmp_path.glob("*/runs"))
 
