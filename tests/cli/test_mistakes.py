@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from abft_fast import builtin_model_path
-from tests.command_line import QUICK, abft_fast
+from tests.command_line import QUICK, abft_fast, abft_fast_afresh
 
 pytestmark = pytest.mark.cli
 
@@ -39,7 +39,7 @@ def test_what_needs_a_gpu(options, message, tmp_path):
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_a_missing_gpu_is_said_before_what_is_slow_to_import(command, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
-    result = abft_fast(command, "--device", "cuda", cwd=tmp_path)
+    result = abft_fast_afresh(command, "--device", "cuda", cwd=tmp_path)
     assert result.returncode == 2
     imported = {line.rpartition("| ")[2].strip() for line in result.stderr.splitlines()}
     assert "torch" in imported
@@ -68,7 +68,7 @@ def test_a_damaged_model_is_named_and_nothing_written(where, tmp_path, monkeypat
     weights.write_bytes(weights.read_bytes()[:-1])
     here = tmp_path / "here"
     here.mkdir()
-    result = abft_fast(
+    result = abft_fast_afresh(
         "train", "--model", snapshot if where == "folder" else "some/model", cwd=here
     )
     assert result.returncode == 2
