@@ -76,13 +76,15 @@ class _WithGradients(torch.autograd.Function):
     """A scalar, and the gradients of parameters that were found on the way to it."""
 
     @staticmethod
-    def forward(ctx, loss, gradients, *parameters):
+    def forward(
+        ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *parameters: nn.Parameter
+    ) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         return grad_loss, None, *(g * grad_loss.to(g.device) for g in ctx.gradients)
 
 

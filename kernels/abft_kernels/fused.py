@@ -184,7 +184,7 @@ def _rows(
 
 
 @_forward_op.register_fake
-def _(*arguments):
+def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
     query = inputs.query
     tokens, heads, head_dim = query.shape
@@ -259,7 +259,9 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad_out, grad_loss, *saved_and_options):
+def _(
+    grad_out: Tensor | None, grad_loss: Tensor | None, *saved_and_options: Any
+) -> tuple[Tensor, ...]:
     query, key, value, sinks, *_ = saved_and_options
     grads = (t.new_empty(t.shape) for t in (query, key, value))
     return (*grads, query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
@@ -277,8 +279,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*pick(_Saved, inputs, outputs))
 
 
-def _backward(ctx, *grads):
-    grads, saved = _Outputs(*grads), _Saved(*ctx.saved_tensors)
+def _backward(ctx: Any, *grads: Tensor | None) -> _Inputs:
+    grads, saved = _Outputs._make(grads), _Saved(*ctx.saved_tensors)
     gradients = _Gradients(
         *_backward_op(grads.out, grads.loss, **saved._asdict(), **ctx.options._asdict())
     )

@@ -247,7 +247,7 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(*arguments):
+def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
     result, residuals = empty_results(inputs.query, inputs.needs_grad)
     return (*result, *residuals)
@@ -281,7 +281,7 @@ def _grad_key_op(
 
 
 @_grad_key_op.register_fake
-def _(query, key, *_):
+def _(query: Tensor, key: Tensor, *_: Any) -> Tensor:
     return key.new_empty(key.shape)
 
 
@@ -294,7 +294,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*pick(_Saved, inputs, outputs))
 
 
-def _backward(ctx, *grads):
+def _backward(ctx: Any, *grads: Tensor) -> _Inputs:
     grad_loss = _Outputs(*grads).loss
     saved = _Saved(*ctx.saved_tensors)
     needs_grad = _Inputs(*ctx.needs_input_grad)
@@ -316,7 +316,7 @@ def _backward(ctx, *grads):
             *ctx.scores,
             ctx.backend,
         )
-    if needs_grad.sinks:
+    if needs_grad.sinks and saved.sinks is not None:
         residuals = pick(Residuals, saved)
         grad_sinks = loss_grad_sinks(saved.sinks, coefficient, residuals, ctx.scores)
     return none_but(_Inputs, query=grad_query, key=grad_key, sinks=grad_sinks)
