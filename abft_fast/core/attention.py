@@ -6,7 +6,7 @@ end, where labels are, where to put the losses) travels with the call as the key
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from abft_kernels import (
@@ -18,8 +18,8 @@ from abft_kernels import (
     flash_attention_with_last_row_loss,
     last_row_loss,
 )
-from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -29,8 +29,15 @@ from abft_fast.errors import UnsupportedModel
 NAME = "abft"
 
 
+class AttentionLayer(Protocol):
+    """What is read of a model's attention layer."""
+
+    layer_idx: int
+    config: PreTrainedConfig
+
+
 def packed_attention(
-    module: nn.Module,
+    module: AttentionLayer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -75,7 +82,12 @@ def packed_attention(
     packed = abft.on(query.device)
     # Under autocast RoPE leaves queries and keys in float32, values come in 16 bits.
     query, key, value = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
-    scores = {"scale": scale, "softcap": softcap, "window": sliding_window, "sinks": s_aux}
+    scores: dict[str, Any] = {
+        "scale": scale,
+        "softcap": softcap,
+        "window": sliding_window,
+        "sinks": s_aux,
+    }
     if abft.prefix is not None:
         out = attention_after_prefix(
             query,
@@ -117,7 +129,7 @@ def packed_attention(
     return out[None], None
 
 
-def _check_window(module: nn.Module, window: int | None, longest: int) -> None:
+def _check_window(module: AttentionLayer, window: int | None, longest: int) -> None:
     """Refuse a layer whose mask is windowed but whose window does not arrive as an argument."""
     layer_types = getattr(module.config, "layer_types", None)
     if layer_types:
@@ -133,7 +145,7 @@ def _check_window(module: nn.Module, window: int | None, longest: int) -> None:
 
 
 def _ordinary_attention(
-    module: nn.Module,
+    module: AttentionLayer,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -37,12 +37,12 @@ class Projection:
     rows: Tensor | None
 
 
-def without_peft(model: nn.Module) -> nn.Module:
+def without_peft(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model inside PEFT's wrapper, adapters in place, or any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def backbone(model: nn.Module) -> PreTrainedModel:
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """Return the decoder without its LM head, out of a bare, headed or PEFT-wrapped model.
 
     Raises:
@@ -54,7 +54,7 @@ def backbone(model: nn.Module) -> PreTrainedModel:
     return model.base_model
 
 
-def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
+def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Return attention modules by layer index; layers without Q and K projections are left out."""
     modules = {}
     for module in backbone(model).modules():
@@ -67,7 +67,7 @@ def attention_layers(model: nn.Module) -> dict[int, nn.Module]:
     return {index: modules[index] for index in sorted(modules)}
 
 
-def query_key_projections(model: nn.Module) -> list[Projection]:
+def query_key_projections(model: PreTrainedModel) -> list[Projection]:
     """Return the Q and K projections of every attention layer, in order.
 
     Raises:
@@ -77,9 +77,9 @@ def query_key_projections(model: nn.Module) -> list[Projection]:
     projections = []
     for layer, module in attention_layers(model).items():
         if all(hasattr(module, name) for name in _SEPARATE):
-            children, rows = _SEPARATE, None
+            children, rows = list(_SEPARATE), None
         else:
-            children = tuple(name for name in _FUSED if hasattr(module, name))
+            children = [name for name in _FUSED if hasattr(module, name)]
             rows = _query_key_rows(backbone(model).config)
         for child in children:
             projection = getattr(module, child)
@@ -114,7 +114,7 @@ def _query_key_rows(config: PreTrainedConfig) -> Tensor:
     )
 
 
-def prepare(model: nn.Module) -> PreTrainedModel:
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Route the model's attention through this library, once, and return its backbone.
 
     The model still works as before: without packed prompts its attention is an ordinary one.

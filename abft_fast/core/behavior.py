@@ -33,25 +33,29 @@ def mean_over_batches(batches: Sequence[AttentionBehavior]) -> AttentionBehavior
 
 
 class LayerResults:
-    """The results of one packed forward, by layer index; None for a layer without a loss."""
+    """The results of one packed forward, by layer index, and which layers ran."""
 
     def __init__(self, prompts: int):
         self._prompts = prompts
-        self._by_layer: dict[int, LastRowLoss | None] = {}
+        self._ran: set[int] = set()
+        self._by_layer: dict[int, LastRowLoss] = {}
 
     def __contains__(self, index: int) -> bool:
-        return index in self._by_layer
+        return index in self._ran
 
     def store(self, index: int, result: LastRowLoss | None) -> None:
         """Store the layer's losses, or None to record that it ran."""
-        self._by_layer[index] = result
+        self._ran.add(index)
+        if result is not None:
+            self._by_layer[index] = result
 
     def missing(self, indices: Iterable[int]) -> list[int]:
         """Return which of these layers stored nothing, in order."""
-        return sorted(set(indices) - set(self._by_layer))
+        return sorted(set(indices) - self._ran)
 
     def clear(self) -> None:
         """Drop all results, as those of a failed forward keep its tensors alive."""
+        self._ran.clear()
         self._by_layer.clear()
 
     def with_graph(self) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from abft_fast.core.backbone import must_run_alone, prepare, without_peft
 from abft_fast.core.behavior import AttentionBehavior, mean_over_batches
@@ -14,7 +15,7 @@ from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
 from abft_fast.core.run_packed import run_packed
 
 
-def keep_label_rows(model: nn.Module, label_ids: Sequence[int]) -> None:
+def keep_label_rows(model: PreTrainedModel, label_ids: Sequence[int]) -> None:
     """Free all rows of the LM head but the label words': 2 GB of a 70B model.
 
     Afterwards the model's logits are the label words' alone; its scale and soft-cap of logits stay.
@@ -30,10 +31,10 @@ def keep_label_rows(model: nn.Module, label_ids: Sequence[int]) -> None:
         rows = parameter.data[list(label_ids)]
         setattr(head, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
     head.out_features = len(label_ids)
-    head.label_ids = tuple(label_ids)
+    head.label_ids = tuple(label_ids)  # type: ignore[assignment]  # torch: tensors, modules only
 
 
-def label_columns(model: nn.Module, label_ids: Sequence[int]) -> list[int]:
+def label_columns(model: PreTrainedModel, label_ids: Sequence[int]) -> list[int]:
     """Return the columns of the label words' logits in the model's output.
 
     Raises:
@@ -51,7 +52,7 @@ def label_columns(model: nn.Module, label_ids: Sequence[int]) -> list[int]:
 
 
 def label_logits(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[EncodedPrompt],
     label_ids: Sequence[int],
     attention: str = "auto",

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from abft_fast.core.backbone import must_run_alone, prepare
 from abft_fast.core.behavior import AttentionBehavior, mean_over_batches
@@ -43,7 +43,7 @@ def every_token(input_ids: list[int]) -> TargetedPrompt:
 
 
 def language_model_loss(
-    model: nn.Module, prompts: Sequence[TargetedPrompt], *, attention: str = "auto"
+    model: PreTrainedModel, prompts: Sequence[TargetedPrompt], *, attention: str = "auto"
 ) -> AttentionBehavior:
     """Run one packed forward and return the cross-entropy at the prompts' targets.
 
@@ -71,7 +71,7 @@ def language_model_loss(
 
 
 def _packed_loss(
-    model: nn.Module, prompts: Sequence[TargetedPrompt], attention: str
+    model: PreTrainedModel, prompts: Sequence[TargetedPrompt], attention: str
 ) -> AttentionBehavior:
     packed = pack(prompts)
     forward = PackedForward(packed, attention=attention)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 from abft_kernels import check_options
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from abft_fast.core.backbone import attention_layers, must_run_alone, prepare
 from abft_fast.core.behavior import AttentionBehavior, mean_over_batches
@@ -17,7 +18,7 @@ from abft_fast.core.run_packed import run_packed
 
 
 def attention_behavior_loss(
-    model: nn.Module,
+    model: PreTrainedModel,
     packed: PackedPrompts,
     *,
     penalty: float | Tensor = 0.5,

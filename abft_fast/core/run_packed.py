@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from abft_fast.core.backbone import attention_layers, must_run_alone, prepare, without_peft
@@ -13,7 +13,7 @@ from abft_fast.core.packed_forward import LossComplete, PackedForward
 from abft_fast.errors import UnsupportedModel
 
 
-def run_packed(model: nn.Module, forward: PackedForward, **kwargs: Any) -> ModelOutput | None:
+def run_packed(model: PreTrainedModel, forward: PackedForward, **kwargs: Any) -> ModelOutput:
     """Run a backbone, or a model with its LM head, on packed prompts.
 
     Args:
@@ -22,7 +22,7 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs: Any) -> Model
         **kwargs: further arguments of the model's forward, such as `logits_to_keep`.
 
     Returns:
-        transformers' own output; None where `forward.stop_after` ended it.
+        transformers' own output; an empty one where `forward.stop_after` ended it.
 
     Raises:
         ValueError: a token id is outside the vocabulary (checked on a CPU only), or the model
@@ -42,7 +42,7 @@ def run_packed(model: nn.Module, forward: PackedForward, **kwargs: Any) -> Model
                 f"input_ids holds {int(packed.input_ids[outside][0])}, "
                 f"the model's vocabulary is 0 to {len(embedding) - 1}"
             )
-    output = None
+    output = ModelOutput()
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # blocks switch it off and on
             output = without_peft(model)(

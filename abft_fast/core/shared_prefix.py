@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from abft_fast.core.backbone import attention_layers, must_run_alone, prepare
 from abft_fast.core.label_logits import label_columns, label_logits
@@ -30,7 +32,7 @@ class SharedPrefix:
         computed: tokens the model has run on so far.
     """
 
-    def __init__(self, model: nn.Module, ids: Sequence[int], attention: str = "auto"):
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int], attention: str = "auto"):
         self.ids = list(ids)
         self.model, self.attention = model.eval(), attention
         self.computed = 0
@@ -86,7 +88,7 @@ class SharedPrefix:
         own = pack([EncodedPrompt(list(prompt[length:]), [], []) for prompt in prompts])
         return replace(own, position_ids=own.position_ids + length)
 
-    def _run(self, model: nn.Module, own: PackedPrompts, **kwargs: Any) -> Any:
+    def _run(self, model: PreTrainedModel, own: PackedPrompts, **kwargs: Any) -> ModelOutput:
         if self.ids and not self._kept:
             self._kept = self._compute()
         self.computed += len(own.input_ids)
@@ -103,7 +105,7 @@ class SharedPrefix:
         return kept
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     """Return the longest shared beginning that leaves every prompt a token of its own."""
     first, last = min(prompts), max(prompts)  # in their order those furthest apart
     pairs = itertools.islice(zip(first, last, strict=False), min(map(len, prompts)) - 1)
