@@ -6,8 +6,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from abft_fast.core.packing import pack
 from abft_fast.memory.simulation import (
@@ -97,7 +96,7 @@ def step_memory(
 
 def trainable_without_memory(
     shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic, flow: Flow
-) -> nn.Module:
+) -> PreTrainedModel:
     """Set the model up as `train` does, on tensors without memory."""
     model = skeleton(shape, arithmetic.dtype, _bits(shape, config))
     model = without_memory(trainable.set_trained(model, config.trainable, config.lora_r))
@@ -107,7 +106,7 @@ def trainable_without_memory(
 
 
 def step_peak(
-    model: nn.Module,
+    model: PreTrainedModel,
     config: TrainConfig,
     arithmetic: Arithmetic,
     flow: Flow,

@@ -7,7 +7,7 @@ that one operation uses inside itself is not counted.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -23,15 +23,16 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import PreTrainedModel
 
 from abft_fast.models.synthetic import is_quantized
 
 
-def without_memory(model: nn.Module) -> nn.Module:
+def without_memory(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a model on the meta device into one of fake tensors, quantized layers included."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def fake(tensor: Tensor, dtype: torch.dtype | None = None) -> FakeTensor:
+    def fake(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         with mode:
             return torch.empty(tensor.shape, dtype=dtype or tensor.dtype)
 
@@ -48,7 +49,7 @@ def without_memory(model: nn.Module) -> nn.Module:
     return model
 
 
-def _quantized(module: nn.Module, weight: FakeTensor) -> nn.Parameter:
+def _quantized(module: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt, weight: Tensor) -> nn.Parameter:
     """Quantize a weight as bitsandbytes does; its own parameter classes cannot be fake."""
     if isinstance(module, bnb.nn.Linear8bitLt):
         data, scale, _ = bnb.functional.int8_vectorwise_quant(weight)
@@ -90,12 +91,18 @@ class CannotCount(Exception):  # noqa: N818 - the user did nothing wrong
 class _MemoryCount(TorchDispatchMode):
     """Count the bytes of the fake tensors that live at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        function: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         self._see((args, kwargs), counted=False)  # tensors from before the count
         result = function(*args, **kwargs)
@@ -124,7 +131,13 @@ class float32_as_on_a_gpu(TorchFunctionMode):  # noqa: N801 - a context
 
     _NAMES = ("layer_norm", "pow", "__pow__")
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        function: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if getattr(function, "__name__", None) in self._NAMES:
             args = tree_map_only(Tensor, _to_float32, args)
         return function(*args, **(kwargs or {}))

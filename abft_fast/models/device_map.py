@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from abft_fast.errors import UserError
 from abft_fast.runtime.launch import process_count
@@ -31,7 +31,7 @@ def over_all_gpus(device: torch.device) -> dict[str, Any] | None:
     return {"device_map": "auto", "max_memory": {**free, "cpu": 0}}
 
 
-def refuse_offloaded(model: nn.Module, name: str) -> None:
+def refuse_offloaded(model: PreTrainedModel, name: str) -> None:
     """Make sure that every part is on a GPU.
 
     Raises:

@@ -132,7 +132,9 @@ def _path(name: str) -> str:
     return str(builtin_model_path()) if name == "builtin" else name
 
 
-def _read(kind: type, name: str, **options: Any) -> Any:
+def _read(
+    kind: type[AutoConfig | AutoTokenizer | AutoModelForCausalLM], name: str, **options: Any
+) -> Any:
     """Return the result of transformers' `from_pretrained`, or raise one line that says why not."""
     path = _path(name)
     check_model_folder(path)

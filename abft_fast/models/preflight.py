@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from abft_fast.core import attention
 from abft_fast.core.backbone import backbone, must_run_alone, prepare, without_peft
@@ -26,7 +27,7 @@ _LONGEST = 2048  # eager attention keeps n x n scores a head
 
 
 def check_attention(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[EncodedPrompt],
     autocast: Callable = contextlib.nullcontext,
     attention_backend: str = "auto",
@@ -55,7 +56,8 @@ def check_attention(
     batches = [[p] for p in pair] if must_run_alone(inner, len(longest)) else [pair]
     model.eval()
     with torch.no_grad(), autocast():
-        packed, attentions = [], {}
+        packed: list[Tensor] = []
+        attentions: dict[tuple[str, str], str] = {}
         for batch in batches:
             forward = PackedForward(pack(batch), attention=attention_backend)
             try:
@@ -78,11 +80,11 @@ def check_attention(
             f"{_where_not_finite(model, pair, autocast)}: the values are not finite: download the "
             f"file again; if it is whole, the model overflows in {str(arithmetic).split('.')[-1]}"
         )
-    error = _relative_error(torch.cat(packed), expected)
-    if not error <= _tolerance(inner, arithmetic):
+    difference = _relative_error(torch.cat(packed), expected)
+    if not difference <= _tolerance(inner, arithmetic):
         raise UserError(
             f"{inner.config.model_type}: packed attention differs from the model's own by "
-            f"{error:.1%}, so the loss would be wrong; this family is not supported"
+            f"{difference:.1%}, so the loss would be wrong; this family is not supported"
         )
     return attentions
 
@@ -116,13 +118,21 @@ def _arithmetic(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _tolerance(inner: nn.Module, arithmetic: torch.dtype) -> float:
+def _tolerance(inner: PreTrainedModel, arithmetic: torch.dtype) -> float:
     if getattr(inner.config, "quantization_config", None) is not None:
         return max(_TOLERANCE[arithmetic], _QUANTIZED_TOLERANCE)
     return _TOLERANCE[arithmetic]
 
 
-def check_gradients(model: nn.Module) -> None:
+class _LinearLayer(Protocol):
+    """A linear layer of any quantized format; not every format's is an nn.Linear."""
+
+    in_features: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def check_gradients(model: PreTrainedModel) -> None:
     """Make sure that a quantized model's layers pass gradients on; test one layer of each kind.
 
     A layer without a backward loses gradients silently, and the gradient that flows around it hides
@@ -133,7 +143,7 @@ def check_gradients(model: nn.Module) -> None:
     """
     if getattr(model.config, "quantization_config", None) is None:
         return
-    kinds = {}
+    kinds: dict[type, tuple[str, _LinearLayer]] = {}
     for name, module in backbone(model).named_modules():
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
             kinds.setdefault(type(module), (name, module))
@@ -156,7 +166,7 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def _where_not_finite(
-    model: nn.Module, prompts: Sequence[EncodedPrompt], autocast: Callable
+    model: PreTrainedModel, prompts: Sequence[EncodedPrompt], autocast: Callable
 ) -> str:
     """Return the first layer whose output is not finite, and the file of its weights."""
     model = without_peft(model)

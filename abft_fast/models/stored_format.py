@@ -31,8 +31,10 @@ def check_format(config: PreTrainedConfig, name: str, device: torch.device) -> N
     Raises:
         UserError: the format is unknown, lacks a package or a device, or passes no gradient.
     """
-    method, stored = stored_format(config), _stored(config)
-    problem = f"model {name} is quantized by {method}"
+    stored = _stored(config)
+    if stored is None:
+        return
+    problem = f"model {name} is quantized by {stored_format(config)}"
     fix = "use the unquantized checkpoint with --quantized"
     try:
         known = AutoHfQuantizer.supports_quant_method(stored)

@@ -13,6 +13,7 @@ from peft import (
 )
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from abft_fast.core.backbone import (
     Projection,
@@ -25,7 +26,7 @@ from abft_fast.errors import UserError
 from abft_fast.models.files import check_adapter
 
 
-def set_trained(model: PreTrainedModel, trainable: str, rank: int) -> nn.Module:
+def set_trained(model: PreTrainedModel, trainable: str, rank: int) -> PreTrainedModel | PeftModel:
     """Train LoRA on W_Q and W_K (`lora`), W_Q and W_K (`full`), or every weight (`model`).
 
     Args:
@@ -77,7 +78,7 @@ def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:
             "query and key projections; this family is not supported by --trainable lora"
         )
     for projection in query_key_projections(peft_model):
-        _train_rows(projection, projection.module.lora_B["default"].weight, dim=0)
+        _train_rows(projection, projection.module.get_parameter("lora_B.default.weight"), dim=0)
     return peft_model
 
 
@@ -91,12 +92,10 @@ def train_weights(model: PreTrainedModel) -> PreTrainedModel:
     _refuse_quantized(model, "full")
     model.requires_grad_(False)
     for projection in projections:
-        weight = projection.module.weight
         # bfloat16 would round updates of 2e-5 to no change.
-        projection.module.weight = nn.Parameter(weight.data.float())
-        _train_rows(
-            projection, projection.module.weight, dim=1 if _is_transposed(projection.module) else 0
-        )
+        weight = nn.Parameter(projection.module.get_parameter("weight").data.float())
+        projection.module.weight = weight
+        _train_rows(projection, weight, dim=1 if _is_transposed(projection.module) else 0)
     return model
 
 
@@ -110,12 +109,12 @@ def train_model(model: PreTrainedModel) -> PreTrainedModel:
     return model.float().requires_grad_(True)
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def enable_checkpointing(model: nn.Module) -> None:
+def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute each decoder layer in the backward, with dropout off.
 
     transformers checkpoints in training mode only, so every rate of dropout is set to 0.
@@ -129,7 +128,8 @@ def enable_checkpointing(model: nn.Module) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # The loss leaves the forward in the last attention, which a checkpoint could not replay.
     inner = prepare(model)
-    decoder_layers(inner)[max(attention_layers(inner))].gradient_checkpointing = False
+    last: GradientCheckpointingLayer = decoder_layers(inner)[max(attention_layers(inner))]
+    last.gradient_checkpointing = False
     model.train()
 
 

@@ -160,7 +160,7 @@ def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) 
     for parameter in parameters:
         if parameter.grad is None:  # a process without prompts
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     with _collective():
         total = accelerator.reduce(flat, reduction="sum")

@@ -37,26 +37,22 @@ class Progress:
     def show(self, table: Table) -> None:
         """Print a table; write it to the run's log as well."""
         self.console.print(table)
-        plain = Console(file=io.StringIO(), highlight=False, width=100)
-        plain.print(table)
-        self._log_or_keep(plain.file.getvalue().splitlines())
+        text = io.StringIO()
+        Console(file=text, highlight=False, width=100).print(table)
+        self._log_or_keep(text.getvalue().splitlines())
 
     def keep(self, log: Path) -> None:
         """Write all lines, those so far and those to come, to a file as well."""
         if self._silent:
             return
         self._log = log
-        self._write(self._said)
+        _append(log, self._said)
 
     def _log_or_keep(self, lines: list[str]) -> None:
         if self._log is None:
             self._said += lines
         else:
-            self._write(lines)
-
-    def _write(self, lines: list[str]) -> None:
-        with self._log.open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+            _append(self._log, lines)
 
     @contextmanager
     def bar(self, what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
@@ -92,3 +88,8 @@ class Progress:
                 self.say(f"{what}: {finished}/{total}" + (f", {note}" if note else ""))
 
         yield advance
+
+
+def _append(log: Path, lines: list[str]) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)

@@ -16,7 +16,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error of torch, CUDA or cuBLAS means that memory ran out."""
     words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return should_reduce_batch_size(error) or any(word in str(error) for word in words)
