@@ -17,7 +17,9 @@ def differences(config: EvalConfig | PredictConfig) -> list[str]:
         return []
     options = run.options
     now = config.model_dump(mode="json")
-    names = [name for name in ("k", "prompt_form", "label_token", "quantized") if name in now]
+    names: list[str] = [
+        name for name in ("k", "prompt_form", "label_token", "quantized") if name in now
+    ]
     dataset = options["dataset"]
     if dataset not in data.DATASETS and now.get("dataset") in (None, dataset):
         names.append("template")
@@ -32,11 +34,13 @@ def check_tested_apart(config: EvalConfig) -> None:
     Raises:
         UserError: the split differs from that of the adapter's run, or the data have changed.
     """
+    if config.adapter is None or not config.data_are_own:
+        return
     run = _run_of(config.adapter)
-    if run is None or not config.data_are_own:
+    if run is None:
         return
     options = run.options
-    dataset = datasets.by_options(config)
+    dataset = datasets.own_by_options(config)
     if dataset.test_path != dataset.training_path:
         return  # the test rows are in another file
     now = config.model_dump(mode="json")

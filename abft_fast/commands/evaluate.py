@@ -116,10 +116,11 @@ def _predict(
     session: Session, advance: Callable[[int], None], encoded: EncodedPrompts, behavior: bool
 ) -> tuple[Tensor, BehaviorMean]:
     config = session.config
+    budget = config.token_budget
     return inference.predict_labels(
         session.model,
         encoded,
-        CPU_TOKENS if config.token_budget == "auto" else config.token_budget,
+        budget if isinstance(budget, int) else CPU_TOKENS,
         advance,
         session.accelerator.autocast,
         config.attention_backend,

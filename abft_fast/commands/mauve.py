@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from abft_fast.commands.session import Session
 from abft_fast.core.backbone import backbone
@@ -50,7 +49,7 @@ def record_texts(config: TrainConfig, run: RunFolder, session: Session, sample: 
 
 
 def generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prefixes: Sequence[str], seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prefixes: Sequence[str], seed: int
 ) -> list[str]:
     """Return each prefix with its continuation by the model, sampled at temperature 1."""
     config = backbone(model).config
@@ -110,7 +109,7 @@ def score_texts(config: TrainConfig, run: RunFolder, session: Session) -> None:
 
 
 def text_features(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
 ) -> torch.Tensor:
     """Return the model's last hidden state at each text's last token, (texts, width) float32."""
     inner = backbone(model).eval()

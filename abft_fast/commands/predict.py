@@ -78,6 +78,8 @@ class Labeller(ModelOnDevice):
         chunk: rows to label at a time, so that memory does not grow with the demonstrations.
     """
 
+    config: PredictConfig
+
     def __init__(self, config: PredictConfig, dataset: Dataset, progress: Progress):
         super().__init__(config, progress)
         self.dataset = dataset
@@ -157,7 +159,7 @@ class Labeller(ModelOnDevice):
                 ids = [prompts[i] for i in part]
                 return prefix.label_logits(ids, self.encoder.label_ids).float().cpu()
 
-        for batch in micro_batches(lengths, CPU_TOKENS if budget == "auto" else budget):
+        for batch in micro_batches(lengths, budget if isinstance(budget, int) else CPU_TOKENS):
             logits[batch] = torch.cat(in_halves(run, batch))
         return logits
 

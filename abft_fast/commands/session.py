@@ -15,7 +15,7 @@ from abft_fast.memory.types import Arithmetic
 from abft_fast.models import loading
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.preflight import check_attention
-from abft_fast.options import EvalConfig, PredictConfig, TrainConfig, datasets
+from abft_fast.options import Options, PromptOptions, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.runtime import processes
 from abft_fast.runtime.environment import uses_cpu
@@ -35,11 +35,10 @@ class ModelOnDevice:
         model: the model, after `load`.
     """
 
+    config: PromptOptions
+
     def __init__(
-        self,
-        config: TrainConfig | EvalConfig | PredictConfig,
-        progress: Progress,
-        tracker_folder: Path | None = None,
+        self, config: PromptOptions, progress: Progress, tracker_folder: Path | None = None
     ):
         self.config, self.progress = config, progress
         self.accelerator = make_accelerator(config, tracker_folder)
@@ -69,12 +68,9 @@ class Session(ModelOnDevice):
         encoder: its encoder for the model.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig | EvalConfig,
-        progress: Progress,
-        tracker_folder: Path | None = None,
-    ):
+    config: Options
+
+    def __init__(self, config: Options, progress: Progress, tracker_folder: Path | None = None):
         super().__init__(config, progress, tracker_folder)
         self.dataset = datasets.by_options(config)
         self.encoder = PromptEncoder.by_options(
@@ -114,7 +110,7 @@ class Session(ModelOnDevice):
                 self.progress.say(f"one prompt at a time, keys read twice: {reasons}")
 
 
-def check_same_data(config: TrainConfig | EvalConfig) -> None:
+def check_same_data(config: Options) -> None:
     """Refuse processes that read different files, because each process makes all prompts.
 
     Raises:
@@ -130,9 +126,7 @@ def check_same_data(config: TrainConfig | EvalConfig) -> None:
         )
 
 
-def make_accelerator(
-    config: TrainConfig | EvalConfig | PredictConfig, tracker_folder: Path | None = None
-) -> Accelerator:
+def make_accelerator(config: PromptOptions, tracker_folder: Path | None = None) -> Accelerator:
     """Return the device, the arithmetic and the tracker that the options ask for.
 
     Raises:

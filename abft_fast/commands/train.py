@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from accelerate.utils import set_seed
-from torch import nn
+from transformers import PreTrainedModel
 
 from abft_fast.commands import mauve
 from abft_fast.commands.evaluate import keep_rows_of_labels, prepare_tests, run_tests
@@ -133,6 +133,7 @@ class TrainSession(Session):
         planned_tokens: tokens that fit at once, after `check_memory`; None without a plan.
     """
 
+    config: TrainConfig
     planned_tokens: int | None = None
 
     def encode_training(self) -> list[EncodedPrompt]:
@@ -184,7 +185,7 @@ def to_train(session: TrainSession, run: RunFolder, prompts: list[EncodedPrompt]
     )
 
 
-def save_result(config: TrainConfig, run: RunFolder, model: nn.Module) -> None:
+def save_result(config: TrainConfig, run: RunFolder, model: PreTrainedModel) -> None:
     """Write `adapter/`, which plain PEFT loads, or `model/`, which plain transformers loads."""
     name = "adapter" if config.trainable == "lora" else "model"
     if config.no_save or (run.folder / name).exists():

@@ -371,5 +371,5 @@ def _empty(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     """Describe a value of the wrong kind in a few words."""
-    kinds = {list: "a list", dict: "an object", bytes: "bytes", str: "a string"}
+    kinds: dict[type, str] = {list: "a list", dict: "an object", bytes: "bytes", str: "a string"}
     return kinds.get(type(value), f"{type(value).__name__} {value}"[:40])

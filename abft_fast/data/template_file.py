@@ -58,7 +58,11 @@ def read_template(path: Path) -> TemplateFile:
                 f"{path}, row {row}: there is no key {name!r}; the keys are {', '.join(_KEYS)}"
                 f"{closest(name, _KEYS)}"
             )
-    template = TemplateFile(**{name: _read(path, name, value) for name, value in nodes.items()})
+    labels = nodes.pop("labels", None)
+    template = TemplateFile(
+        **{name: _text(path, name, value) for name, value in nodes.items()},
+        labels=None if labels is None else _labels(path, labels),
+    )
     if not template.label_prefix.strip():
         raise UserError(
             f"{path}: label_prefix is empty, but a query must end by asking for a label"
@@ -66,9 +70,7 @@ def read_template(path: Path) -> TemplateFile:
     return template
 
 
-def _read(path: Path, name: str, node: yaml.Node) -> str | dict[str, str]:
-    if name != "labels":
-        return _text(path, name, node)
+def _labels(path: Path, node: yaml.Node) -> dict[str, str]:
     example = (
         "labels must be a mapping from values of the label column to label words, such as "
         "`1: positive`"

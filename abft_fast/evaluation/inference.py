@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from abft_fast.core.label_logits import label_logits
 from abft_fast.core.packing import EncodedPrompt
@@ -19,7 +20,7 @@ from abft_fast.runtime.token_budget import in_halves
 
 
 def predict_labels(
-    model: nn.Module,
+    model: PreTrainedModel,
     encoded: EncodedPrompts,
     token_budget: int,
     on_batch: Callable[[int], None] = lambda prompts: None,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
-POSITIONAL = {"positional": True}
+POSITIONAL: JsonDict = {"positional": True}
 
 
 def flag(name: str) -> str:

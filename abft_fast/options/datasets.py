@@ -6,7 +6,7 @@ from pathlib import Path
 
 from abft_fast import data
 from abft_fast.data import Dataset, tables
-from abft_fast.data.own import OwnSource, load_own, sha256
+from abft_fast.data.own import OwnDataset, OwnSource, load_own, sha256
 from abft_fast.errors import UserError
 from abft_fast.options.base import flag
 from abft_fast.options.evaluate import Options
@@ -19,8 +19,15 @@ def by_options(options: Options) -> Dataset:
     Raises:
         UserError: a file is missing, unreadable, or a row in it is not what the options say.
     """
-    if not options.data_are_own:
-        return data.load(options.dataset)
+    return own_by_options(options) if options.data_are_own else data.load(options.dataset)
+
+
+def own_by_options(options: Options) -> OwnDataset:
+    """Load the user's own data that `--dataset` names.
+
+    Raises:
+        UserError: as `by_options`.
+    """
     path = Path(options.dataset)
     parts = tables.parts(path)
     if parts and "train" not in parts:

@@ -12,13 +12,13 @@ from abft_fast.data import tables
 from abft_fast.options.base import flag
 from abft_fast.options.data import ColumnOptions, DatasetOptions, SamplingOptions, absolute_place
 from abft_fast.options.model import PromptOptions
-from abft_fast.options.without_effect import EVALUATION, lines_without_effect
+from abft_fast.options.without_effect import EVALUATION, Rule, lines_without_effect
 
 
 class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
     """Options that `train` and `eval` share; help lists the base classes from last to first."""
 
-    _rules_of_effect: ClassVar = EVALUATION
+    _rules_of_effect: ClassVar[tuple[Rule, ...]] = EVALUATION
 
     @property
     def data_are_own(self) -> bool:

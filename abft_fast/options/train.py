@@ -15,7 +15,7 @@ from abft_fast.options.base import flag, name_or_count
 from abft_fast.options.data import absolute_place, dataset_or_file
 from abft_fast.options.evaluate import Options
 from abft_fast.options.methods import METHODS, MethodName, Trainable
-from abft_fast.options.without_effect import TRAINING
+from abft_fast.options.without_effect import TRAINING, Rule
 
 _PAPER_LEARNING_RATES = {"lora": 1e-4, "full": 2e-5, "model": 1e-5}
 
@@ -29,23 +29,23 @@ def spelled_method(value: Any) -> Any:
 def default_training(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return `trainable` and `lr`, where none is given, from the method and the model.
 
-    A value that is given but invalid is left to its own check.
+    A value that is given but invalid is left to its own check; what depends on it is as for LoRA.
     """
     trainable, rate = given.get("trainable"), given.get("lr")
     method = METHODS.get(str(spelled_method(given.get("method", "ABFT"))))
-    if trainable is None and method is not None:
-        trainable = method.default_trainable
+    if trainable is None:
+        trainable = "lora" if method is None else method.default_trainable
     if rate is None:
         builtin = given.get("model", "builtin") == "builtin"
         rates = BUILTIN_LEARNING_RATES if builtin else _PAPER_LEARNING_RATES
-        rate = rates.get(str(trainable))
+        rate = rates.get(str(trainable), rates["lora"])
     return {"trainable": trainable, "lr": rate}
 
 
 class TrainConfig(Options):
     """Options of `abft-fast train`; the defaults are the paper's (section 4.1)."""
 
-    _rules_of_effect: ClassVar = TRAINING
+    _rules_of_effect: ClassVar[tuple[Rule, ...]] = TRAINING
 
     k: int = Field(4, ge=1, description="Demonstrations in a prompt.")
     method: MethodName = Field(
@@ -69,8 +69,9 @@ class TrainConfig(Options):
     pseudo_batch_size: int = Field(
         32, ge=1, description="Prompts that one optimizer step averages."
     )
-    lr: float | None = Field(
-        None,
+    lr: float = Field(
+        None,  # replaced by `default_training`
+        validate_default=True,
         gt=0,
         allow_inf_nan=False,
         description="Adam's learning rate. Unset: 1e-4 for LoRA, 2e-5 for full W_Q/W_K, 1e-5 "
@@ -81,8 +82,9 @@ class TrainConfig(Options):
         description="How far back the loss of a layer trains, in ABFT. full: all earlier layers "
         "too. local: this layer only. A number N: its block of N layers.",
     )
-    trainable: Trainable | None = Field(
-        None,
+    trainable: Trainable = Field(
+        None,  # replaced by `default_training`
+        validate_default=True,
         description="What is trained. lora: LoRA on W_Q and W_K. full: W_Q and W_K themselves, "
         "in float32. model: every weight, in float32. Unset: lora for ABFT and E2E, model for "
         "MetaICL and PICL.",
@@ -281,8 +283,8 @@ class TrainConfig(Options):
     @property
     def proportional_factor(self) -> float:
         """Return the factor C_p of the number of induction heads in the control of the penalty."""
-        own = self.adaptation == "p" and self.p_factor is not None
-        return self.p_factor if own else self.pid_p
+        own = self.p_factor if self.adaptation == "p" else None
+        return self.pid_p if own is None else own
 
     @property
     def needs_label_rows_only(self) -> bool:

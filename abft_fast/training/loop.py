@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedModel
 
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.errors import RunError
@@ -50,7 +51,7 @@ class Training:
 
     config: TrainConfig
     run: RunFolder
-    model: nn.Module
+    model: PreTrainedModel
     prompts: list[EncodedPrompt]
     accelerator: Accelerator
     progress: Progress
@@ -130,7 +131,7 @@ def train_step(
 
 
 def backward(
-    model: nn.Module,
+    model: PreTrainedModel,
     batch: list[EncodedPrompt],
     config: TrainConfig,
     penalty: float,
@@ -242,7 +243,7 @@ def choose_token_budget(training: Training) -> int:
     recorded = processes.from_main(run.token_budget)
     if recorded is not None:
         return recorded
-    if config.token_budget != "auto":
+    if isinstance(config.token_budget, int):
         return config.token_budget
     lengths = [len(prompt) for prompt in training.prompts]
     if training.accelerator.device.type == "cuda":

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from abft_fast.core.behavior import AttentionBehavior
-from abft_fast.core.language_model_loss import every_token, label_target, language_model_loss
+from abft_fast.core.language_model_loss import (
+    TargetedPrompt,
+    every_token,
+    label_target,
+    language_model_loss,
+)
 from abft_fast.core.objective import attention_behavior_loss
 from abft_fast.core.packing import EncodedPrompt, PackedPrompts
 from abft_fast.data import Dataset
@@ -22,7 +28,7 @@ from abft_fast.training import method_prompts
 
 Prompts = Callable[[TrainConfig, Dataset, PromptEncoder], EncodedPrompts]
 Loss = Callable[
-    [nn.Module, Sequence[EncodedPrompt], PackedPrompts, TrainConfig, float], AttentionBehavior
+    [PreTrainedModel, Sequence[EncodedPrompt], PackedPrompts, TrainConfig, float], AttentionBehavior
 ]
 
 
@@ -60,7 +66,7 @@ def training_prompts(
 
 
 def method_loss(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[EncodedPrompt],
     packed: PackedPrompts,
     config: TrainConfig,
@@ -87,7 +93,7 @@ def example_prompt(config: TrainConfig, length: int) -> EncodedPrompt:
 
 
 def _attention_loss(
-    model: nn.Module,
+    model: PreTrainedModel,
     _: Sequence[EncodedPrompt],
     packed: PackedPrompts,
     config: TrainConfig,
@@ -105,13 +111,14 @@ def _attention_loss(
 
 
 def _output_loss(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[EncodedPrompt],
     _: PackedPrompts,
     config: TrainConfig,
     __: float,
 ) -> AttentionBehavior:
-    return language_model_loss(model, prompts, attention=config.attention_backend)
+    targeted = cast(Sequence[TargetedPrompt], prompts)  # as this method's `prompts` makes them
+    return language_model_loss(model, targeted, attention=config.attention_backend)
 
 
 def _label_0(prompt: EncodedPrompt) -> EncodedPrompt:
