@@ -164,15 +164,11 @@ def objective(
     longest = max(len(s.input_ids) for s in batch)
     ids = torch.tensor([s.input_ids + [0] * (longest - len(s.input_ids)) for s in batch])
     output = model.model(ids, use_cache=False, output_attentions=True, output_hidden_states=True)
-    rows, queries, labels, documents, seen = [], [], [], [], []
-    for row, s in enumerate(batch):
-        rows += [row] * len(s.documents)
-        queries += s.query_positions
-        labels += s.label_positions
-        documents += s.documents
-        seen += s.seen
-    rows, queries, labels = torch.tensor(rows), torch.tensor(queries), torch.tensor(labels)
-    seen = torch.tensor(seen)
+    rows = torch.tensor([row for row, s in enumerate(batch) for _ in s.documents])
+    queries = torch.tensor([position for s in batch for position in s.query_positions])
+    labels = torch.tensor([position for s in batch for position in s.label_positions])
+    documents = np.array([document for s in batch for document in s.documents])
+    seen = torch.tensor([was_seen for s in batch for was_seen in s.seen])
 
     logits = model.lm_head(output.last_hidden_state[rows, queries])
     targets = ids[rows, labels]
@@ -181,22 +177,23 @@ def objective(
 
     residual = output.hidden_states[2]
     residual = residual * residual.pow(2).mean(dim=-1, keepdim=True).add(1e-6).rsqrt()
-    truth = torch.from_numpy(corpus.vectors[np.array(documents)])
-    document_error = sum(
+    truth = torch.from_numpy(corpus.vectors[documents])
+    query_error, label_error = (
         F.mse_loss(head(residual[rows, positions]), truth)
         for head, positions in zip(to_document, (queries, labels), strict=True)
     )
+    document_error = query_error + label_error
 
     is_label = torch.zeros(ids.shape, dtype=torch.bool)
     is_label[rows, labels] = True
     later = queries > torch.tensor([s.label_positions[0] for s in batch])[rows]
     same_label = is_label[rows] & (ids[rows] == targets[:, None])
-    masses, correct = [], []
+    masses, correct_masses = [], []
     for attention in output.attentions[LAYERS // 2 :]:
         last_rows = attention[rows, :GUIDED_HEADS, queries]
         masses.append((last_rows * is_label[rows, None])[later].sum(dim=-1))
-        correct.append((last_rows * same_label[:, None])[seen].sum(dim=-1))
-    mass, correct = torch.stack(masses), torch.stack(correct)
+        correct_masses.append((last_rows * same_label[:, None])[seen].sum(dim=-1))
+    mass, correct = torch.stack(masses), torch.stack(correct_masses)
     guidance = (
         -mass.clamp_min(1e-6).log().mean()
         if progress < 0.1

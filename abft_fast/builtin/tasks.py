@@ -49,8 +49,8 @@ def sample_sequence(
     classes = _sample_classes(corpus, random)
     words = random.choice(vocabulary.label_words, size=len(classes), replace=False)
     prior = _sample_prior(len(classes), random)
-    first, following = vocabulary.input_fields[random.integers(len(vocabulary.input_fields))]
-    label_field = vocabulary.label_fields[random.integers(len(vocabulary.label_fields))]
+    first, following = vocabulary.input_fields[int(random.integers(len(vocabulary.input_fields)))]
+    label_field = vocabulary.label_fields[int(random.integers(len(vocabulary.label_fields)))]
     ids: list[int] = []
     queries, labels, documents, seen, shown = [], [], [], [], set()
     used: set[int] = set()
@@ -84,7 +84,7 @@ def _sample_classes(corpus: Corpus, random: np.random.Generator) -> list[np.ndar
     vectors = corpus.vectors[pool]
     if kind < 0.6:
         # Both ends along a random direction, more often along the leading components.
-        direction = random.normal(size=vectors.shape[1])
+        direction = random.normal(size=vectors.shape[1:])
         if random.random() < 0.5:
             direction *= 1 / np.sqrt(1 + np.arange(vectors.shape[1]))
         order = np.argsort(vectors @ direction)

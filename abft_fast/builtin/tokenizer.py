@@ -7,7 +7,7 @@ own string form and ours come out equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -31,7 +31,7 @@ def train_tokenizer(
         show_progress=False,
     )
 
-    def corpus():
+    def corpus() -> Iterator[str]:
         yield from texts
         for word in single_tokens:
             for _ in range(_FORCED_COUNT):

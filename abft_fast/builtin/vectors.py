@@ -17,12 +17,12 @@ _SIF = 1e-3
 
 def token_vectors(documents: Sequence[Sequence[int]], vocabulary: int, size: int) -> np.ndarray:
     """SIF-weighted PPMI-SVD vectors, (vocabulary, size), mean norm 1 over distinct tokens."""
-    counts = np.zeros(vocabulary * vocabulary, dtype=np.float64)
+    flat = np.zeros(vocabulary * vocabulary, dtype=np.float64)
     for distance in range(1, _WINDOW + 1):
         left = np.concatenate([np.asarray(d[:-distance], dtype=np.int64) for d in documents])
         right = np.concatenate([np.asarray(d[distance:], dtype=np.int64) for d in documents])
-        counts += np.bincount(left * vocabulary + right, minlength=counts.size)
-    counts = counts.reshape(vocabulary, vocabulary)
+        flat += np.bincount(left * vocabulary + right, minlength=flat.size)
+    counts = flat.reshape(vocabulary, vocabulary)
     counts += counts.T.copy()
     total = counts.sum()
     frequency = counts.sum(axis=1) / total
