@@ -187,7 +187,7 @@ class PromptEncoder:
                 kept: EncodedPrompt | None = encoded
                 if self.max_length is not None and len(encoded) > self.max_length:
                     longest = max(longest, len(encoded))
-                    kept = self._fit(prompt, template)
+                    kept = self._fit(prompt, template, self.max_length)
                     result.shortened += kept is not None
                     result.dropped += kept is None
                 if kept is not None:
@@ -207,14 +207,14 @@ class PromptEncoder:
             )
         return result
 
-    def _fit(self, prompt: Prompt, template: Template) -> EncodedPrompt | None:
+    def _fit(self, prompt: Prompt, template: Template, max_length: int) -> EncodedPrompt | None:
         """Return the prompt with as many of its last demonstrations as fit; None to drop it."""
         if self.on_long_prompt != "fewer-demonstrations":
             return None
         for first in range(1, len(prompt.demonstrations)):
             shorter = Prompt(prompt.demonstrations[first:], prompt.query)
             encoded = self._encode([shorter], template)[0]
-            if len(encoded) <= self.max_length:
+            if len(encoded) <= max_length:
                 return encoded
         return None
 

@@ -56,7 +56,7 @@ def _command(config_class: type[CommandOptions]) -> Callable:
             function({name: value for name, value in flags.items() if value is not None})
 
         command.__name__, command.__doc__ = function.__name__.rstrip("_"), function.__doc__
-        command.__signature__ = inspect.Signature(
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads it
             [
                 inspect.Parameter(
                     name,

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from abft_fast.cli.app import default_text, values_text
 from abft_fast.options import (
+    CommandOptions,
     EvalConfig,
     MergeConfig,
     PlanConfig,
@@ -21,7 +22,7 @@ from abft_fast.options import (
     is_positional,
 )
 
-_VERBS = {
+_VERBS: dict[str, type[CommandOptions]] = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "plan": PlanConfig,
@@ -35,7 +36,7 @@ _BEGIN, _END = "<!-- options: begin -->", "<!-- options: end -->"
 
 def tables() -> str:
     """Return a markdown table for each set of verbs that share options."""
-    verbs_of: dict[tuple[str, str], list[str]] = {}
+    verbs_of: dict[tuple[str, str | None], list[str]] = {}
     fields = {}
     for verb, config in _VERBS.items():
         for name, field in config.model_fields.items():
@@ -46,8 +47,8 @@ def tables() -> str:
         line = _row(name, fields[name, description])
         groups.setdefault(tuple(verbs), []).append(line)
     parts = []
-    for verbs, rows in groups.items():
-        title = ", ".join(f"`{verb}`" for verb in verbs)
+    for group, rows in groups.items():
+        title = ", ".join(f"`{verb}`" for verb in group)
         header = ["| option | value | default | what it does |", "|---|---|---|---|"]
         parts.append("\n".join([f"## {title}", "", *header, *rows]))
     return "\n\n".join(parts)
@@ -59,7 +60,7 @@ def _row(name: str, field: FieldInfo) -> str:
     if field.default is True:
         option += f"<br>`--no-{flag(name)[2:]}`"
     default = default_text(field).strip("[]")
-    description = field.description.replace("<", "&lt;")
+    description = (field.description or "").replace("<", "&lt;")
     return f"| {option} | {value} | {default} | {description} |"
 
 

@@ -40,7 +40,7 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
 
 def record_texts(config: TrainConfig, run: RunFolder, session: Session, sample: str) -> None:
     """Let the session's model continue every prefix, unless the run has this sample already."""
-    if run.texts(sample) is None:
+    if not run.texts(sample):
         beginnings = prefixes(config.mauve_prefix, session.dataset)
         tokenizer = session.encoder.tokenizer
         with session.accelerator.autocast():

@@ -58,14 +58,14 @@ class Calibration:
 
         Args:
             predictions: probabilities of the label words, by call.
-            learnt_from: predictions of the prompts in `call`.
+            learnt_from: predictions of the prompts in `call`; None without a `call`.
         """
-        if self.call is not None:
+        if learnt_from is not None:
             remaining = iter(learnt_from)
             trained = self._train(lambda prompt, label_space: next(remaining))
         for call in predictions:
             kept = [row for row in call if row]
-            if self.call is not None:
+            if learnt_from is not None:
                 kept = [trained(row, None, None) for row in kept]
             elif self._kind == "batch":  # Zhou et al. 2024
                 kept = standard_calibration.batch_calibration(kept)

@@ -156,7 +156,7 @@ def _gler(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> Protocol:
     )
 
     def names(results: dict) -> dict[str, float]:
-        named = {}
+        named: dict[str, float] = {}
         for metric, (slope, intercept) in results["sensitivity"].items():
             named |= {f"{metric}_slope": slope, f"{metric}_intercept": intercept}
         for i in range(_ERROR_RATES):
@@ -236,7 +236,7 @@ def _triplet_bias(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> P
     )
 
 
-_MAKERS = {
+_MAKERS: dict[TestType, Callable[[type[Protocol], Dataset, int, str], Protocol]] = {
     "Normal": _normal,
     "UnseenLabel": functools.partial(_normal, unseen=True),
     "GLER": _gler,
@@ -264,7 +264,7 @@ def _consistency(queries: int) -> dict[str, Callable]:
 def _kept(metric: Callable) -> Callable:
     """Return StaICC's metric over the prompts that were not left out; nan where it is undefined."""
 
-    def of_kept(truth: list[int], predictions: Probabilities):
+    def of_kept(truth: list[int], predictions: Probabilities) -> float | Sequence[float]:
         pairs = [(t, row) for t, row in zip(truth, predictions, strict=True) if len(row)]
         try:
             return metric([t for t, _ in pairs], [row for _, row in pairs])

@@ -173,9 +173,9 @@ class RunFolder:
         """Record the token budget for a resumed run."""
         write_json(self._token_budget, {"tokens": tokens})
 
-    def texts(self, sample: str) -> list[str] | None:
-        """Return a recorded sample of texts; None if it is not recorded."""
-        return _read_json(self.folder / f"texts-{sample}.json").get("texts")
+    def texts(self, sample: str) -> list[str]:
+        """Return a recorded sample of texts; empty if it is not recorded."""
+        return _read_json(self.folder / f"texts-{sample}.json").get("texts", [])
 
     def record_texts(self, sample: str, texts: list[str]) -> None:
         """Record a sample of texts."""
