@@ -21,8 +21,8 @@ train: install
 # A process a core; each computes on one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# Run it before every commit: lint and the unit tests that are quick.
-check: install lint
+# Run it before every commit: lint, types and the unit tests that are quick.
+check: install lint types
 	$(PYTEST) -m 'unit and not slow'
 
 test: install lint
