@@ -103,9 +103,9 @@ def run_tests(
     metrics, attention = {}, {}
     for test in tests:
         lengths = ([len(prompt) for prompt in encoded.prompts] for encoded in test.encoded)
-        own_prompts = sum(len(processes.own_share(each)) for each in lengths)
+        own = [each[i] for each in lengths for i in processes.own_share(each)]
         bar_title = title if len(tests) == 1 else f"{title}, {test.dataset}"
-        with session.progress.bar(bar_title, own_prompts) as advance:
+        with session.progress.bar(bar_title, len(own), sum(own)) as advance:
             scores, behavior = test.run(functools.partial(_predict, session, advance))
         metrics[test.dataset] = scores
         attention[test.dataset] = dataclasses.asdict(behavior)
@@ -113,7 +113,7 @@ def run_tests(
 
 
 def _predict(
-    session: Session, advance: Callable[[int], None], encoded: EncodedPrompts, behavior: bool
+    session: Session, advance: Callable[[int, int], None], encoded: EncodedPrompts, behavior: bool
 ) -> tuple[Tensor, BehaviorMean]:
     config = session.config
     budget = config.token_budget

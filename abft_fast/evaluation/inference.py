@@ -23,7 +23,7 @@ def predict_labels(
     model: PreTrainedModel,
     encoded: EncodedPrompts,
     token_budget: int,
-    on_batch: Callable[[int], None] = lambda prompts: None,
+    on_batch: Callable[[int, int], None] = lambda prompts, tokens: None,
     autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     attention: str = "auto",
     behavior: bool = True,
@@ -34,7 +34,7 @@ def predict_labels(
         model: a decoder with LM head.
         encoded: prompts, and the tokens of the label words at their queries.
         token_budget: tokens a packed batch, at most.
-        on_batch: called after each batch with the number of prompts in it.
+        on_batch: called after each batch with the numbers of its prompts and tokens.
         autocast: context manager around each forward.
         attention: which attention runs; see `abft_kernels.choose_attention`.
         behavior: whether to observe heads too.
@@ -68,7 +68,7 @@ def predict_labels(
                 prompts = [EncodedPrompt(prompt.input_ids, [], []) for prompt in prompts]
             with autocast():
                 logits[batch] = torch.cat(in_halves(predict_part, prompts))
-            on_batch(len(batch))
+            on_batch(len(batch), sum(lengths[i] for i in batch))
         if not logits[own].isfinite().all():
             raise FloatingPointError("the model's logits of the label words are not finite")
     all_heads = BehaviorMean()

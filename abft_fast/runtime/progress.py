@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -55,17 +57,30 @@ class Progress:
             _append(self._log, lines)
 
     @contextmanager
-    def bar(self, what: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    def bar(
+        self, what: str, total: int, tokens: int, done: int = 0
+    ) -> Iterator[Callable[..., None]]:
         """Show a bar for the block.
 
         Args:
             what: the bar's title.
             total: how many items there are.
-            done: how many of them are done before the block starts.
+            tokens: tokens that the block computes; the time left is estimated from them.
+            done: how many items are done before the block starts.
 
         Yields:
-            `advance(count, note="")`, which the block calls after each part of the work.
+            `advance(count, tokens, note="")`, which the block calls after each part of the work.
         """
+        started, computed = time.perf_counter(), 0
+
+        def pace(new_tokens: int) -> tuple[str, str]:
+            """Return the tokens a second so far, and the time left at this pace."""
+            nonlocal computed
+            computed += new_tokens
+            seconds = time.perf_counter() - started
+            left = timedelta(seconds=round(seconds * (tokens - computed) / max(computed, 1)))
+            return f"{computed / max(seconds, 1e-9):,.0f} tokens/s", f"{left} left"
+
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -76,16 +91,22 @@ class Progress:
             )
             with RichProgress(*columns, console=self.console) as rich:
                 task = rich.add_task(what, total=total, completed=done, note="")
-                yield lambda count, note="": rich.update(task, advance=count, note=note)
+
+                def advance_bar(count: int, new_tokens: int, note: str = "") -> None:
+                    rate, _ = pace(new_tokens)
+                    rich.update(task, advance=count, note=_joined(rate, note))
+
+                yield advance_bar
             return
         finished = done
 
-        def advance(count: int, note: str = "") -> None:
+        def advance(count: int, new_tokens: int, note: str = "") -> None:
             nonlocal finished
             quarter = finished * _PLAIN_LINES // total
             finished += count
+            rate, left = pace(new_tokens)
             if finished * _PLAIN_LINES // total > quarter:
-                self.say(f"{what}: {finished}/{total}" + (f", {note}" if note else ""))
+                self.say(f"{what}: {_joined(f'{finished}/{total}', note, rate, left)}")
 
         yield advance
 
@@ -93,3 +114,8 @@ class Progress:
 def _append(log: Path, lines: list[str]) -> None:
     with log.open("a", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
+
+
+def _joined(*parts: str) -> str:
+    """Join the parts that are not empty."""
+    return ", ".join(filter(None, parts))

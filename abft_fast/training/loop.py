@@ -85,14 +85,16 @@ def optimize(training: Training) -> None:
     config = training.config
     state, done = _start_or_resume(training)
     batches = pseudo_batches(len(training.prompts), config)
-    with training.progress.bar("training", len(batches), done) as advance:
+    sizes = [sum(len(training.prompts[i]) for i in indices) for indices in batches]
+    with training.progress.bar("training", len(batches), sum(sizes[done:]), done) as advance:
         for step, indices in enumerate(batches[done:], start=done + 1):
             row = train_step(training, state, [training.prompts[i] for i in indices], step)
             with processes.fail_together():
                 if is_main():
                     is_due = step % config.save_steps == 0 or step == len(batches)
                     _record(training, state, row, save=is_due and not config.no_save)
-            advance(1, f"loss {row['loss']:.3f}, {row['induction_heads']:.1f} induction heads")
+            note = f"loss {row['loss']:.3f}, {row['induction_heads']:.1f} induction heads"
+            advance(1, sizes[step - 1], note)
 
 
 def train_step(

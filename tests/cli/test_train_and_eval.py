@@ -54,7 +54,7 @@ def test_the_log_says_what_is_done_in_order(run):
     steps = (
         "on cpu: 40 prompts to train on, 1,024 to test on\n", "\nplan: ", "\nloading builtin\n",
         "\nchecking packed attention against the model's own\n", "\nattention: sdpa",
-        "\nevaluating before: 1024/1024\n", "\ntraining: 3/3", "\nevaluating after: 1024/1024\n",
+        "\nevaluating before: 1024/1024, ", "\ntraining: 3/3, ", "\nevaluating after: 1024/1024, ",
     )  # fmt: skip
     at = [log.find(step) for step in steps]
     assert -1 not in at and at == sorted(at), log
