@@ -34,13 +34,22 @@ OPTIONS = {
 }
 """Every option of the original, and its name here."""
 
+_BY_SPELLING = {
+    f"--{spelled}": option
+    for name, option in OPTIONS.items()
+    for spelled in (name, name.replace("_", "-"))
+}
+
 
 def translate(arguments: Sequence[str]) -> list[str]:
-    """Replace the original's option names by ours; leave all other arguments unchanged."""
+    """Replace the original's option names by ours; leave all other arguments unchanged.
+
+    A name is understood with underscores, as the original has it, and with dashes.
+    """
     ours: list[str] = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        option = OPTIONS.get(name.removeprefix("--")) if name.startswith("--") else None
+        option = _BY_SPELLING.get(name)
         if option is None:
             ours.append(argument)
         else:
