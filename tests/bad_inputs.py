@@ -145,7 +145,7 @@ OPTIONS = [
     option("train --method ABTF", "--method ABTF: input should be", "did you mean 'ABFT'?"),
     option("train --method MetaICL --meta-datasets trec,subj", "holds subj, which is tested"),
     option("train --method MetaICL --meta-datasets trek", "dataset 'trek' is unknown", "'trec'?"),
-    option("train --ICL_dataset_index 9", "dataset '9' is unknown", "an index 0-7"),
+    option("train --ICL_dataset_index 10", "dataset '10' is unknown", "an index 0-9"),
     option("train --self_adaption_loss PDI", "--adaptation pdi", "did you mean 'pid'?"),
     option("eval --test-type Gler", "--test-type Gler: input should be 'Normal'", "'GLER'?"),
     option("eval --test-type GLER --k 0", "--k 0: GLER changes demonstrations"),

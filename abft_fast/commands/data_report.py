@@ -18,7 +18,7 @@ from abft_fast.runtime.progress import Progress
 def show_data(
     progress: Progress, dataset: Dataset, encoder: PromptEncoder, lengths: Iterable[int]
 ) -> None:
-    """Print a table of the data and their oddities; print nothing for StaICC's datasets.
+    """Print a table of the data and their oddities; of a StaICC dataset, print the name only.
 
     Args:
         progress: prints messages.
@@ -27,6 +27,7 @@ def show_data(
         lengths: tokens of the run's prompts.
     """
     if not isinstance(dataset, OwnDataset):
+        progress.say(f"data: {dataset.name} of StaICC")
         return
     progress.say(f"data: {dataset.training_path}; to test on: {dataset.split}")
     table = Table()

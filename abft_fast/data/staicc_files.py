@@ -104,23 +104,28 @@ SOURCES = {
 }
 
 PAPER_DATASETS = ("sst2", "mr", "fp", "sst5", "trec", "subj", "tee", "teh")
-"""The eight datasets of the paper; a position here is the original's --ICL_dataset_index."""
+"""The eight datasets of the paper, in its order."""
+
+STAICC_ORDER = (
+    "sst2", "mr", "fp", "sst5", "trec", "agnews", "subj", "tee", "teh", "hate_speech_18",
+)  # fmt: skip
+"""The datasets in the order of StaICC's Normal; the position is the original's index."""
 
 DATASETS = tuple(SOURCES)
 
 
 def resolve_name(name: str) -> str:
-    """Return the dataset that a name in any case, or the original's index 0-7, stands for.
+    """Return the dataset that a name in any case, or the original's index 0-9, stands for.
 
     Raises:
         UserError: there is no such dataset.
     """
     lowered = name.strip().lower()
-    if lowered.isdigit() and int(lowered) < len(PAPER_DATASETS):
-        return PAPER_DATASETS[int(lowered)]
+    if lowered.isdecimal() and int(lowered) < len(STAICC_ORDER):
+        return STAICC_ORDER[int(lowered)]
     if lowered not in SOURCES:
         raise UserError(
-            f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}, an index 0-7, or "
+            f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}, an index 0-9, or "
             f"data of your own ({tables.FORMATS}){tables.closest(lowered, DATASETS)}"
         )
     return lowered

@@ -42,7 +42,7 @@ class DatasetOptions(ModelOptions):
 
     dataset: Annotated[str, BeforeValidator(dataset_or_file)] = Field(
         "subj",
-        description=f"One of {', '.join(data.DATASETS)}; an index 0-7 as in the original "
+        description=f"One of {', '.join(data.DATASETS)}; an index 0-9 as in the original "
         f"implementation; or your own data in a file ({tables.FORMATS}).",
     )
 

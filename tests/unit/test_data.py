@@ -5,6 +5,7 @@ import sys
 import warnings
 
 import pytest
+from StaICC import normal
 from StaICC.util import experimentor, hgf_dataset_loader
 
 from abft_fast import data
@@ -65,9 +66,12 @@ def test_training_prompts_are_seeded_distinct_and_from_the_training_part():
 
 
 def test_names_and_the_originals_indices():
-    assert [data.resolve_name(str(i)) for i in range(8)] == list(data.PAPER_DATASETS)
+    loaders = [loader.__name__ for loader in normal.ORIGINAL_DATA_LOADER_NORMAL]
+    named = [data.resolve_name(str(i)) for i in range(len(loaders))]
+    assert [SOURCES[name].loader for name in named] == loaders
+    assert sorted(named) == sorted(data.DATASETS)
     assert data.resolve_name("SST2") == "sst2"
-    for bad in ("8", "-1", "glue", ""):
+    for bad in ("10", "-1", "²", "glue", ""):
         with pytest.raises(UserError, match="unknown"):
             data.resolve_name(bad)
 
