@@ -42,6 +42,25 @@ def default_training(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"trainable": trainable, "lr": rate}
 
 
+def default_adaptation(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `adaptation: none` where ABFT has no filter or no penalty, unless it is given.
+
+    The paper switches the control off in both ablations (Table 4).
+    """
+    method = METHODS.get(str(spelled_method(given.get("method", "ABFT"))))
+    is_ablation = given.get("head_filter", True) is False or _is_zero(given.get("penalty"))
+    if "adaptation" in given or method is None or not (method.uses_penalty and is_ablation):
+        return {}
+    return {"adaptation": "none"}
+
+
+def _is_zero(value: Any) -> bool:
+    try:
+        return float(value) == 0
+    except (TypeError, ValueError):
+        return False
+
+
 class TrainConfig(Options):
     """Options of `abft-fast train`; the defaults are the paper's (section 4.1)."""
 
@@ -103,7 +122,9 @@ class TrainConfig(Options):
         description="B, the factor of the loss on attention missing from right labels.",
     )
     adaptation: Literal["pid", "p", "none"] = Field(
-        "pid", description="How the number of induction heads controls the penalty (paper, A.3)."
+        "pid",
+        description="How the number of induction heads controls the penalty (paper, A.3). Unset "
+        "with --no-head-filter or --penalty 0: none.",
     )
     p_factor: float | None = Field(
         None,
@@ -174,7 +195,7 @@ class TrainConfig(Options):
     @model_validator(mode="before")
     @classmethod
     def _resolve_defaults(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return given | default_training(given)
+        return given | default_training(given) | default_adaptation(given)
 
     @field_validator("gradient", mode="before")
     @classmethod
@@ -297,6 +318,24 @@ class TrainConfig(Options):
             and not METHODS[self.method].loss_at_output
             and not self.mauve_test
         )
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Return a line for each option that does nothing, or controls what is not there."""
+        lines = super().without_effect
+        if self.adaptation != "none" and METHODS[self.method].uses_penalty:
+            controlled = f"--adaptation {self.adaptation}"
+            if not self.head_filter:
+                lines.append(
+                    f"{controlled} follows the number of induction heads, but --no-head-filter "
+                    "trains all heads: pass --adaptation none for the paper's ablation"
+                )
+            if self.penalty == 0:
+                lines.append(
+                    f"{controlled} raises the penalty from --penalty 0: pass --adaptation none to "
+                    "train without a penalty"
+                )
+        return lines
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -122,6 +122,23 @@ def test_options_that_do_nothing_are_named(flags, idle):
     assert all(line.startswith(name) for line, name in zip(lines, idle, strict=True))
 
 
+@pytest.mark.parametrize("ablation", [{"head_filter": False}, {"penalty": "0"}, {"penalty": 0.0}])
+def test_the_control_of_the_penalty_is_off_in_the_papers_ablations(ablation, tmp_path):
+    config = resolve(TrainConfig, ablation)
+    assert config.adaptation == "none" and not config.without_effect
+    (line,) = resolve(TrainConfig, {**ablation, "pid_p": 0.1}).without_effect
+    assert line.startswith("--pid-p does nothing here")
+    for adaptation in ("pid", "P"):
+        asked = resolve(TrainConfig, {**ablation, "adaptation": adaptation})
+        assert asked.adaptation == adaptation.lower()
+        (line,) = asked.without_effect
+        assert line.startswith(f"--adaptation {adaptation.lower()} ") and "none" in line
+    write_yaml(asked, tmp_path / "config.yaml")  # a recorded run keeps what it ran with
+    assert resolve(TrainConfig, {"config": str(tmp_path / "config.yaml")}).adaptation == "p"
+    other = resolve(TrainConfig, {**ablation, "method": "e2e"})
+    assert not any("adaptation" in line for line in other.without_effect)
+
+
 @pytest.mark.parametrize("text", ["- 1\n", "k: [\n", "kk: 3\n"])
 def test_bad_config_files(tmp_path: Path, text):
     path = tmp_path / "c.yaml"
