@@ -93,6 +93,29 @@ def test_other_options_are_other_rows_and_latex_is_escaped(seeds):
     assert any(r"head\_filter=False" in line for line in show(seeds, "latex"))
 
 
+def test_a_corpus_that_is_not_the_papers_is_named(tmp_path):
+    for method in ("MetaICL", "PICL"):
+        write_run(
+            tmp_path, 0.5, 0.6, [1.0], dataset="sst2", method=method, train_samples=64, lr=1e-3
+        )
+    write_run(tmp_path, 0.5, 0.7, [1.0], dataset="sst2")
+    meta, picl = (
+        f"{method} (on 64 prompts, not its paper's corpus)" for method in ("MetaICL", "PICL")
+    )
+    for layout in ("1", "2", "4"):
+        names = [line.split(" | ")[1] for line in show(tmp_path, layout=layout)[2:]]
+        assert names[-3:] == [meta, picl, "ABFT"]
+    write_run(tmp_path, 0.5, 0.6, [1.0], dataset="sst2", method="PICL", train_samples=32, lr=1e-3)
+    names = [line.split(" | ")[1] for line in show(tmp_path)[2:]]
+    assert {meta, picl, "PICL (on 32 prompts, not its paper's corpus)"} <= set(names)
+
+
+def test_layout_3_names_a_corpus_that_is_not_the_papers(tmp_path):
+    write_run(tmp_path, 0.5, 0.6, dataset="sst2", method="PICL", test_type="TempSensitivity")
+    titles = show(tmp_path, layout="3")[0]
+    assert "| Template, w/ PICL (on 512 prompts, not its paper's corpus) |" in titles
+
+
 def test_layout_2(tmp_path):
     """Out of domain is the mean over the datasets a run was not trained on."""
     before = {"sst2": 0.50, "subj": 0.60, "trec": 0.40}

@@ -10,6 +10,7 @@ from abft_fast.experiments.records import Record
 from abft_fast.experiments.tables.statistics import changed_options
 from abft_fast.experiments.tables.types import MethodRuns
 from abft_fast.options import EvalConfig, TrainConfig
+from abft_fast.options.methods import METHODS
 
 _NOT_COMPARED = PLACEMENT | {
     "model", "dataset", "seed", "adapter", "method", "generalization_test", "token_budget",
@@ -182,11 +183,24 @@ def _in_order(methods: list[MethodRuns]) -> list[MethodRuns]:
     return sorted(methods, key=place)
 
 
+def titled(method: str, methods: Iterable[MethodRuns]) -> str:
+    """Return what a table calls a method of training; say where its corpus is not its paper's."""
+    if not _has_corpus(method):
+        return method
+    prompts = sorted({runs.options["train_samples"] for runs in methods})
+    return f"{method} (on {' or '.join(map(str, prompts))} prompts, not its paper's corpus)"
+
+
+def _has_corpus(method: str) -> bool:
+    """Return whether the method's paper trains on a corpus; here it trains on a few prompts."""
+    return method in METHODS and not METHODS[method].trains_on_tested_dataset
+
+
 def _named(methods: list[MethodRuns]) -> list[MethodRuns]:
     """Give each method a name of its own within its model: its setting, then what differs."""
     for runs in methods:
         title = _TITLES.get(runs.method, f"Calibrate ({runs.method})")
-        runs.name = runs.method if runs.trains else title
+        runs.name = titled(runs.method, [runs]) if runs.trains else title
         same_method = [r for r in methods if (r.model, r.method) == (runs.model, runs.method)]
         if len(same_method) == 1:
             continue
@@ -197,6 +211,7 @@ def _named(methods: list[MethodRuns]) -> list[MethodRuns]:
             f"{option}={value}"
             for option, value in runs.options.items()
             if len({str(r.options.get(option)) for r in same_name}) > 1
+            and not (option == "train_samples" and _has_corpus(runs.method))  # is in the title
         ]
         if differing:
             runs.name += f" ({', '.join(differing)})"

@@ -8,7 +8,7 @@ from abft_fast.data import DATASETS
 from abft_fast.errors import UserError
 from abft_fast.experiments.cell import VANILLA
 from abft_fast.experiments.records import Record
-from abft_fast.experiments.tables.collect import collect
+from abft_fast.experiments.tables.collect import collect, titled
 from abft_fast.experiments.tables.statistics import (
     average,
     mark_best,
@@ -94,7 +94,8 @@ def consistency(methods: list[MethodRuns]) -> Table:
         UserError: a method was run with several settings, which one column cannot show.
     """
     trained = list(dict.fromkeys(runs.method for runs in methods if runs.method != VANILLA))
-    columns = ["w/o", *(f"w/ {method}" for method in trained)]
+    names = [titled(name, [runs for runs in methods if runs.method == name]) for name in trained]
+    columns = ["w/o", *(f"w/ {name}" for name in names)]
     titles = [f"{test}, {column}" for test in _CONSISTENCY_TESTS for column in columns]
     datasets = _datasets(methods)
     by_evaluation: dict[tuple[str, ...], list[MethodRuns]] = {}
