@@ -1,5 +1,5 @@
-.PHONY: install train check test coverage lint types bench bench-gpu report builtin-model options \
-	figures docs kernels-report clean
+.PHONY: install train check test coverage lint types bench bench-gpu report builtin-model \
+	real-models options figures docs kernels-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -60,6 +60,11 @@ builtin-model: export MALLOC_MMAP_THRESHOLD_ = 17179869184
 builtin-model: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 builtin-model: install
 	$(BIN)/python -m abft_fast.builtin.recipe
+
+# Real pretrained weights in .models/, two minutes; MODELS=gemma-3-270m picks. `pytest -m real` uses
+# them, as does `abft-fast train --model .models/gemma-3-270m.gguf`.
+real-models: install
+	$(BIN)/python -m tests.real.fetch $(MODELS)
 
 # The table of docs/reference/options.md, from the definitions in abft_fast/options.
 options: install

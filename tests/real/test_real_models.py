@@ -1,0 +1,104 @@
+"""Real pretrained weights, of `make real-models`: right against the models' own eager attention."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from abft_fast import attention_behavior_loss, data, pack
+from abft_fast.core.label_logits import label_logits
+from abft_fast.models import loading
+from abft_fast.models.trainable import train_lora
+from abft_fast.prompts import PromptEncoder
+from tests.command_line import abft_fast
+from tests.families.test_families import eager_losses, relative_error, trained_weights
+from tests.real.fetch import MODELS, path_of
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def path(request):
+    path = path_of(request.param)
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there: make real-models")
+    return path
+
+
+def load(path, bits=None):
+    return loading.load(str(path), torch.device("cpu"), torch.float32, bits)
+
+
+@pytest.fixture(scope="module")
+def encoder(path):
+    return PromptEncoder(loading.read_tokenizer(str(path)), data.load("sst2"))
+
+
+@pytest.fixture(scope="module")
+def prompts(encoder):
+    return encoder.encode(data.load("sst2").training_prompts(2, 3, seed=0)).prompts
+
+
+def test_weights_are_what_transformers_reads(path):
+    expected = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).state_dict()
+    actual = load(path).state_dict()
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+def test_packed_equals_eager(path, prompts):
+    reference = load(path)
+    reference.set_attn_implementation("eager")
+    per_prompt = [eager_losses(reference, prompt, head_filter=True) for prompt in prompts]
+    loss = torch.stack([losses.sum() for losses, _, _ in per_prompt]).mean()
+    weights = trained_weights(reference)
+    expected = torch.autograd.grad(loss, [weight for _, weight, _, _ in weights])
+
+    model = load(path)
+    behavior = attention_behavior_loss(model, pack(prompts), penalty=0.5, reward=1.0)
+    behavior.loss.backward()
+    assert relative_error(behavior.loss, loss) <= 1e-4
+    mass = torch.stack([mass for _, _, mass in per_prompt], dim=1)
+    assert relative_error(behavior.label_mass, mass) <= 1e-4
+    heads = torch.stack([heads for _, heads, _ in per_prompt], dim=1)
+    assert torch.equal(behavior.is_induction, heads) and heads.any()
+    for (layer, weight, *_), gradient in zip(trained_weights(model), expected, strict=True):
+        assert relative_error(weight.grad, gradient) <= 2e-4, layer
+
+
+def test_logits_of_labels(path, encoder, prompts):
+    model, reference = load(path), load(path)
+    label_ids = encoder.label_ids
+    with torch.no_grad():
+        actual, _, _ = label_logits(model, prompts, label_ids)
+        expected = torch.stack(
+            [reference(torch.tensor([p.input_ids])).logits[0, -1, label_ids] for p in prompts]
+        )
+    assert relative_error(actual, expected) <= 1e-4
+
+
+def test_an_adapter_is_loaded_by_peft_alone(path, prompts, tmp_path):
+    model = train_lora(load(path), rank=4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([prompts[0].input_ids])
+    loaded = PeftModel.from_pretrained(load(path), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert not torch.equal(loaded(ids).logits, load(path)(ids).logits)
+
+
+def test_a_quantized_model_trains(path, tmp_path):
+    result = abft_fast(
+        "train", "--model", path, "--quantized", "--dataset", "sst2", "--k", 2, "--device", "cpu",
+        "--train-samples", 16, "--epochs", 1, "--no-eval", "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["loss"] > 0
