@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 
 from abft_fast.models import loading
 from abft_fast.models.trainable import load_adapter
@@ -36,8 +37,17 @@ def merge(config: MergeConfig, progress: Progress) -> None:
         for module in adapted.modules():
             if isinstance(module, LoraLayer):
                 module.set_scale("default", coefficient)
+            elif isinstance(module, ModulesToSaveWrapper):
+                _interpolate(module, coefficient)
         model = adapted.merge_and_unload(safe_merge=True)
         progress.say(f"merged {folder}, times {coefficient:g}")
     with atomic_folder(config.output_dir) as temporary:
         model.to(stored).save_pretrained(temporary)
         loading.read_tokenizer(config.model).save_pretrained(temporary)
+
+
+def _interpolate(wrapper: ModulesToSaveWrapper, coefficient: float) -> None:
+    """Move a trained copy of a module to base + coefficient * (copy - base)."""
+    trained = wrapper.modules_to_save["default"].state_dict()
+    for name, base in wrapper.original_module.state_dict().items():
+        trained[name].sub_(base).mul_(coefficient).add_(base)

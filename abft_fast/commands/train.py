@@ -187,11 +187,13 @@ def to_train(session: TrainSession, run: RunFolder, prompts: list[EncodedPrompt]
 
 def save_result(config: TrainConfig, run: RunFolder, model: PreTrainedModel) -> None:
     """Write `adapter/`, which plain PEFT loads, or `model/`, which plain transformers loads."""
-    name = "adapter" if config.trainable == "lora" else "model"
-    if config.no_save or (run.folder / name).exists():
+    name = "model" if config.trainable == "model" else "adapter"
+    if config.no_save or run.artifact.is_dir():
         return
     with atomic_folder(run.folder / name) as temporary:
-        model.save_pretrained(temporary)
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
-        if name == "model":
+        if name == "adapter":
+            trainable.save_adapter(model, temporary)
+            (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
+        else:
+            model.save_pretrained(temporary)
             loading.read_tokenizer(config.model).save_pretrained(temporary)

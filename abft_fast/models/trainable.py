@@ -11,6 +11,9 @@ from peft import (
     get_peft_model_state_dict,
     load_peft_weights,
 )
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -131,6 +134,33 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     last: GradientCheckpointingLayer = decoder_layers(inner)[max(attention_layers(inner))]
     last.gradient_checkpointing = False
     model.train()
+
+
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write LoRA, or W_Q and W_K themselves, as an adapter that plain PEFT loads.
+
+    W_Q and W_K are PEFT's `modules_to_save`: copies of modules that take the base's place. The
+    adapter has no LoRA at all, which PEFT spells by a target of its own.
+    """
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        return
+    projections = query_key_projections(model)
+    config = LoraConfig(
+        target_modules=DUMMY_TARGET_MODULES,
+        modules_to_save=sorted({p.name.rsplit(".", 1)[-1] for p in projections}),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+        inference_mode=True,
+    )
+    config.save_pretrained(folder)
+    names = {id(module): name for name, module in model.named_modules()}
+    tensors = {
+        f"base_model.model.{names[id(p.module)]}.{key}": tensor.contiguous()
+        for p in projections
+        for key, tensor in p.module.state_dict().items()
+    }
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -314,7 +314,7 @@ class TrainConfig(Options):
         A loss at the output, written text and a saved model need the other rows, too.
         """
         return (
-            self.trainable == "lora"
+            self.trainable != "model"
             and not METHODS[self.method].loss_at_output
             and not self.mauve_test
         )
