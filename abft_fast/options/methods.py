@@ -20,7 +20,7 @@ class Method:
 
     Attributes:
         name: the value of `--method`.
-        default_trainable: the value of `--trainable` where none is given.
+        trains_whole_model: whether every weight is trained where `--trainable` is not given.
         uses_penalty: whether the loss has A and B, the control of A, and the filter of heads
             (`--penalty`, `--reward`, `--adaptation`, `--head-filter`).
         loss_at_output: whether the loss is computed from the model's output. Such a loss reaches
@@ -31,7 +31,7 @@ class Method:
     """
 
     name: MethodName
-    default_trainable: Trainable
+    trains_whole_model: bool
     uses_penalty: bool
     loss_at_output: bool
     trains_on_tested_dataset: bool
@@ -49,21 +49,21 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         for method in (
             Method(
                 name="ABFT",
-                default_trainable="lora",
+                trains_whole_model=False,
                 uses_penalty=True,
                 loss_at_output=False,
                 trains_on_tested_dataset=True,
             ),
             Method(
                 name="E2E",
-                default_trainable="lora",
+                trains_whole_model=False,
                 uses_penalty=False,
                 loss_at_output=True,
                 trains_on_tested_dataset=True,
             ),
             Method(
                 name="MetaICL",
-                default_trainable="model",
+                trains_whole_model=True,
                 uses_penalty=False,
                 loss_at_output=True,
                 trains_on_tested_dataset=False,
@@ -71,7 +71,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             ),
             Method(
                 name="PICL",
-                default_trainable="model",
+                trains_whole_model=True,
                 uses_penalty=False,
                 loss_at_output=True,
                 trains_on_tested_dataset=False,

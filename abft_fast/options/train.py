@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -33,13 +34,31 @@ def default_training(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     trainable, rate = given.get("trainable"), given.get("lr")
     method = METHODS.get(str(spelled_method(given.get("method", "ABFT"))))
+    if trainable is None and (method is None or not method.trains_whole_model):
+        trainable = "lora" if _lora_is_meant(given) else "full"
     if trainable is None:
-        trainable = "lora" if method is None else method.default_trainable
+        trainable = "model"
     if rate is None:
         builtin = given.get("model", "builtin") == "builtin"
         rates = BUILTIN_LEARNING_RATES if builtin else _PAPER_LEARNING_RATES
         rate = rates.get(str(trainable), rates["lora"])
     return {"trainable": trainable, "lr": rate}
+
+
+def _lora_is_meant(given: Mapping[str, Any]) -> bool:
+    """Return whether W_Q and W_K cannot be trained themselves, or LoRA's rank is given.
+
+    The paper trains W_Q and W_K of models that it does not quantize, LoRA of those it does
+    (section 4.1). The built-in model's learning rates and results are of LoRA.
+    """
+    model = str(given.get("model", "builtin"))
+    if model == "builtin" or given.get("quantized") or given.get("lora_r") is not None:
+        return True
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        return "quantization_config" in config
+    except (OSError, ValueError):  # a hub id, or a mistake that is named when the model is read
+        return False
 
 
 def default_adaptation(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,8 +124,8 @@ class TrainConfig(Options):
         None,  # replaced by `default_training`
         validate_default=True,
         description="What is trained. lora: LoRA on W_Q and W_K. full: W_Q and W_K themselves, "
-        "in float32. model: every weight, in float32. Unset: lora for ABFT and E2E, model for "
-        "MetaICL and PICL.",
+        "in float32. model: every weight, in float32. Unset: full for ABFT and E2E, lora if the "
+        "model is quantized or built in or --lora-r is given, model for MetaICL and PICL.",
     )
     lora_r: int = Field(16, ge=1, description="Rank of LoRA.")
     penalty: float = Field(

@@ -49,7 +49,7 @@ def test_train_says_its_plan_and_refuses_what_cannot_fit(tmp_path):
     data, counts, plan, error = result.stderr.strip().splitlines()
     assert data == "data: subj of StaICC"
     assert counts == "on cpu: 512 prompts to train on, 1,024 to test on"
-    assert plan.startswith("plan: weights and optimizer 16")
+    assert plan.startswith("plan: weights and optimizer 2046")
     assert error.startswith("abft-fast: synthetic:llama3-405b with --gradient full does not fit in")
     assert error.endswith("or pass --force")
     assert not folder.exists()

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -17,12 +18,31 @@ def test_defaults_are_the_papers():
     assert (config.k, config.train_samples, config.epochs, config.pseudo_batch_size) == (
         4, 512, 2, 32,
     )  # fmt: skip
-    assert (config.penalty, config.reward, config.lora_r, config.lr) == (0.5, 1.0, 16, 1e-4)
+    assert (config.penalty, config.reward, config.lora_r) == (0.5, 1.0, 16)
     assert (config.adaptation, config.pid_p, config.pid_i, config.pid_d) == (
         "pid", 0.03, 0.005, 0.005,
     )  # fmt: skip
     assert config.gradient == "full" and config.head_filter
-    assert resolve(TrainConfig, {"model": "m", "trainable": "full"}).lr == 2e-5
+
+
+def test_what_is_trained_where_nothing_is_said(tmp_path):
+    """Section 4.1: W_Q and W_K themselves, or LoRA where the base is quantized."""
+    config = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    for folder, content in (("float", {}), ("quantized", config)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(content))
+    for given, expected in (
+        ({"model": "some/model"}, ("full", 2e-5)),
+        ({"model": str(tmp_path / "float"), "method": "E2E"}, ("full", 2e-5)),
+        ({"model": str(tmp_path / "quantized")}, ("lora", 1e-4)),
+        ({"model": "some/model", "quantized": True}, ("lora", 1e-4)),
+        ({"model": "some/model", "lora_r": 4}, ("lora", 1e-4)),
+        ({"model": "some/model", "trainable": "lora"}, ("lora", 1e-4)),
+        ({"model": "some/model", "method": "PICL"}, ("model", 1e-5)),
+        ({}, ("lora", BUILTIN_LEARNING_RATES["lora"])),
+    ):
+        config = resolve(TrainConfig, given)
+        assert (config.trainable, config.lr) == expected, given
 
 
 def test_the_builtin_model_has_its_own_learning_rate():
@@ -171,9 +191,6 @@ def test_evaluation_takes_zero_shot():
 @pytest.mark.parametrize("model", ["builtin", "some/model"])
 def test_defaults_of_a_method_are_saved_and_replayed(method, model, tmp_path):
     config = resolve(TrainConfig, {"method": method.lower(), "model": model})
-    assert config.trainable == METHODS[method].default_trainable
-    paper = {"lora": 1e-4, "model": 1e-5}
-    assert config.lr == (BUILTIN_LEARNING_RATES if model == "builtin" else paper)[config.trainable]
     write_yaml(config, tmp_path / "config.yaml")
     again = resolve(TrainConfig, {"config": str(tmp_path / "config.yaml")})
     assert again == config.model_copy(update={"config": tmp_path / "config.yaml"})

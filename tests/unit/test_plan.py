@@ -49,12 +49,9 @@ def test_weights_are_counted_as_they_are(family, bits, trainable):
     if bits is not None and trainable == "full":
         pytest.skip("quantized weights are not trained")
     model = random_model(config, torch.device("cpu"), torch.float32, bits)
-    if trainable == "lora":
-        if family != "gpt2":
-            model.lm_head.weight = None  # only the labels' rows are kept
-        model = train_lora(model, 16)
-    else:
-        model = train_weights(model)
+    if family != "gpt2":
+        model.lm_head.weight = None  # only the labels' rows are kept
+    model = train_lora(model, 16) if trainable == "lora" else train_weights(model)
     planned = static_memory(
         config, options(trainable=trainable, quantized=bits is not None, bits=bits or 4), FLOAT32
     )
