@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from abft_fast import builtin_model_path
 from abft_fast.errors import UserError
@@ -128,23 +128,29 @@ def test_zero_shot_evaluation(tmp_path):
     assert "0.00" in result.stdout  # without demonstrations there is no induction head
 
 
-def test_full_weights_give_a_model_folder(tmp_path):
+def test_full_weights_are_an_adapter_for_plain_peft(tmp_path):
     folder = tmp_path / "full"
     result = abft_fast(
-        "train", *QUICK, "--trainable", "full", "--epochs", 1,
-        "--no-eval", "--output-dir", folder,
+        "train", *QUICK, "--trainable", "full", "--epochs", 1, "--no-eval-before",
+        "--output-dir", folder,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    trained = AutoModelForCausalLM.from_pretrained(folder / "model")
     base = AutoModelForCausalLM.from_pretrained(builtin_model_path())
-    changed = {
-        name for (name, p), q in zip(trained.named_parameters(), base.parameters(), strict=True)
-        if not p.equal(q)
-    }  # fmt: skip
-    assert changed == {
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(builtin_model_path()), str(folder / "adapter")
+    )
+    trained = adapted.merge_and_unload().state_dict()
+    assert trained.keys() == base.state_dict().keys()
+    assert {name for name, p in base.state_dict().items() if not p.equal(trained[name])} == {
         f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(4) for p in "qk"
     }
-    assert AutoTokenizer.from_pretrained(folder / "model")("Positive")["input_ids"]
+    output = tmp_path / "metrics.json"
+    result = abft_fast(
+        "eval", "--dataset", "trec", "--k", 2, "--adapter", folder / "adapter", "--output", output
+    )
+    assert result.returncode == 0, result.stderr
+    expected = json.loads((folder / "evaluation.json").read_text())["after"]
+    assert json.loads(output.read_text()) == expected
 
 
 def test_the_run_gets_a_name_under_runs(tmp_path):

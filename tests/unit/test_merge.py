@@ -10,7 +10,13 @@ from abft_fast.commands.merge import merge
 from abft_fast.errors import UserError
 from abft_fast.models.loading import load, read_tokenizer
 from abft_fast.models.synthetic import is_quantized
-from abft_fast.models.trainable import load_adapter, train_lora
+from abft_fast.models.trainable import (
+    load_adapter,
+    save_adapter,
+    train_lora,
+    train_weights,
+    trained_parameters,
+)
 from abft_fast.options import MergeConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.progress import Progress
@@ -48,6 +54,24 @@ def run(model, adapters, output, **options):
     options |= {"model": str(model), "adapter": adapters, "output_dir": str(output)}
     merge(resolve(MergeConfig, options), Progress())
     return AutoModelForCausalLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])  # with biases; fused and transposed
+def test_a_coefficient_of_trained_weights_interpolates(family, tmp_path):
+    base, trained = tiny_model(family), train_weights(tiny_model(family))
+    base.save_pretrained(tmp_path / "base")
+    read_tokenizer("builtin").save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in trained_parameters(trained).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(trained, tmp_path / "adapter")
+    half = run(tmp_path / "base", f"{tmp_path / 'adapter'}=0.5", tmp_path / "half").state_dict()
+    before, after = base.state_dict(), trained.state_dict()
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved and moved == {name for name in before if not before[name].equal(half[name])}
+    for name in moved:
+        torch.testing.assert_close(half[name], (before[name] + after[name]) / 2)
 
 
 def test_a_merged_model_is_the_adapted_one(tmp_path):

@@ -1,0 +1,152 @@
+"""Models in GGUF files: the same weights, one line where a file cannot be read."""
+
+import json
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from abft_fast import builtin_model_path
+from abft_fast.errors import UserError
+from abft_fast.models.gguf import metadata_folder, sha256
+from abft_fast.models.loading import load, read_config, read_tokenizer
+
+gguf = pytest.importorskip("gguf")
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
+
+CPU = torch.device("cpu")
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}  # llama.cpp permutes rows of Q and K of one
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(path, architecture, quantize=None):
+    """A tiny random model with the built-in vocabulary, its weights as llama.cpp has them."""
+    tokenizer = json.loads((builtin_model_path() / "tokenizer.json").read_text())["model"]
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    torch.manual_seed(0)
+    config = CONFIGS[architecture](vocab_size=len(tokens), **SIZES)
+    model = AutoModelForCausalLM.from_config(config)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(512)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], 2)
+    for name, weight in model.state_dict().items():
+        stored = weight.numpy()
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = 4 if "q_proj" in name else 2
+            stored = stored.reshape(heads, 2, -1, stored.shape[1]).swapaxes(1, 2)
+            stored = stored.reshape(weight.shape)
+        kind = quantize if quantize and weight.ndim == 2 else gguf.GGMLQuantizationType.F32
+        raw = gguf.quantize(stored.copy(), kind)
+        writer.add_tensor(
+            names.get_name(name, (".weight", ".bias")), raw, raw_shape=raw.shape, raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_weights_that_were_written(architecture, tmp_path):
+    expected = write(tmp_path / "m.gguf", architecture).state_dict()
+    actual = load(str(tmp_path / "m.gguf"), CPU, torch.float32).state_dict()
+    assert actual.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(actual[name], weight), name
+
+
+def test_blocks_are_what_transformers_reads_and_nf4_is_made_of_them(tmp_path):
+    write(tmp_path / "m.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
+    expected = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    )
+    model = load(str(tmp_path), CPU, torch.float32)  # a folder that holds one
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    quantized = load(str(tmp_path / "m.gguf"), CPU, torch.float32, bits=4)
+    assert isinstance(quantized.model.layers[0].mlp.up_proj, Linear4bit)
+    ids = torch.tensor([[5, 6, 7]])
+    error = (quantized(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()
+    assert 0 < error < 0.3
+
+
+def test_it_is_parsed_once(tmp_path, cache):
+    path = tmp_path / "m.gguf"
+    write(path, "qwen2")
+    folder = metadata_folder(path)
+    written = (folder / "config.json").stat().st_mtime_ns
+    assert read_config(str(path)).num_hidden_layers == 2
+    tokenizer, builtin = read_tokenizer(str(path)), read_tokenizer("builtin")
+    assert tokenizer(" a good film")["input_ids"] == builtin(" a good film")["input_ids"]
+    assert (folder / "config.json").stat().st_mtime_ns == written and len(sha256(path)) == 64
+    write(path, "llama")
+    assert metadata_folder(path) != folder
+    assert {entry.name for entry in (cache / "abft-fast/gguf").iterdir()} == {
+        folder.name, metadata_folder(path).name,
+    }  # fmt: skip
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def no_gguf(path):
+    path.write_text("not a model" * 100)
+
+
+def other_architecture(path):
+    write(path, "llama")
+    path.write_bytes(path.read_bytes().replace(b"llama", b"lamma"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (cut, "m.gguf is damaged"),
+        (no_gguf, "m.gguf is damaged"),
+        (other_architecture, "cannot read a GGUF of architecture lamma"),
+        (lambda path: path.unlink(), "m.gguf does not exist"),
+        (lambda path: path.rename(path.with_name("m-00001-of-00002.gguf")), "is one part"),
+    ],
+)
+def test_what_cannot_be_read(damage, says, tmp_path):
+    path = tmp_path / "m.gguf"
+    write(path, "llama")
+    damage(path)
+    given = next(iter(tmp_path.glob("*.gguf")), path)
+    with pytest.raises(UserError, match=says) as caught:
+        load(str(given), CPU, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_several_asks_for_one(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        write(tmp_path / name, "llama")
+    with pytest.raises(UserError, match="holds 2 GGUF files: name one"):
+        load(str(tmp_path), CPU, torch.float32)
