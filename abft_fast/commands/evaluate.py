@@ -47,6 +47,7 @@ def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
                 progress.say(line)
             session.load()
             if config.adapter is not None:
+                adapter_origin.check_adapter_base(config.adapter, config.model)
                 session.model = trainable.load_adapter(session.model, config.adapter)
             keep_rows_of_labels(session, tests)
             session.check_attention(tests[0].prompts)

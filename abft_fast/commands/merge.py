@@ -6,6 +6,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
+from abft_fast.commands.adapter_origin import check_adapter_base
 from abft_fast.models import loading
 from abft_fast.models.trainable import load_adapter
 from abft_fast.options import MergeConfig
@@ -33,6 +34,7 @@ def merge(config: MergeConfig, progress: Progress) -> None:
     if getattr(model.config, "quantization_config", None) is not None:
         model = model.dequantize()
     for folder, coefficient in config.adapters:
+        check_adapter_base(folder, config.model)
         adapted = load_adapter(model, folder)
         for module in adapted.modules():
             if isinstance(module, LoraLayer):

@@ -134,6 +134,7 @@ class Labeller(ModelOnDevice):
         for line in adapter_origin.differences(self.config):
             self.progress.say(line)
         if self.config.adapter is not None:
+            adapter_origin.check_adapter_base(self.config.adapter, self.config.model)
             self.model = load_adapter(self.model, self.config.adapter)
         keep_label_rows(self.model, self.encoder.label_ids)
         self.model.eval()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from abft_fast.commands import mauve
+from abft_fast.commands import adapter_origin, mauve
 from abft_fast.commands.evaluate import keep_rows_of_labels, prepare_tests, run_tests
 from abft_fast.commands.session import Session, check_same_data
 from abft_fast.core.packing import EncodedPrompt
@@ -16,7 +16,7 @@ from abft_fast.evaluation.evaluation_set import EvaluationSet
 from abft_fast.memory.plan import available_memory, make_plan, what_to_change
 from abft_fast.memory.simulation import CannotCount
 from abft_fast.memory.types import Flow
-from abft_fast.models import loading, trainable
+from abft_fast.models import gguf, loading, trainable
 from abft_fast.models.preflight import check_gradients
 from abft_fast.options import TrainConfig, datasets
 from abft_fast.runtime import processes
@@ -98,6 +98,7 @@ def set_up(
     session = TrainSession(config, progress, run.folder)
     if not is_new and is_main():
         run.check_data(files)
+        adapter_origin.check_base(run, config.model, f"run {run.folder}")
     for line in config.without_effect:
         progress.say(line)
     prompts = session.encode_training()
@@ -121,7 +122,7 @@ def set_up(
     session.model = trainable.set_trained(session.model, config.trainable, config.lora_r)
     trained = sum(p.numel() for p in trainable.trained_parameters(session.model).values())
     if is_new and is_main():
-        run.create(config, trained, files, describe())
+        run.create(config, trained, files, {**describe(), **gguf.identity(config.model)})
     progress.keep(run.folder / "run.log")
     return session, prompts, tests
 

@@ -36,6 +36,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from abft_fast.errors import UserError
+from abft_fast.models.files import gguf_file
 
 _TABLE = "gguf.json"
 
@@ -83,6 +84,14 @@ def metadata_folder(path: Path) -> Path:
 def sha256(path: Path) -> str:
     """Return a GGUF file's SHA-256, from the cache where it has not changed."""
     return json.loads((metadata_folder(path) / _TABLE).read_text(encoding="utf-8"))["sha256"]
+
+
+def identity(name: str) -> dict[str, str]:
+    """Return the path and the SHA-256 of a model's GGUF file; empty if it has none."""
+    path = gguf_file(name)
+    if path is None:
+        return {}
+    return {"model_file": str(path.resolve()), "model_sha256": sha256(path)}
 
 
 def class_and_tensors(

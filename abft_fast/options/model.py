@@ -15,8 +15,8 @@ class ModelOptions(CommandOptions):
 
     model: str = Field(
         "builtin",
-        description="`builtin`, a local folder, a hub id, or `synthetic:` and the name of a "
-        "known shape, for random weights of that size.",
+        description="`builtin`, a local folder, a GGUF file, a hub id, or `synthetic:` and the "
+        "name of a known shape, for random weights of that size.",
     )
     quantized: bool = Field(
         False, description="Quantize the weights while they are loaded (bitsandbytes); see --bits."

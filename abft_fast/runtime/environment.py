@@ -26,6 +26,7 @@ PACKAGES = (
     "StaICC",
     "datasets",
     "pyarrow",
+    "gguf",
     "flash-attn",
     "flash-attn-3",
 )

@@ -11,6 +11,7 @@ from abft_fast import builtin_model_path
 from abft_fast.errors import UserError
 from abft_fast.models.gguf import metadata_folder, sha256
 from abft_fast.models.loading import load, read_config, read_tokenizer
+from tests.command_line import abft_fast
 
 gguf = pytest.importorskip("gguf")
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
@@ -110,6 +111,25 @@ def test_it_is_parsed_once(tmp_path, cache):
     assert {entry.name for entry in (cache / "abft-fast/gguf").iterdir()} == {
         folder.name, metadata_folder(path).name,
     }  # fmt: skip
+
+
+def test_an_adapter_wants_the_file_it_was_trained_on(tmp_path):
+    for name, architecture in (("first", "llama"), ("second", "qwen2")):
+        write(tmp_path / f"{name}.gguf", architecture)
+    given = ["--dataset", "trec", "--k", 1, "--device", "cpu", "--label-token", "first"]
+    result = abft_fast(
+        "train", "--model", tmp_path / "first.gguf", *given, "--train-samples", 8, "--epochs", 1,
+        "--no-eval", "--no-head-filter", "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    environment = json.loads((tmp_path / "run/environment.json").read_text())
+    assert environment["model_sha256"] == sha256(tmp_path / "first.gguf")
+    given += ["--adapter", tmp_path / "run/adapter"]
+    right = abft_fast("eval", "--model", tmp_path / "first.gguf", *given)
+    assert right.returncode == 0, right.stderr
+    wrong = abft_fast("eval", "--model", tmp_path / "second.gguf", *given)
+    assert wrong.returncode == 2
+    assert "second.gguf is another file (SHA-256 differs)" in wrong.stderr
 
 
 def cut(path):
