@@ -43,6 +43,8 @@ def merge(config: MergeConfig, progress: Progress) -> None:
                 _interpolate(module, coefficient)
         model = adapted.merge_and_unload(safe_merge=True)
         progress.say(f"merged {folder}, times {coefficient:g}")
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # a trained head has left the embedding
     with atomic_folder(config.output_dir) as temporary:
         model.to(stored).save_pretrained(temporary)
         loading.read_tokenizer(config.model).save_pretrained(temporary)

@@ -119,7 +119,9 @@ def set_up(
     if config.needs_label_rows_only:
         keep_rows_of_labels(session, tests)
     set_seed(config.seed)
-    session.model = trainable.set_trained(session.model, config.trainable, config.lora_r)
+    session.model = trainable.set_trained(
+        session.model, config.trainable, config.lora_r, config.train_head
+    )
     trained = sum(p.numel() for p in trainable.trained_parameters(session.model).values())
     if is_new and is_main():
         run.create(config, trained, files, {**describe(), **gguf.identity(config.model)})

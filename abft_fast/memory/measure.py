@@ -99,7 +99,9 @@ def trainable_without_memory(
 ) -> PreTrainedModel:
     """Set the model up as `train` does, on tensors without memory."""
     model = skeleton(shape, arithmetic.dtype, _bits(shape, config))
-    model = without_memory(trainable.set_trained(model, config.trainable, config.lora_r))
+    model = without_memory(
+        trainable.set_trained(model, config.trainable, config.lora_r, config.train_head)
+    )
     if flow.checkpointing:
         trainable.enable_checkpointing(model)
     return model

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
+import torch
 from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
+    set_peft_model_state_dict,
 )
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from torch import nn
@@ -24,30 +27,38 @@ from abft_fast.core.backbone import (
     decoder_layers,
     prepare,
     query_key_projections,
+    without_peft,
 )
 from abft_fast.errors import UserError
 from abft_fast.models.files import check_adapter
 
 
-def set_trained(model: PreTrainedModel, trainable: str, rank: int) -> PreTrainedModel | PeftModel:
+def set_trained(
+    model: PreTrainedModel, trainable: str, rank: int, head: bool = False
+) -> PreTrainedModel | PeftModel:
     """Train LoRA on W_Q and W_K (`lora`), W_Q and W_K (`full`), or every weight (`model`).
 
     Args:
         model: a decoder of transformers.
         trainable: `lora`, `full` or `model`.
         rank: of LoRA.
+        head: train the LM head too; with `model` it is trained anyway.
 
     Raises:
         UserError: the model does not allow it.
     """
     match trainable:
         case "lora":
-            return train_lora(model, rank)
+            trained = train_lora(model, rank)
         case "full":
-            return train_weights(model)
+            trained = train_weights(model)
         case "model":
             return train_model(model)
-    raise ValueError(f"trainable must be lora, full or model, not {trainable!r}")
+        case _:
+            raise ValueError(f"trainable must be lora, full or model, not {trainable!r}")
+    if head:
+        train_head(model)
+    return trained
 
 
 def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:
@@ -102,6 +113,23 @@ def train_weights(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def train_head(model: PreTrainedModel) -> None:
+    """Train the LM head, as float32, by a weight of its own where it shared the embedding's.
+
+    Raises:
+        UserError: the head is quantized.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise UserError(
+            f"{model.config.model_type}'s LM head is of type {type(head).__name__}: --train-head "
+            "needs a float one"
+        )
+    head.weight = nn.Parameter(head.weight.detach().to(torch.float32, copy=True))
+    if head.bias is not None:
+        head.bias = nn.Parameter(head.bias.detach().to(torch.float32, copy=True))
+
+
 def train_model(model: PreTrainedModel) -> PreTrainedModel:
     """Train every weight, as float32.
 
@@ -136,30 +164,33 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     model.train()
 
 
-def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Write LoRA, or W_Q and W_K themselves, as an adapter that plain PEFT loads.
 
-    W_Q and W_K are PEFT's `modules_to_save`: copies of modules that take the base's place. The
-    adapter has no LoRA at all, which PEFT spells by a target of its own.
+    Trained weights, of the LM head too, are PEFT's `modules_to_save`: copies of modules that take
+    the base's place. An adapter without LoRA is one with a target that PEFT has for that.
     """
+    base = without_peft(model)
+    names = {id(module): name for name, module in base.named_modules()}
+    modules = []
+    if base.get_output_embeddings().weight.requires_grad:
+        modules.append(base.get_output_embeddings())
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder)
-        return
-    projections = query_key_projections(model)
-    config = LoraConfig(
-        target_modules=DUMMY_TARGET_MODULES,
-        modules_to_save=sorted({p.name.rsplit(".", 1)[-1] for p in projections}),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=model.name_or_path,
-        inference_mode=True,
-    )
-    config.save_pretrained(folder)
-    names = {id(module): name for name, module in model.named_modules()}
-    tensors = {
-        f"base_model.model.{names[id(p.module)]}.{key}": tensor.contiguous()
-        for p in projections
-        for key, tensor in p.module.state_dict().items()
-    }
+        config = copy.copy(model.peft_config["default"])
+        tensors = get_peft_model_state_dict(model)
+    else:
+        modules += [p.module for p in query_key_projections(model)]
+        config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type="CAUSAL_LM")
+        config.base_model_name_or_path = model.name_or_path
+        tensors = {}
+    config.inference_mode = True
+    if modules:
+        config.modules_to_save = sorted({names[id(m)].rsplit(".", 1)[-1] for m in modules})
+    config.save_pretrained(str(folder))
+    for module in modules:
+        for key, tensor in module.state_dict().items():
+            tensors[f"base_model.model.{names[id(module)]}.{key}"] = tensor
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
@@ -182,6 +213,11 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise UserError(
             f"adapter {folder} does not fit the model: the adapter changes other layers"
         )
+    copies = [m.modules_to_save for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)]
+    if copies:  # PEFT has rounded them to the base's dtype
+        for each in copies:
+            each.float()
+        set_peft_model_state_dict(adapted, saved)
     return adapted
 
 

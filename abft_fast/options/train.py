@@ -128,6 +128,11 @@ class TrainConfig(Options):
         "model is quantized or built in or --lora-r is given, model for MetaICL and PICL.",
     )
     lora_r: int = Field(16, ge=1, description="Rank of LoRA.")
+    train_head: bool = Field(
+        False,
+        description="E2E: train the LM head too, in float32, as in the paper's Table 2. A head "
+        "that shares the embedding's weight gets one of its own.",
+    )
     penalty: float = Field(
         0.5,
         ge=0,
@@ -258,6 +263,8 @@ class TrainConfig(Options):
                 f"--trainable {self.trainable} needs float weights: drop --quantized, or use "
                 "--trainable lora"
             )
+        if self.train_head and self.method != "E2E":
+            raise ValueError(f"--train-head works with --method E2E, not {self.method}")
         if self.gradient != "full" and not METHODS[self.method].gradient_can_be_local:
             raise ValueError(
                 f"--gradient {self.gradient} works with ABFT only: the loss of {self.method} is at "

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 import yaml
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from abft_fast import builtin_model_path
@@ -37,6 +39,28 @@ def test_e2e_learns_the_labels(tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text())["method"] == "E2E"
     trained = json.loads((folder / "environment.json").read_text())["trained_parameters"]
     assert trained == 4 * 16 * 2 * 192 * 2  # layers, rank, Q and K, width, LoRA's A and B
+
+
+def test_a_trained_head_is_evaluated_as_the_run_found(tmp_path):
+    folder, output = tmp_path / "run", tmp_path / "metrics.json"
+    result = abft_fast(
+        "train", *QUICK, "--method", "E2E", "--train-head", "--epochs", 1, "--no-eval-before",
+        "--output-dir", folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    with safe_open(folder / "adapter" / "adapter_model.safetensors", framework="pt") as adapter:
+        head = adapter.get_tensor("base_model.model.lm_head.weight")
+    base = AutoModelForCausalLM.from_pretrained(builtin_model_path())
+    moved = (head - base.lm_head.weight).abs().amax(1) > 0
+    assert moved.any() and head.dtype == torch.float32
+    result = abft_fast(
+        "eval", "--dataset", "trec", "--k", 2, "--adapter", folder / "adapter", "--output", output
+    )
+    assert result.returncode == 0, result.stderr
+    expected = json.loads((folder / "evaluation.json").read_text())["after"]
+    assert json.loads(output.read_text()) == expected
+    refused = abft_fast("train", "--train-head", "--output-dir", tmp_path / "none")
+    assert refused.returncode == 2 and "--train-head works with --method E2E" in refused.stderr
 
 
 def test_metaicl_trains_the_whole_model(tmp_path):

@@ -3,16 +3,19 @@
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM
 
 from abft_fast import builtin_model_path
 from abft_fast.commands.merge import merge
+from abft_fast.core.backbone import without_peft
 from abft_fast.errors import UserError
 from abft_fast.models.loading import load, read_tokenizer
 from abft_fast.models.synthetic import is_quantized
 from abft_fast.models.trainable import (
     load_adapter,
     save_adapter,
+    set_trained,
     train_lora,
     train_weights,
     trained_parameters,
@@ -72,6 +75,33 @@ def test_a_coefficient_of_trained_weights_interpolates(family, tmp_path):
     assert moved and moved == {name for name in before if not before[name].equal(half[name])}
     for name in moved:
         torch.testing.assert_close(half[name], (before[name] + after[name]) / 2)
+
+
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+def test_a_trained_head_is_carried_and_leaves_the_embedding(trainable, tmp_path):
+    base, trained = (tiny_model("llama", tie_word_embeddings=True) for _ in range(2))
+    base.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    read_tokenizer("builtin").save_pretrained(tmp_path / "base")
+    trained.load_state_dict(base.float().state_dict())
+    trained = set_trained(trained, trainable, 4, head=True)
+    with torch.no_grad():
+        for parameter in trained_parameters(trained).values():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(trained, tmp_path / "adapter")
+    loaded = load_adapter(load(str(tmp_path / "base"), CPU, torch.float32), tmp_path / "adapter")
+    torch.testing.assert_close(loaded(IDS).logits, trained(IDS).logits, rtol=1e-5, atol=1e-5)
+    coarse = load_adapter(load(str(tmp_path / "base"), CPU, torch.bfloat16), tmp_path / "adapter")
+    for module in coarse.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            assert module.modules_to_save["default"].weight.dtype == torch.float32
+    embedding = base.get_input_embeddings().weight
+    assert torch.equal(trained.get_input_embeddings().weight, embedding)
+    assert not torch.equal(without_peft(trained).get_output_embeddings().weight, embedding)
+    merged = run(tmp_path / "base", str(tmp_path / "adapter"), tmp_path / "merged").float()
+    difference = (merged(IDS).logits - trained(IDS).logits).norm() / trained(IDS).logits.norm()
+    assert difference < 0.02  # merged weights are bfloat16, as the base's
+    assert torch.equal(merged.get_input_embeddings().weight, embedding)
 
 
 def test_a_merged_model_is_the_adapted_one(tmp_path):
