@@ -50,11 +50,12 @@ def check_base(run: RunFolder, model: str, what: str) -> None:
     Raises:
         UserError: the model is no GGUF file, or its SHA-256 differs.
     """
-    if run.model_file is None:
+    trained_on = run.model_file
+    if trained_on is None:
         return
     from abft_fast.models import gguf  # imports torch, which checks of options do without
 
-    path, digest = run.model_file
+    path, digest = trained_on
     if gguf.identity(model).get("model_sha256") != digest:
         raise UserError(
             f"{what} was trained on {path}, and {model} is another file (SHA-256 differs): use "
