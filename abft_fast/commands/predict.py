@@ -23,6 +23,7 @@ from abft_fast.models.trainable import load_adapter
 from abft_fast.options import PredictConfig
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
+from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import CPU_TOKENS, in_halves
 
@@ -156,7 +157,7 @@ class Labeller(ModelOnDevice):
         logits = torch.empty(len(prompts), len(self.encoder.label_ids))
 
         def run(part: Sequence[int]) -> Tensor:
-            with self.accelerator.autocast():
+            with fast_float32_linear(), self.accelerator.autocast():
                 ids = [prompts[i] for i in part]
                 return prefix.label_logits(ids, self.encoder.label_ids).float().cpu()
 

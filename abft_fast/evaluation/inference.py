@@ -16,6 +16,7 @@ from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.prompts import EncodedPrompts
 from abft_fast.runtime import processes
 from abft_fast.runtime.batching import micro_batches
+from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.token_budget import in_halves
 
 
@@ -66,7 +67,7 @@ def predict_labels(
             prompts = [encoded.prompts[i] for i in batch]
             if not behavior:  # then labels need not be looked at
                 prompts = [EncodedPrompt(prompt.input_ids, [], []) for prompt in prompts]
-            with autocast():
+            with fast_float32_linear(), autocast():
                 logits[batch] = torch.cat(in_halves(predict_part, prompts))
             on_batch(len(batch), sum(lengths[i] for i in batch))
         if not logits[own].isfinite().all():

@@ -26,6 +26,7 @@ from abft_fast.options.methods import METHODS
 from abft_fast.runtime import processes
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.environment import peak_memory
+from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.launch import is_main
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import CPU_TOKENS, TokenBudget, find_token_budget
@@ -161,10 +162,11 @@ def backward(
     for indices in micro_batches([len(prompt) for prompt in batch], tokens):
         prompts = [batch[i] for i in indices]
         packed = pack(prompts).to(accelerator.device)
-        with accelerator.autocast():
-            result = method_loss(model, prompts, packed, config, penalty)
-        share = result.loss * (len(prompts) / (pseudo_batch or len(batch)))
-        accelerator.backward(share)
+        with fast_float32_linear():
+            with accelerator.autocast():
+                result = method_loss(model, prompts, packed, config, penalty)
+            share = result.loss * (len(prompts) / (pseudo_batch or len(batch)))
+            accelerator.backward(share)
         loss += share.detach().to(loss.device)
         behavior.add(result, packed)
     return loss.item(), behavior
