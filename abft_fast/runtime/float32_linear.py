@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Smaller products are not worth the call: the label words' rows of a head, LoRA's A and B.
 _LEAST_SIZE = 64
@@ -61,6 +63,32 @@ def linear_as_convolution() -> Iterator[None]:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _is_suited(input, weight):
         return _torch_linear(input, weight, bias)
+    return _Linear.apply(input, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """Keep the input only where the weight is trained; a convolution's own backward always does."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_input, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(input if of_weight else None, weight if of_input else None)
+        return _product(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.flatten(end_dim=-2)
+        return (
+            _product(gradient, weight.T) if of_input else None,
+            rows.T @ input.flatten(end_dim=-2) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = input.reshape(1, -1, 1, input.shape[-1])
     pixels = F.conv2d(rows.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
     return pixels.permute(0, 2, 3, 1).reshape(*input.shape[:-1], len(weight))

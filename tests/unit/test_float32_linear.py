@@ -40,6 +40,26 @@ def test_equals_linear(context, shape, outputs, bias):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen weight", "trained weight"])
+def test_keeps_for_the_backward_what_linear_keeps(context, trained):
+    x, weight = torch.randn(80, 96, requires_grad=True), torch.randn(128, 96, requires_grad=trained)
+
+    def kept():
+        storages = set()
+
+        def keep(tensor):
+            storages.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            F.linear(x, weight)
+        return storages
+
+    expected = kept()
+    with context():
+        assert kept() == expected
+
+
 def test_a_weight_that_is_not_contiguous(context):
     x, weight = torch.randn(80, 96), torch.randn(96, 128).t()
     with context():
