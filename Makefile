@@ -26,7 +26,7 @@ check: install lint types
 	$(PYTEST) -m 'unit and not slow'
 
 test: install lint
-	$(PYTEST)
+	$(PYTEST) -m 'not (real and slow)'
 
 # Every test, also in the processes that tests start; it takes longer than `make test`.
 coverage: install

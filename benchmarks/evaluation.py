@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 pytest benchmarks/evaluation.py [-k sst2] [--rounds 3]
 
-On the built-in model in float32 and StaICC's form of prompts, which its harness knows alone, text
-to metrics; each contender answers all prompts. `harness` is StaICC's
-`standard_ICL_inference_with_torch_Causal_LM`, `packed` what `abft-fast eval` does, which also looks
-at heads, `predictions` the same without. Probabilities must be equal to 1e-5, predictions and
+On the built-in model, and on those of `make real-models`, in float32 and StaICC's form of prompts,
+which its harness knows alone, text to metrics; each contender answers all prompts. `harness` is
+StaICC's `standard_ICL_inference_with_torch_Causal_LM`, `padded` transformers in batches of 16 of
+like lengths, with logits at last tokens alone, `packed` what `abft-fast eval` does, which also
+looks at heads, `predictions` the same without. Probabilities must be equal to 1e-5, predictions and
 accuracy the same, on all prompts. The floor is by arithmetic, the harness's time over
 `floor_ratio`: multiplications of its weights over those that no packed forward can leave out, those
 of the layers' weights (not the LM head's, but at last tokens); it is passed where packing also
@@ -23,29 +24,38 @@ import pytest
 import torch
 from StaICC.prefabricate_inference.model_kernel import standard_ICL_inference_with_torch_Causal_LM
 from StaICC.util import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abft_fast import builtin_model_path, data
+from abft_fast import data
 from abft_fast.evaluation.inference import predict_labels
 from abft_fast.evaluation.protocols import METRICS, Protocol
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.token_budget import CPU_TOKENS
+from benchmarks import stored
 from benchmarks.paired import compare, wall_seconds
-from benchmarks.record import DEVICE, GPU, append, quick_first
+from benchmarks.record import GPU, append, quick_first
+from benchmarks.step_contenders import Padded
 
 
 class Case(NamedTuple):
-    """The first prompts of a dataset's test."""
+    """The first prompts of a dataset's test, asked of a model."""
 
     dataset: str
     prompts: int
+    model: str = stored.BUILTIN
 
     def __str__(self) -> str:
-        return f"{self.dataset}-{self.prompts}"
+        return f"{self.model}-{self.dataset}-{self.prompts}"
 
 
 SMALL, WHOLE = Case("sst2", 128), Case("sst2", 1024)
-CASES = [SMALL, WHOLE, *(Case(name, 128) for name in data.DATASETS if name != "sst2")]
+CASES = [
+    SMALL,
+    WHOLE,
+    *(Case(name, 128) for name in data.DATASETS if name != "sst2"),
+    *(Case(name, 64, model) for model in stored.REAL for name in ("sst2", "trec")),
+]
+CONTENDERS = ("harness", "padded", "packed", "predictions")
+BATCH = 16
 QUICK = (SMALL, WHOLE) if GPU else (SMALL,)
 
 
@@ -53,12 +63,10 @@ class Test:
     """A case's prompts, and every contender: a function to probabilities of the label words."""
 
     def __init__(self, case: Case):
-        path = builtin_model_path()
         # Twice: ours stays set to packed attention.
-        self.model, self.reference = (
-            AutoModelForCausalLM.from_pretrained(path).to(DEVICE).eval() for _ in range(2)
-        )
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.model, self.reference = (stored.load(case.model) for _ in range(2))
+        self.reference.set_attn_implementation("sdpa")
+        self.tokenizer = stored.read_tokenizer(case.model)
         self.dataset = data.load(case.dataset)
         [self.call] = Protocol.of("Normal", self.dataset, 4, "staicc").calls
         self.prompts = self.call.prompts[: case.prompts]
@@ -80,6 +88,19 @@ class Test:
             for prompt in self.prompts
         ]
 
+    @torch.no_grad()
+    def padded(self) -> list[list[float]]:
+        encoded = self.encoded()
+        longest_first = sorted(range(len(self.prompts)), key=lambda i: -len(encoded.prompts[i]))
+        found: list[list[float]] = [[] for _ in self.prompts]
+        for start in range(0, len(self.prompts), BATCH):
+            batch = longest_first[start : start + BATCH]
+            rows = Padded.of([encoded.prompts[i].input_ids for i in batch])
+            logits = self.reference(**rows._asdict(), logits_to_keep=1, use_cache=False).logits
+            for i, row in zip(batch, logits[:, -1, encoded.label_ids].tolist(), strict=True):
+                found[i] = functional.softmax(row)
+        return found
+
     def packed(self, behavior: bool = True) -> list[list[float]]:
         logits, _ = predict_labels(self.model, self.encoded(), CPU_TOKENS, behavior=behavior)
         return [functional.softmax(row) for row in logits.tolist()]
@@ -93,7 +114,7 @@ class Test:
         expected = self.harness()
         theirs = torch.tensor(expected, dtype=torch.float64)
         worst = 0.0
-        for found in (self.packed(), self.predictions()):
+        for found in (self.padded(), self.packed(), self.predictions()):
             ours = torch.tensor(found, dtype=torch.float64)
             worst = max(worst, (ours - theirs).abs().max().item())
             assert worst <= 1e-5, f"probabilities differ by {worst:.1e}"
@@ -110,9 +131,10 @@ class Test:
 
 @pytest.mark.parametrize("case", quick_first(CASES, QUICK))
 def bench_evaluation(case, benchmark, rounds):
+    stored.skip_if_missing(case.model)
     test = Test(case)
     difference = test.check()
-    contenders = {name: getattr(test, name) for name in ("harness", "packed", "predictions")}
+    contenders = {name: getattr(test, name) for name in CONTENDERS}
     wall = {run: [] for run in contenders.values()}
 
     def processor_seconds(run: Callable[[], object]) -> float:

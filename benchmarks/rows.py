@@ -75,7 +75,7 @@ QUESTIONS = (
         ),
     ),
     Question(
-        "evaluation", "evaluation", ("dataset", "prompts", "tokens", "clock"), "contender",
+        "evaluation", "evaluation", ("model", "dataset", "prompts", "tokens", "clock"), "contender",
         (*TIMING, "prompts", "tokens"),
     ),
     Question(

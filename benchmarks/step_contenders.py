@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
-from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, pack
+from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.core.attention import NAME
 from abft_fast.core.backbone import backbone, decoder_layers
 from abft_fast.core.language_model_loss import TargetedPrompt, language_model_loss
 from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.run_packed import run_packed
+from benchmarks import stored
 from benchmarks.record import DEVICE, GPU
 from benchmarks.steps import DTYPE, Contender, Step
 
@@ -158,7 +158,7 @@ def trl(step: Step) -> Callable[[Step], None]:
                 use_cpu=not GPU, bf16=False, disable_tqdm=True,
             ),
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(builtin_model_path()),
+            processing_class=stored.read_tokenizer(stored.BUILTIN),
         )  # fmt: skip
         batches = list(trainer.get_train_dataloader())
 

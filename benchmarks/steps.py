@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
-from abft_fast import EncodedPrompt, builtin_model_path, data
+from abft_fast import EncodedPrompt, data
 from abft_fast.core.backbone import backbone
 from abft_fast.core.language_model_loss import TargetedPrompt, label_target
 from abft_fast.models.shapes import known_shape, with_layers
@@ -22,6 +22,7 @@ from abft_fast.models.synthetic import random_model
 from abft_fast.models.trainable import enable_checkpointing, train_lora
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
+from benchmarks import stored
 from benchmarks.peak_memory import peak_of
 from benchmarks.record import DEVICE, GPU, SEED
 
@@ -34,10 +35,10 @@ class Case:
     """A model and a batch.
 
     Attributes:
-        model: `builtin` with prompts of SUBJ; `LAYERSxWIDTH`, a random Llama; or a known shape,
-            with random weights.
+        model: one of stored.py, with prompts of SUBJ; `LAYERSxWIDTH`, a random Llama; or a known
+            shape, with random weights.
         prompts: of the batch.
-        length: tokens of each; the built-in model's have their own.
+        length: tokens of each; SUBJ's have their own.
         k: demonstrations a prompt.
         layers: of a known shape, the first ones only; 0 is all.
         bits: 4 or 8 quantizes what is frozen; 0 does not.
@@ -53,7 +54,7 @@ class Case:
     @property
     def head_filter(self) -> bool:
         """Random models have no induction heads."""
-        return self.model == "builtin"
+        return stored.is_stored(self.model)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -97,8 +98,8 @@ class Step:
     def __init__(self, case: Case):
         torch.manual_seed(SEED)
         self.case = case
-        if case.model == "builtin":
-            model = AutoModelForCausalLM.from_pretrained(builtin_model_path()).to(DEVICE)
+        if stored.is_stored(case.model):
+            model = stored.load(case.model)
         else:
             model = random_model(case.config, torch.device(DEVICE), DTYPE, case.bits or None)
         self.model = train_lora(model.eval(), 16)
@@ -158,9 +159,9 @@ class Step:
 
 
 def _prompts(case: Case) -> Iterator[TargetedPrompt]:
-    if case.model == "builtin":
+    if stored.is_stored(case.model):
         dataset = data.load("subj")
-        encoder = PromptEncoder(AutoTokenizer.from_pretrained(builtin_model_path()), dataset)
+        encoder = PromptEncoder(stored.read_tokenizer(case.model), dataset)
         drawn = dataset.training_prompts(case.k, case.prompts, SEED)
         for prompt, encoded in zip(drawn, encoder.encode(drawn).prompts, strict=True):
             yield label_target(encoded, encoder.label_ids[prompt.query.label])

@@ -240,7 +240,7 @@ def evaluation(rows: list[Row]) -> str:
         [row for row in rows if row["contender"] == "packed"],
         "Evaluation",
         lambda row: f"StaICC's harness by {row['clock']} time",
-        lambda row: f"{row['dataset']}, {whole(row['prompts'])} prompts",
+        lambda row: f"{row['model']}, {row['dataset']}, {whole(row['prompts'])} prompts",
     )
 
 

@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 
+from benchmarks import stored
 from benchmarks.paired import compare
 from benchmarks.peak_memory import in_fresh_process
 from benchmarks.record import GPU, append, quick_first
@@ -35,6 +36,7 @@ CASES = (
         Case("6x512", 8, 600, 16),
         Case("24x512", 8, 150),
         Case("6x512", 8, 150),
+        *(Case(model, 8) for model in stored.REAL),
     ]
 )
 QUICK = CASES if GPU else CASES[:2]
@@ -74,6 +76,7 @@ def peaks(case: Case) -> dict[str, int]:
 
 @pytest.mark.parametrize("case", quick_first(CASES, QUICK))
 def bench_train_step(case, benchmark, rounds):
+    stored.skip_if_missing(case.model)
     step = Step(case)
     ways = contenders(step)
     error = check(step, ways)

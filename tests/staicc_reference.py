@@ -4,6 +4,8 @@ import copy
 import functools
 
 import pytest
+import torch
+from StaICC.prefabricate_inference.model_kernel import standard_ICL_inference_with_torch_Causal_LM
 from StaICC.util import dataset_interface, experimentor, functional, hgf_dataset_loader
 
 from abft_fast.data.staicc_files import SOURCES
@@ -68,6 +70,17 @@ def staicc_experimentor(kind, name, k, queries=None):
         if kind == "UnseenLabel":
             made.set_out_of_domain_mode()
     return made
+
+
+def staicc_probabilities(model, tokenizer, dataset, template, prompts):
+    """What StaICC's harness says of each prompt by its own string, (prompts, labels)."""
+    words = list(dataset.staicc_label_words)
+    return torch.tensor([
+        standard_ICL_inference_with_torch_Causal_LM(
+            template.render(prompt)[0], model, tokenizer, words, cache_empty=None
+        )
+        for prompt in prompts
+    ])  # fmt: skip
 
 
 def parts(test_type):

@@ -9,12 +9,17 @@ from transformers import AutoModelForCausalLM
 
 from abft_fast import attention_behavior_loss, data, pack
 from abft_fast.core.label_logits import label_logits
+from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
+from abft_fast.data import Prompt
+from abft_fast.evaluation.inference import predict_labels
+from abft_fast.evaluation.protocols import Protocol
 from abft_fast.models import loading
 from abft_fast.models.trainable import train_lora
 from abft_fast.prompts import PromptEncoder
 from tests.command_line import abft_fast
 from tests.families.test_families import eager_losses, relative_error, trained_weights
 from tests.real.fetch import MODELS, path_of
+from tests.staicc_reference import staicc_probabilities
 
 pytestmark = pytest.mark.real
 
@@ -78,6 +83,40 @@ def test_logits_of_labels(path, encoder, prompts):
         expected = torch.stack(
             [reference(torch.tensor([p.input_ids])).logits[0, -1, label_ids] for p in prompts]
         )
+    assert relative_error(actual, expected) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [(("sst2", "trec"), 4), pytest.param(data.DATASETS, 64, marks=pytest.mark.slow)],
+    ids=["few", "all"],
+)
+def test_predictions_are_those_of_staiccs_harness(path, names, count):
+    """Of so many prompts of each dataset, in float32."""
+    model, reference, tokenizer = load(path), load(path), loading.read_tokenizer(str(path))
+    for name in names:
+        dataset = data.load(name)
+        [call] = Protocol.of("Normal", dataset, 4, "staicc").calls
+        prompts = call.prompts[:count]
+        encoded = PromptEncoder(tokenizer, dataset, form="staicc").encode(prompts)
+        logits, _ = predict_labels(model, encoded, token_budget=2000)
+        theirs = staicc_probabilities(reference, tokenizer, dataset, call.template, prompts)
+        torch.testing.assert_close(logits.softmax(-1), theirs, rtol=0, atol=1e-4)
+        assert torch.equal(logits.argmax(-1), theirs.argmax(-1)), name
+
+
+def test_a_shared_prefix_changes_nothing(path):
+    dataset = data.load("sst2")
+    encoder = PromptEncoder(loading.read_tokenizer(str(path)), dataset)
+    queries = [Prompt(dataset.training[:4], query) for query in dataset.test[:4]]
+    prompts = encoder.encode(queries).prompts
+    rows = [prompt.input_ids for prompt in prompts]
+    prefix = common_prefix(rows)
+    assert len(prefix) > 50
+    model = load(path)
+    with torch.no_grad():
+        actual = SharedPrefix(model, prefix).label_logits(rows, encoder.label_ids)
+        expected, _, _ = label_logits(model, prompts, encoder.label_ids)
     assert relative_error(actual, expected) <= 1e-4
 
 

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from StaICC.prefabricate_inference.model_kernel import standard_ICL_inference_with_torch_Causal_LM
-from StaICC.util import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, data, pack
@@ -12,6 +10,7 @@ from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.evaluation.inference import predict_labels
 from abft_fast.evaluation.protocols import Protocol
 from abft_fast.prompts import PromptEncoder
+from tests.staicc_reference import staicc_probabilities
 from tests.tiny_models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.unit
@@ -38,19 +37,9 @@ def test_predictions_are_those_of_staiccs_harness(builtin, reference, name):
     prompts = call.prompts[:16]
     encoded = PromptEncoder(tokenizer, dataset, form="staicc").encode(prompts)
     logits, _ = predict_labels(model, encoded, token_budget=1000)
-    theirs = [
-        standard_ICL_inference_with_torch_Causal_LM(
-            call.template.render(prompt)[0],
-            reference,
-            tokenizer,
-            list(dataset.staicc_label_words),
-            cache_empty=None,
-        )
-        for prompt in prompts
-    ]
-    ours = [functional.softmax(row) for row in logits.tolist()]
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-5)
-    assert list(map(functional.argmax, ours)) == list(map(functional.argmax, theirs))
+    theirs = staicc_probabilities(reference, tokenizer, dataset, call.template, prompts)
+    torch.testing.assert_close(logits.softmax(-1), theirs, rtol=0, atol=1e-5)
+    assert torch.equal(logits.argmax(-1), theirs.argmax(-1))
 
 
 def test_neither_token_budget_nor_behavior_changes_predictions(builtin):
