@@ -36,7 +36,7 @@ from abft_fast.options import (
     is_positional,
 )
 from abft_fast.options.resolve import resolve
-from abft_fast.runtime import launch
+from abft_fast.runtime import launch, streams
 from abft_fast.runtime.files import check_output, write_text
 from abft_fast.runtime.progress import Progress
 
@@ -53,7 +53,8 @@ def _command(config_class: type[CommandOptions]) -> Callable:
 
     def decorate(function: Callable[[dict[str, Any]], None]) -> Callable:
         def command(**flags: Any) -> None:
-            function({name: value for name, value in flags.items() if value is not None})
+            with streams.stdout_complete():
+                function({name: value for name, value in flags.items() if value is not None})
 
         command.__name__, command.__doc__ = function.__name__.rstrip("_"), function.__doc__
         command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads it
@@ -119,6 +120,8 @@ def train(flags: dict[str, Any]) -> None:
 def eval_(flags: dict[str, Any]) -> None:
     """Evaluate a model, with or without an adapter, on a dataset's test prompts."""
     config = resolve(EvalConfig, flags)
+    if config.output is None:
+        streams.check_stdout()
     checks.check_evaluate(config)
     from abft_fast.commands.evaluate import evaluate
 
@@ -131,6 +134,7 @@ def eval_(flags: dict[str, Any]) -> None:
 def plan(flags: dict[str, Any]) -> None:
     """Tell how much memory `train` takes with these options, without loading weights."""
     config = resolve(PlanConfig, flags)
+    streams.check_stdout()
     checks.check_plan(config)
     from abft_fast.commands.plan import plan
 
@@ -167,6 +171,7 @@ def sweep(flags: dict[str, Any]) -> None:
 
     cells = plan_sweep(config)
     if config.dry_run:
+        streams.check_stdout()
         for cell in cells:
             print(f"{cell.title}  {cell.name}")
         return
@@ -178,7 +183,9 @@ def sweep(flags: dict[str, Any]) -> None:
 def table(flags: dict[str, Any]) -> None:
     """Make a table of the paper from the runs below a folder."""
     config = resolve(TableConfig, flags)
-    if config.output is not None:
+    if config.output is None:
+        streams.check_stdout()
+    else:
         check_output(config.output)
     from abft_fast.experiments.records import read_records
     from abft_fast.experiments.tables.format import FORMATS
@@ -194,21 +201,26 @@ def table(flags: dict[str, Any]) -> None:
 @app.command()
 def doctor() -> None:
     """Check versions, device, data and disk, and list what a run would use."""
+    streams.check_stdout()
     from abft_fast.commands.doctor import diagnose
 
     findings, problems = diagnose()
-    report.print_findings(findings)
+    with streams.stdout_complete():
+        report.print_findings(findings)
     if problems:
         raise RunError("; ".join(problems))
 
 
 def main() -> None:
     """Run the command line; exit 2 for a user's mistake, 1 for a failure, 130 if interrupted."""
+    streams.prepare()
     debug = "--debug" in sys.argv
     if not debug:
         _quiet()
     try:
-        code = app(translate(sys.argv[1:]), standalone_mode=False)
+        launch.check_environment()
+        with launch.signals_as_interrupt(), streams.stdout_complete():
+            code = app(translate(sys.argv[1:]), standalone_mode=False)
         if code == errors.INTERRUPTED:  # typer returns the code in place of the exception
             raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:

@@ -54,6 +54,8 @@ def train(config: TrainConfig, run: RunFolder, progress: Progress) -> RunFolder:
                 raise
             line = f"interrupted; continue with `abft-fast train --resume {run.folder}`"
             raise Interrupted(line) from None
+        finally:
+            run.release()
     return run
 
 
@@ -93,6 +95,8 @@ def set_up(
         UserError: as `train`.
     """
     is_new = config.resume is None
+    if not is_new and is_main():
+        run.hold(progress.say)
     set_seed(config.seed)
     files = datasets.file_hashes(config)
     session = TrainSession(config, progress, run.folder)
@@ -124,6 +128,7 @@ def set_up(
     )
     trained = sum(p.numel() for p in trainable.trained_parameters(session.model).values())
     if is_new and is_main():
+        run.hold(progress.say)
         run.create(config, trained, files, {**describe(), **gguf.identity(config.model)})
     progress.keep(run.folder / "run.log")
     return session, prompts, tests

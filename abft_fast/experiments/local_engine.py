@@ -8,14 +8,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from abft_fast.experiments.cell_folder import (
-    POLL_SECONDS,
-    CellEnded,
-    CellFolder,
-    end,
-    sigterm_as_interrupt,
-)
+from abft_fast.experiments.cell_folder import POLL_SECONDS, CellEnded, CellFolder, end
 from abft_fast.options import SweepConfig
+from abft_fast.runtime.launch import signals_as_interrupt
 
 
 def run_here(config: SweepConfig, folders: list[Path], on_end: CellEnded) -> None:
@@ -31,7 +26,7 @@ def run_here(config: SweepConfig, folders: list[Path], on_end: CellEnded) -> Non
     free_slots = [_environment(slot, jobs, gpus) for slot in range(jobs)]
     waiting = [CellFolder(folder) for folder in reversed(folders)]
     running: dict[subprocess.Popen[bytes], tuple[CellFolder, dict[str, str], float]] = {}
-    with sigterm_as_interrupt():
+    with signals_as_interrupt():
         try:
             while waiting or running:
                 while waiting and free_slots:

@@ -17,9 +17,9 @@ from abft_fast.experiments.cell_folder import (
     CellFolder,
     Outcome,
     end,
-    sigterm_as_interrupt,
 )
 from abft_fast.options import SweepConfig
+from abft_fast.runtime.launch import signals_as_interrupt
 
 
 def require_ray() -> None:
@@ -50,7 +50,7 @@ def run_on_ray(config: SweepConfig, folders: list[Path], on_end: CellEnded) -> N
         task = ray.remote(num_cpus=config.cell_cpus, num_gpus=gpus, max_retries=0)(_run_cell)
         waiting = list(reversed(folders))
         running: dict[Any, tuple[Path, float]] = {}
-        with sigterm_as_interrupt():  # after ray.init, which sets a handler of its own
+        with signals_as_interrupt():  # after ray.init, which sets a handler of its own
             try:
                 while waiting or running:
                     while waiting and len(running) < (config.jobs or len(folders)):

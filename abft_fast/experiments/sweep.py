@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from abft_fast.errors import Interrupted, RunError, UserError
@@ -18,6 +16,7 @@ from abft_fast.experiments.sweep_file import parse_overrides
 from abft_fast.options import SweepConfig
 from abft_fast.runtime import launch
 from abft_fast.runtime.files import check_output_folder
+from abft_fast.runtime.lock import FolderLock
 from abft_fast.runtime.progress import Progress
 
 
@@ -53,7 +52,7 @@ def run_sweep(config: SweepConfig, cells: list[Cell], progress: Progress) -> Pat
         ray_engine.require_ray()
     folder = config.output_dir or Path("runs") / config.file.stem
     run_cells = ray_engine.run_on_ray if config.engine == "ray" else local_engine.run_here
-    with _locked(folder):
+    with closing(_locked(folder, progress)):
         sweep = _RunningSweep(folder, cells, progress)
         try:
             run_cells(config, sweep.unfinished(), sweep.cell_ended)
@@ -116,8 +115,7 @@ class _RunningSweep:
         write_results(self._folder / "results.csv", self._records.values())
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, progress: Progress) -> FolderLock:
     """Make a sweep's folder and hold it for this process alone.
 
     Raises:
@@ -125,11 +123,5 @@ def _locked(folder: Path) -> Iterator[None]:
     """
     check_output_folder(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another sweep runs in {folder}: choose another --output-dir"
-            ) from None
-        yield
+    busy = f"another sweep runs in {folder}: choose another --output-dir"
+    return FolderLock(folder, busy, progress.say)

@@ -25,6 +25,7 @@ import yaml
 
 from abft_fast.errors import UserError
 from abft_fast.options import EvalConfig, TrainConfig
+from abft_fast.options.resolve import parse_yaml
 
 OPTIONS = tuple(
     name
@@ -155,8 +156,8 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         if not equals:
             raise UserError(f"--set {pair}: use NAME=VALUE, such as seed=1 or 'seed=[0, 1]'")
         try:
-            overrides[_option(name.strip(), "--set")] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            overrides[_option(name.strip(), "--set")] = parse_yaml(value)
+        except (ValueError, yaml.YAMLError):
             raise UserError(f"--set {pair}: the value is not YAML") from None
     return overrides
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from abft_fast.errors import UserError
+from abft_fast.runtime import targets
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; rename it to `folder` once the block has filled it."""
+    """Yield a temporary folder; rename it to `folder` once the block has filled it.
+
+    Raises:
+        FileExistsError: another process has made `folder` in the meantime.
+    """
     temporary = _temporary(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -26,6 +36,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             if path.is_file():
                 _sync(path)
         _sync(temporary)
+        if folder.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
+        temporary.rename(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         match = re.search(r"I/O error.*\(os error (\d+)\)", str(error))  # safetensors' wording
@@ -34,32 +47,60 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             raise OSError(code, os.strerror(code), str(folder)) from error
         _name(error, folder)
         raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
     _sync(folder.parent)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
-    """Yield a temporary text file; rename it to `path` once the block has written it."""
-    temporary = _temporary(path)
+    """Yield a text file; its content appears at `path` once the block has written it.
+
+    Links are followed, and stay. An existing file keeps its mode and, where that is permitted, its
+    owner. A pipe, a device or an open descriptor, as /dev/stdout is, is written to directly.
+    """
+    target = targets.end_of_links(path)
+    if not targets.is_replaced(target):
+        try:
+            with targets.opened(target) as file:
+                yield file
+        except BaseException as error:
+            _name(error, path)
+            raise
+        return
+    temporary = _temporary(target)
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
+        with temporary.open("x", encoding="utf-8", newline="") as file:
+            _copy_rights(target, temporary)
             yield file
         _sync(temporary)
-        temporary.replace(path)
+        try:
+            temporary.replace(target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            shutil.copyfile(temporary, target)  # mounted by itself, as a container does it
+            temporary.unlink()
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         _name(error, path)
         raise
-    _sync(path.parent)
+    _sync(target.parent)
 
 
 def final_name(name: str) -> str:
     """Return the final name that belongs to a temporary name; return any other name unchanged."""
-    match = re.fullmatch(r"\.(.+)\.tmp", name)
+    match = _TEMPORARY.fullmatch(name)
     return match[1] if match else name
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written in a folder that no other process writes."""
+    for path in list(folder.glob(".*.tmp")):
+        if final_name(path.name) == path.name:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,17 +113,29 @@ def check_output(path: Path, read: Iterable[Path] = ()) -> None:
     """Refuse an `--output` file that cannot be written, before anything is computed.
 
     Raises:
-        UserError: the path is a folder, its folder cannot be written to, or it is one of the files
-            in `read`.
+        UserError: the path is a folder, it or its folder cannot be written to, or it is one of the
+            files in `read`.
     """
     if path.is_dir():
         raise UserError(f"--output {path} is a folder: name a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"--output {path}: no permission to write in {path.parent}")
-    if path.resolve() in [other.resolve() for other in read]:
-        raise UserError(f"--output {path} is a file that the command reads: name another file")
+    try:
+        target = targets.end_of_links(path)
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}: name another file") from None
+    folder = target.parent if path.is_symlink() else path.parent
+    if not folder.is_dir():
+        raise UserError(f"--output {path}: folder {folder} does not exist")
+    if not targets.is_replaced(target):
+        if target.is_socket() or not os.access(target, os.W_OK):
+            raise UserError(f"--output {path} cannot be written to: name another file")
+        return
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path}: no permission to write in {folder}")
+    if target.exists():
+        if not os.access(target, os.W_OK):
+            raise UserError(f"--output {path}: no permission to write to the file")
+        if any(other.exists() and target.samefile(other) for other in read):
+            raise UserError(f"--output {path} is a file that the command reads: name another file")
 
 
 def check_output_folder(folder: Path, *, new: bool = False) -> None:
@@ -111,7 +164,16 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+    """Return a name beside `path` that no other writer takes; long names are cut to fit."""
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.tmp")
+
+
+def _copy_rights(target: Path, temporary: Path) -> None:
+    if target.exists():
+        status = target.stat()
+        with contextlib.suppress(PermissionError):
+            os.chown(temporary, status.st_uid, status.st_gid)
+        temporary.chmod(stat.S_IMODE(status.st_mode))
 
 
 def _name(error: BaseException, path: Path) -> None:

@@ -6,38 +6,95 @@ Nothing here needs torch until a process leaves a broken run.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn
 
 from rich.console import Console
+
+from abft_fast.errors import UserError
 
 HOW_TO_RESUME = "continue a training run with `abft-fast train --resume RUN`"
 
 _leaving = threading.Lock()
 
 
+_NUMBERS = (
+    "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_WORLD_SIZE", "GROUP_RANK",
+    "MASTER_PORT", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_RANK",
+)  # fmt: skip
+"""Variables of launchers that accelerate, torch and this module read as numbers."""
+
+_UNSET_IF_EMPTY = re.compile(
+    r"MASTER_ADDR|OMP_NUM_THREADS|(ACCELERATE|PARALLELISM_CONFIG|TORCH\w*|AOTINDUCTOR|PYTORCH|TRITON"
+    r"|HF|TRANSFORMERS|BNB)_\w+"
+)
+"""Further variables of these libraries; some fail on an empty value while they are imported."""
+
+
+def check_environment() -> None:
+    """Take an empty variable of a launcher or a library as one that is not set.
+
+    Raises:
+        UserError: a launcher's variable is no number. It counts as not set from then on.
+    """
+    for name, value in list(os.environ.items()):
+        if name in _NUMBERS and value.strip():
+            if not re.fullmatch(r"\s*-?[0-9]+\s*", value):
+                del os.environ[name]
+                raise UserError(f"environment variable {name} is {value!r}, not a number: unset it")
+        elif not value.strip() and (name in _NUMBERS or _UNSET_IF_EMPTY.fullmatch(name)):
+            del os.environ[name]
+
+
 def process_count() -> int:
     """Return how many processes the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def local_process_count() -> int:
     """Return how many processes the launcher started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def rank() -> int:
     """Return this process's number among the launched ones, from 0."""
-    return int(os.environ.get("RANK", "0")) if process_count() > 1 else 0
+    return int(os.environ.get("RANK") or 0) if process_count() > 1 else 0
 
 
 def is_main() -> bool:
     """Return whether this is the one process that writes files and prints."""
     return rank() == 0
+
+
+@contextmanager
+def signals_as_interrupt() -> Iterator[None]:
+    """Run a block in which SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does.
+
+    A signal that the process ignores, as SIGHUP under nohup, stays ignored.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def leave_on_sigterm() -> None:

@@ -10,14 +10,21 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from abft_fast.errors import UserError
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import read_yaml, resolve, write_yaml
-from abft_fast.runtime.files import check_output_folder, final_name, write_json, write_text
+from abft_fast.runtime.files import (
+    check_output_folder,
+    final_name,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
+from abft_fast.runtime.lock import LOCK, FolderLock, check_free
 
 
 class RunFolder:
@@ -35,39 +42,43 @@ class RunFolder:
         self._evaluation = folder / "evaluation.json"
         self._attention = folder / "attention.json"
         self._token_budget = folder / "token_budget.json"
+        self._lock: FolderLock | None = None
 
     @classmethod
     def reserve(cls, config: TrainConfig) -> RunFolder:
         """Choose the folder of a new run; write nothing yet.
 
         Raises:
-            UserError: the folder cannot be made or written; it is not empty and `overwrite` is off;
-                or it holds a file that does not belong to a run.
+            UserError: the folder cannot be made or written; a run goes on in it; it is not empty
+                and `overwrite` is off; or it holds a file that does not belong to a run.
         """
         folder = config.output_dir or _unused(Path("runs") / _name(config))
         check_output_folder(folder)
-        if folder.is_dir() and any(folder.iterdir()):
+        run = cls(folder)
+        check_free(folder, run._busy)
+        if folder.is_dir() and (content := _content(folder)):
             if not config.overwrite:
                 raise UserError(
                     f"output folder {folder} is not empty: choose another --output-dir, "
                     f"pass --overwrite, or continue it with --resume {folder}"
                 )
-            foreign = sorted(p.name for p in folder.iterdir() if final_name(p.name) not in _ENTRIES)
+            foreign = sorted(p.name for p in content if final_name(p.name) not in _ENTRIES)
             if foreign:
                 raise UserError(
                     f"output folder {folder} holds {foreign[0]}, which no run writes, so "
                     "--overwrite does not empty the folder: choose another --output-dir"
                 )
-        return cls(folder)
+        return run
 
     @classmethod
     def open(cls, folder: Path) -> tuple[RunFolder, TrainConfig]:
         """Open a run to continue it; return it with its options.
 
         Raises:
-            UserError: the folder holds no run, or a file of the run is damaged.
+            UserError: the folder holds no run, the run goes on, or a file of it is damaged.
         """
         run = cls(folder)
+        check_free(folder, run._busy)
         if not run.is_begun:
             raise UserError(f"--resume {folder}: the folder holds no run (it has no config.yaml)")
         options = run.options
@@ -107,9 +118,8 @@ class RunFolder:
         Raises:
             UserError: another run has taken the folder in the meantime.
         """
-        new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for entry in list(self.folder.iterdir()):
+        for entry in _content(self.folder):
             if not config.overwrite:
                 raise UserError(f"output folder {self.folder} was taken by another run")
             if entry.is_dir():
@@ -121,10 +131,32 @@ class RunFolder:
             write_yaml(config, self.folder / "config.yaml")
             write_json(self._environment, about)
         except OSError:  # a run without these files could not be continued
-            (self.folder / "config.yaml").unlink(missing_ok=True)
-            if new:
-                self.folder.rmdir()
+            shutil.rmtree(self.folder)
             raise
+
+    def hold(self, say: Callable[[str], None]) -> None:
+        """Make the folder if need be, and keep other processes from running in it.
+
+        Args:
+            say: prints a line where the folder cannot be locked.
+
+        Raises:
+            UserError: a run goes on in the folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.folder, self._busy, say)
+        for folder in (self.folder, self.checkpoints):
+            remove_leftovers(folder)
+
+    def release(self) -> None:
+        """Let other processes run in the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    @property
+    def _busy(self) -> str:
+        return f"a run goes on in {self.folder}: wait for its end, or use another folder"
 
     @property
     def data(self) -> dict[str, str]:
@@ -232,6 +264,11 @@ _ENTRIES = {
     "attention.json", "token_budget.json", "checkpoints", "adapter", "model", "abft-fast",
     "texts-before.json", "texts-before-again.json", "texts-after.json", "mauve.json",
 }  # fmt: skip
+
+
+def _content(folder: Path) -> list[Path]:
+    """Return what a folder holds besides its lock."""
+    return [path for path in folder.iterdir() if path.name != LOCK]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -29,8 +29,13 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
 def test_a_folder_taken_meanwhile_is_left_alone(tmp_path):
     config = resolve(TrainConfig, {"output_dir": str(tmp_path / "run")})
     slow, quick = RunFolder.reserve(config), RunFolder.reserve(config)
+    quick.hold(print)
     quick.create(config, 0, {}, {})
     quick.append_metrics({"step": 1})
+    with pytest.raises(UserError, match="a run goes on in"):
+        slow.hold(print)
+    quick.release()
+    slow.hold(print)
     with pytest.raises(UserError, match="taken by another run"):
         slow.create(config, 0, {}, {})
     assert quick.metrics() == [{"step": 1}]
@@ -38,8 +43,8 @@ def test_a_folder_taken_meanwhile_is_left_alone(tmp_path):
 
 def test_what_a_kill_left_half_written_is_overwritten(tmp_path):
     RunFolder(tmp_path).create(resolve(TrainConfig, {}), 0, {}, {})
-    (tmp_path / ".adapter.tmp").mkdir()
-    (tmp_path / ".evaluation.json.tmp").write_text("{")
+    (tmp_path / ".adapter.0a1b2c3d.tmp").mkdir()
+    (tmp_path / ".evaluation.json.0a1b2c3d.tmp").write_text("{")
     config = resolve(TrainConfig, {"output_dir": str(tmp_path), "overwrite": True})
     run = RunFolder.reserve(config)
     (tmp_path / ".notes.tmp").write_text("mine")
@@ -48,6 +53,31 @@ def test_what_a_kill_left_half_written_is_overwritten(tmp_path):
     (tmp_path / ".notes.tmp").unlink()
     run.create(config, 0, {}, {})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "environment.json"]
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["as it is", "--overwrite"])
+def test_nothing_starts_or_continues_in_the_folder_of_a_run_that_goes_on(force, tmp_path):
+    config = resolve(TrainConfig, {"output_dir": str(tmp_path), "overwrite": force})
+    run = RunFolder.reserve(config)
+    run.hold(print)
+    run.create(config, 0, {}, {})
+    for refused in (lambda: RunFolder.reserve(config), lambda: RunFolder.open(tmp_path)):
+        with pytest.raises(UserError, match=f"a run goes on in {tmp_path}: wait for its end"):
+            refused()
+    run.release()
+    assert RunFolder.open(tmp_path)[0].is_begun
+
+
+def test_a_resumed_run_removes_what_a_kill_left_half_written(tmp_path):
+    run = RunFolder(tmp_path)
+    half = tmp_path / "checkpoints" / ".step-000002.0a1b2c3d.tmp"
+    half.mkdir(parents=True)
+    mine = tmp_path / ".notes.tmp"
+    mine.touch()
+    run.hold(print)
+    assert not half.exists()
+    assert mine.exists()
+    run.release()
 
 
 def test_a_config_cut_short_is_not_resumed_as_something_else(tmp_path):
