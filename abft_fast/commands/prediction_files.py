@@ -6,21 +6,22 @@ import csv
 import io
 import json
 import math
-import os
-import sys
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO
 
 from abft_fast.data import Dataset, Example, tables
 from abft_fast.data.tables import Row
 from abft_fast.data.template_file import TemplateFile, read_template
-from abft_fast.errors import RunError, UserError
+from abft_fast.errors import UserError
 from abft_fast.models.files import check_adapter
 from abft_fast.options import PredictConfig
 from abft_fast.runtime.files import atomic_file, check_output
+from abft_fast.runtime.streams import check_stdout, utf8_stdout
 
 _DIGITS = 7  # of a probability, about what float32 has
+_HALF = re.compile("[\ud800-\udfff]")  # JSON can name half a character, UTF-8 has none
 
 
 def check_files(config: PredictConfig) -> None:
@@ -33,8 +34,11 @@ def check_files(config: PredictConfig) -> None:
     output = config.output
     if config.adapter is not None:
         check_adapter(config.adapter)
-    if output is not None:
-        check_output(output, read=(config.input, config.demonstrations))
+    if output is None:
+        check_stdout()
+    else:
+        read = (config.input, config.demonstrations, config.template, config.config)
+        check_output(output, read=[path for path in read if path is not None])
     next(tables.read_rows(config.input, (config.text_column,)))  # raises for a wrong header
 
 
@@ -42,16 +46,25 @@ def check_queries(config: PredictConfig, label_words: Sequence[str]) -> None:
     """Read the whole input once, because its last row may be the one that cannot be used.
 
     Raises:
-        UserError: as `read_queries`, or rows differ in their columns and the output is CSV.
+        UserError: as `read_queries`, or rows differ in their columns or hold half a character, and
+            the output is CSV.
     """
     columns = None
     for row, _ in read_queries(config, label_words):
         columns = columns or row.cells.keys()
-        if not _writes_json(config) and row.cells.keys() != columns:
+        if _writes_json(config):
+            continue
+        if row.cells.keys() != columns:
             odd = sorted(row.cells.keys() ^ columns)[0]
             raise UserError(
                 f"{row.place()}: not all rows have column {odd!r}, but CSV needs this: write .jsonl"
             )
+        for name, value in row.cells.items():
+            if _HALF.search(_csv_line([name, _csv_cell(value)])):
+                raise UserError(
+                    f"{row.place(name)}: half a character (a lone surrogate) cannot be written as "
+                    "CSV: write .jsonl, which keeps it"
+                )
 
 
 def read_demonstrations(config: PredictConfig) -> Dataset:
@@ -132,8 +145,7 @@ class PredictionWriter:
             predictions = [word, *(float(f"{p:.{_DIGITS}g}") for p in probabilities)]
         cells = {**row.cells, **dict(zip(self._written, predictions, strict=True))}
         if self._as_json:
-            values = {name: _number_or_null(value) for name, value in cells.items()}
-            self._file.write(json.dumps(values, ensure_ascii=False, default=str) + "\n")
+            self._file.write(_json_line(cells))
             return
         if self._columns is None:
             self._columns = list(cells)
@@ -143,21 +155,11 @@ class PredictionWriter:
 
 @contextmanager
 def open_output(config: PredictConfig, label_words: Sequence[str]) -> Iterator[PredictionWriter]:
-    """Open the output file, which appears only when it is complete, or standard output.
-
-    Raises:
-        RunError: the reader of standard output has closed it.
-    """
-    if config.output is not None:
-        with atomic_file(config.output) as file:
-            yield PredictionWriter(file, label_words, _writes_json(config))
-        return
-    try:
-        yield PredictionWriter(sys.stdout, label_words, as_json=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again
-        raise RunError("standard output was closed before all was written") from None
+    """Open the output file, which appears only when it is complete, or standard output."""
+    with (
+        nullcontext(utf8_stdout()) if config.output is None else atomic_file(config.output) as file
+    ):
+        yield PredictionWriter(file, label_words, _writes_json(config))
 
 
 def _writes_json(config: PredictConfig) -> bool:
@@ -181,5 +183,22 @@ def _csv_cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False, default=str) if of_json else value
 
 
-def _number_or_null(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _json_line(cells: dict[str, Any]) -> str:
+    """Return a line of JSON; half characters are escaped, and null stands for NaN and infinity."""
+    try:
+        line = json.dumps(cells, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        line = json.dumps(_finite(cells), ensure_ascii=False, default=str)
+    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", line) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with None in place of each NaN and infinity in it."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {name: _finite(part) for name, part in value.items()}
+        case list():
+            return [_finite(part) for part in value]
+    return value

@@ -256,9 +256,29 @@ def _read_parquet(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
 
     kinds = (OSError, ValueError, pyarrow.ArrowException)
     with _errors_about(path, *kinds), parquet.ParquetFile(path) as file:
-        _check_columns(str(path), columns, file.schema_arrow.names)
+        names = file.schema_arrow.names
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise UserError(f"{path}: column {twice[0]!r} is named twice")
+        _check_columns(str(path), columns, names)
         batches = file.iter_batches(_BATCH, columns=None if columns is None else [*columns])
-        yield from _rows_of(path, batches, {})
+        yield from _rows_of(path, batches, _class_labels(file.schema_arrow.metadata or {}))
+
+
+def _class_labels(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Return the words of each ClassLabel column, which `datasets` writes beside a table.
+
+    Metadata in any other form name no such column.
+    """
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _read_folder(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
@@ -287,10 +307,19 @@ def _rows_of(path: Path, batches: Iterable[Any], words: dict[str, list[str]]) ->
         for cells in batch.to_pylist():
             number += 1
             for column in words.keys() & cells.keys():
-                index = cells[column]
-                known = index is not None and index >= 0
-                cells[column] = words[column][index] if known else None
+                if isinstance(cells[column], int):
+                    place = _place(path, number) + f", column {column!r}"
+                    cells[column] = _word(place, cells[column], words[column])
             yield Row(path, number, cells)
+
+
+def _word(place: str, index: int, words: Sequence[str]) -> str | None:
+    if index >= len(words):
+        raise UserError(
+            f"{place}: the label {index} has no name: the table names {len(words)} labels, from 0 "
+            f"to {len(words) - 1}: save it again with all names"
+        )
+    return words[index] if index >= 0 else None
 
 
 def _library(name: str, path: Path) -> ModuleType:

@@ -11,6 +11,7 @@ from abft_fast.data.tables import closest
 from abft_fast.errors import UserError
 
 _KEYS = ("input_prefix", "label_prefix", "labels")
+_NO_VALUE = ("null", "Null", "NULL", "~")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def read_template(path: Path) -> TemplateFile:
         raise UserError(f"{path}{where}: {error.problem or error.context}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: it is nested too deeply") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if node is None:
@@ -60,7 +63,7 @@ def read_template(path: Path) -> TemplateFile:
             )
     labels = nodes.pop("labels", None)
     template = TemplateFile(
-        **{name: _text(path, name, value) for name, value in nodes.items()},
+        **{name: _written(path, name, value) for name, value in nodes.items()},
         labels=None if labels is None else _labels(path, labels),
     )
     if not template.label_prefix.strip():
@@ -77,7 +80,7 @@ def _labels(path: Path, node: yaml.Node) -> dict[str, str]:
     )
     labels: dict[str, str] = {}
     for value, word_node in _mapping(path, node, example).items():
-        word = _text(path, f"label {value!r}", word_node).strip()
+        word = _written(path, f"label {value!r}", word_node).strip()
         where = f"{path}, row {word_node.start_mark.line + 1}"
         if not word:
             raise UserError(f"{where}: label {value!r} has no word")
@@ -102,7 +105,24 @@ def _mapping(path: Path, node: yaml.Node, wanted: str) -> dict[str, yaml.Node]:
     return nodes
 
 
+def _written(path: Path, place: str, node: yaml.Node) -> str:
+    """Return the text of a value; refuse YAML's words for no value, which are seldom meant."""
+    text = _text(path, place, node)
+    if node.style is None and text in _NO_VALUE:
+        raise UserError(
+            f"{path}, row {node.start_mark.line + 1}: {place} is {text}, which is no text in YAML: "
+            f'write "" for an empty text, or "{text}" for the word'
+        )
+    return text
+
+
 def _text(path: Path, place: str, node: yaml.Node) -> str:
+    where = f"{path}, row {node.start_mark.line + 1}: {place}"
     if not isinstance(node, yaml.ScalarNode):
-        raise UserError(f"{path}, row {node.start_mark.line + 1}: {place} must be text")
+        raise UserError(f"{where} must be text")
+    try:
+        node.value.encode()
+    except UnicodeEncodeError as error:
+        half = node.value[error.start].encode("unicode-escape").decode()
+        raise UserError(f"{where}: {half} is half a character") from None
     return node.value

@@ -8,13 +8,15 @@ from abft_fast.errors import UserError
 
 
 def read_lines(option: str, file: Path) -> list[str]:
-    """Read the lines of the UTF-8 file that an option names; leave out blank lines.
+    r"""Read the lines of the UTF-8 file that an option names; leave out blank lines.
+
+    A line ends in `\n`, `\r\n` or `\r`, and not at any other character, such as U+2028.
 
     Raises:
         UserError: the file cannot be read.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # \r\n and \r have become \n
     except OSError as error:
         raise UserError(f"{option} {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

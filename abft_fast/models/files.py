@@ -144,12 +144,14 @@ def pickle_problem(folder: Path, pattern: str) -> str | None:
 def shards(folder: Path) -> dict[Path, list[str]]:
     """Return the names of the weights that each safetensors file of a checkpoint should hold.
 
-    The names are empty for a file that no index describes.
+    The names are empty for a file of all weights. As in transformers, such a file comes first: an
+    index beside it is not read.
     """
-    index = folder / SAFETENSORS_INDEX_FILE
+    single, index = folder / SAFETENSORS_SINGLE_FILE, folder / SAFETENSORS_INDEX_FILE
+    if single.is_file():
+        return {single: []}
     if not index.is_file():
-        single = folder / SAFETENSORS_SINGLE_FILE
-        return {single: []} if single.exists() else {}
+        return {}
     files: dict[Path, list[str]] = {}
     for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
         files.setdefault(folder / file, []).append(name)

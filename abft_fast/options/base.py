@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import re
+from pathlib import Path
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
+
+_NAMES_OR_PATHS = ("model", "dataset", "meta_datasets", "adapter", "mauve_model")
+"""Options of type `str` that may name files or folders."""
+
+_TILDE = re.compile(r"(^|,\s*)(~[^,]*)")
 
 POSITIONAL: JsonDict = {"positional": True}
 
@@ -19,6 +27,25 @@ def flag(name: str) -> str:
 def is_positional(field: FieldInfo) -> bool:
     """Return whether an option is given without its name."""
     return field.json_schema_extra == POSITIONAL
+
+
+def expanded(value: Any) -> Any:
+    """Return paths, separated by commas, with the home folder for a `~` that begins one.
+
+    A shell expands no `~` in YAML and in `--option=~/file`.
+
+    Raises:
+        ValueError: no file can have the name.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        raise ValueError("no file can have this name: it holds half a character") from None
+    if "\0" in value:
+        raise ValueError("no file can have this name: it holds a NUL character")
+    return _TILDE.sub(lambda found: found[1] + os.path.expanduser(found[2]), value)
 
 
 def name_or_count(value: Any, names: tuple[str, ...], allowed: str) -> str | int:
@@ -40,3 +67,14 @@ class CommandOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
     debug: bool = Field(False, exclude=True, description="Show tracebacks.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expand_home(cls, value: Any, info: ValidationInfo) -> Any:
+        name = info.field_name or ""
+        annotation = cls.model_fields[name].annotation
+        if name in _NAMES_OR_PATHS or Path in (annotation, *get_args(annotation)):
+            if isinstance(value, list):
+                return [expanded(part) for part in value]
+            return expanded(value)
+        return value

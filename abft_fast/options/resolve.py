@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from abft_fast.data import tables
 from abft_fast.errors import UserError
-from abft_fast.options.base import CommandOptions, flag
+from abft_fast.options.base import CommandOptions, expanded, flag
 from abft_fast.runtime.files import write_text
 
 Config = TypeVar("Config", bound=CommandOptions)
@@ -24,7 +24,7 @@ def resolve(kind: type[Config], flags: dict[str, Any]) -> Config:
     Raises:
         UserError: a value is invalid, or the file is unreadable or holds an unknown option.
     """
-    path = flags.get("config")
+    path = expanded(flags.get("config"))
     given = flags if path is None else {**read_yaml(Path(path)), **flags}
     try:
         return kind(**given)
@@ -45,6 +45,21 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(text: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        yaml.YAMLError: the text is no YAML.
+        ValueError: a value is none of its kind, such as the date 2024-13-01.
+    """
+    try:
+        return yaml.load(text, _UniqueKeyLoader)  # a safe loader
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (AttributeError, KeyError, TypeError) as error:  # as for `!!timestamp x`
+        raise ValueError(f"a value does not fit its tag: {error}") from None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the options of a YAML file.
 
@@ -52,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, unreadable, or not a mapping of options.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # a safe loader
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist") from None
     except OSError as error:
@@ -61,7 +76,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         mark = error.problem_mark
         where = f", row {mark.line + 1}" if mark else ""
         raise UserError(f"config {path}{where}: {error.problem or error.context}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"config {path} cannot be read: {str(error).splitlines()[0]}") from None
     if content is None:
         return {}

@@ -6,7 +6,7 @@ import pytest
 
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.errors import UserError
-from abft_fast.options import EvalConfig, TrainConfig
+from abft_fast.options import EvalConfig, MergeConfig, TrainConfig
 from abft_fast.options.methods import METHODS, MethodName
 from abft_fast.options.resolve import resolve, write_yaml
 
@@ -157,6 +157,24 @@ def test_the_control_of_the_penalty_is_off_in_the_papers_ablations(ablation, tmp
     assert resolve(TrainConfig, {"config": str(tmp_path / "config.yaml")}).adaptation == "p"
     other = resolve(TrainConfig, {**ablation, "method": "e2e"})
     assert not any("adaptation" in line for line in other.without_effect)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    """A shell expands none in YAML and in `--option=~/file`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("text,label\n")
+    path = tmp_path / "c.yaml"
+    path.write_text("{dataset: ~/a.csv, model: ~/m, test_file: ~/b.csv, output_dir: ~/run}")
+    config = resolve(TrainConfig, {"config": "~/c.yaml"})
+    assert (config.dataset, config.model) == (f"{tmp_path}/a.csv", f"{tmp_path}/m")
+    assert (config.test_file, config.output_dir) == (tmp_path / "b.csv", tmp_path / "run")
+    meta = resolve(TrainConfig, {"method": "MetaICL", "meta_datasets": "~/a.csv,mr, ~/b.csv"})
+    assert meta.meta_datasets == f"{tmp_path}/a.csv,mr,{tmp_path}/b.csv"
+    merge = resolve(MergeConfig, {"adapter": "~/a=0.5,~/b", "output_dir": "~"})
+    assert merge.adapters == [(tmp_path / "a", 0.5), (tmp_path / "b", 1.0)]
+    assert merge.output_dir == tmp_path
+    assert resolve(EvalConfig, {"dataset": "~/a.csv", "text_column": "~"}).text_column == "~"
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "k: [\n", "kk: 3\n"])

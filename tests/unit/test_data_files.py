@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
 from abft_fast.data.tables import is_table, name_of, read_rows
+from abft_fast.data.text_lines import read_lines
 from abft_fast.errors import UserError
 
 pytestmark = pytest.mark.unit
@@ -84,6 +85,54 @@ def test_class_labels_are_their_names(tmp_path):
     assert (first.category("label"), second.category("label")) == ("good", "bad")
     with pytest.raises(UserError, match="row 3, column 'label': the label is empty"):
         unlabelled.category("label")
+
+
+def labelled_parquet(path, indices):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    texts = [f"text {i}" for i in range(len(indices))]
+    made = Dataset.from_dict({"text": texts, "label": indices}, features=features)
+    made.to_parquet(path)
+
+
+def test_class_labels_of_parquet_are_their_names(tmp_path):
+    labelled_parquet(tmp_path / "a.parquet", [1, 0, None])
+    first, second, unlabelled = read_rows(tmp_path / "a.parquet", ("text", "label"))
+    assert (first.category("label"), second.category("label")) == ("good", "bad")
+    with pytest.raises(UserError, match="row 3, column 'label': the label is empty"):
+        unlabelled.category("label")
+
+
+def test_a_class_label_without_a_name_is_refused(tmp_path):
+    labelled_parquet(tmp_path / "a.parquet", [1, 0])
+    table = parquet.read_table(tmp_path / "a.parquet")
+    more = table.set_column(1, table.schema.field("label"), pa.array([1, 2]))
+    parquet.write_table(more, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="row 2, column 'label': the label 2 has no name"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"info": {"features": {"label": {"_type": 3}}}}'])
+def test_foreign_metadata_of_parquet_is_no_label(content, tmp_path):
+    table = pa.table({"text": ["a"], "label": [1]})
+    parquet.write_table(
+        table.replace_schema_metadata({"huggingface": content}), tmp_path / "a.parquet"
+    )
+    (row,) = read_rows(tmp_path / "a.parquet")
+    assert row.category("label") == "1"
+
+
+def test_a_column_of_parquet_that_is_named_twice_is_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: column 'text' is named twice"):
+        list(read_rows(tmp_path / "a.parquet"))
+
+
+def test_plain_text_is_cut_at_ends_of_lines_alone(tmp_path):
+    path = tmp_path / "a.txt"
+    odd = "one\u2028of\x0btwo\x0cthree\x1cfour\x85five"
+    path.write_bytes(f"{odd}\nb\r\nc\rd\n \n".encode())
+    assert read_lines("--plain-text", path) == [odd, "b", "c", "d"]
 
 
 def test_what_counts_as_missing_a_template_decides(tmp_path):

@@ -12,6 +12,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, pack
 from abft_fast.errors import UserError
+from abft_fast.models.files import check_model
 from abft_fast.models.loading import load, read_tokenizer
 from abft_fast.models.preflight import check_attention, check_gradients
 from abft_fast.models.trainable import train_lora, train_weights, trained_parameters
@@ -126,6 +127,15 @@ def test_a_damaged_file_is_named(checkpoint, damage, bits):
     line = the_line(checkpoint, bits)
     assert str(checkpoint) in line and message in line
     assert "download it again" in line or "git lfs pull" in line
+
+
+def test_an_index_beside_a_whole_file_is_not_read(tmp_path):
+    """As in transformers."""
+    save(tiny_model("llama", tie_word_embeddings=False), tmp_path)
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    check_model(str(tmp_path))
+    assert load(str(tmp_path), CPU, torch.float32).lm_head.weight.isfinite().all()
 
 
 def test_weights_that_are_nowhere_are_not_made_up(checkpoint):

@@ -158,6 +158,29 @@ def test_json_lines(folder):
     assert "ü" in text and "NaN" not in text
 
 
+def test_half_a_character_is_kept_in_json_and_refused_in_csv(folder):
+    Path("queries.jsonl").write_text(r'{"text": "a", "more": {"user": "cut \ud83d"}}' + "\n")
+    asked = options(input="queries.jsonl", output="out.jsonl")
+    check_queries(asked, WORDS)
+    ((row, _),) = read_queries(asked, WORDS)
+    text = written("out.jsonl", [(row.cells, None)])
+    assert r'"cut \ud83d"' in text
+    assert json.loads(text)["more"] == row.cells["more"]
+    with pytest.raises(UserError, match=r"queries.jsonl, row 1, column 'more': half a character"):
+        check_queries(options(input="queries.jsonl", output="out.csv"), WORDS)
+
+
+def test_json_has_no_nan_at_any_depth(folder):
+    text = written("out.jsonl", [({"text": "a", "more": {"x": [1.5, math.nan, -math.inf]}}, None)])
+    assert json.loads(text, parse_constant=pytest.fail)["more"] == {"x": [1.5, None, None]}
+
+
+def test_the_template_is_no_output(folder):
+    Path("t.csv").write_text("labels: {good: fine, bad: poor}")
+    with pytest.raises(UserError, match=r"--output t.csv is a file that the command reads"):
+        check_files(options(output="t.csv", template="t.csv"))
+
+
 def test_the_output_is_whole_or_as_it_was(folder):
     Path("out.csv").write_text("of yesterday")
     with pytest.raises(RuntimeError), open_output(options(output="out.csv"), WORDS) as writer:
