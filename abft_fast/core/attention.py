@@ -96,6 +96,7 @@ def packed_attention(
             *abft.prefix[module.layer_idx],
             packed.cu_seqlens,
             longest=abft.longest,
+            bounds=packed.bounds,
             attention=abft.attention,
             **scores,
         )
@@ -121,6 +122,7 @@ def packed_attention(
         packed.cu_seqlens,
         *labels,
         longest=abft.longest,
+        bounds=packed.bounds,
         dropout=dropout,
         attention=name,
         **options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,16 +56,25 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """Return attention modules by layer index; layers without Q and K projections are left out."""
-    modules = {}
-    for module in backbone(model).modules():
-        if getattr(module, "layer_idx", None) is None:  # almost all, and this runs every forward
-            continue
-        separate = all(hasattr(module, name) for name in _SEPARATE)
-        fused = any(hasattr(module, name) for name in _FUSED)
-        if separate or fused:
-            modules[module.layer_idx] = module
+    """Return attention modules by layer index; layers without Q and K projections are left out.
+
+    Raises:
+        UnsupportedModel: the model is no plain decoder.
+    """
+    modules: dict[Any, nn.Module] = {}
+    for layer in decoder_layers(backbone(model)):
+        # This runs every forward, so the search ends where attention is found, early in the layer.
+        found = next(filter(_is_attention, layer.modules()), None)
+        if found is not None:
+            modules[found.layer_idx] = found
     return {index: modules[index] for index in sorted(modules)}
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if getattr(module, "layer_idx", None) is None:
+        return False
+    separate = all(hasattr(module, name) for name in _SEPARATE)
+    return separate or any(hasattr(module, name) for name in _FUSED)
 
 
 def query_key_projections(model: PreTrainedModel) -> list[Projection]:

@@ -17,6 +17,7 @@ from abft_fast.core.behavior import AttentionBehavior, mean_over_batches
 from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.core.run_packed import run_packed
+from abft_fast.core.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,21 @@ def _packed_loss(
     packed = pack(prompts)
     forward = PackedForward(packed, attention=attention)
     device = model.get_input_embeddings().weight.device
-    starts = packed.cu_seqlens.tolist()
     positions = [
         start + position
-        for start, prompt in zip(starts, prompts, strict=False)
+        for start, prompt in zip(packed.bounds, prompts, strict=False)
         for position in prompt.target_positions
     ]
-    output = run_packed(model, forward, logits_to_keep=torch.tensor(positions, device=device))
-    logits = output.logits[0].float()
-    targets = torch.tensor([t for p in prompts for t in p.targets], device=logits.device)
     counts = [len(p.targets) for p in prompts]
-    weights = torch.tensor([1 / (n * len(prompts)) for n in counts for _ in range(n)])
-    loss = F.cross_entropy(logits, targets, reduction="none") @ weights.to(logits.device)
+    kept, targets, weights = on_device(
+        [
+            torch.tensor(positions),
+            torch.tensor([t for p in prompts for t in p.targets]),
+            torch.tensor([1 / (n * len(prompts)) for n in counts for _ in range(n)]),
+        ],
+        device,
+    )
+    logits = run_packed(model, forward, logits_to_keep=kept).logits[0].float()
+    targets, weights = targets.to(logits.device), weights.to(logits.device)
+    loss = F.cross_entropy(logits, targets, reduction="none") @ weights
     return forward.behavior()._replace(loss=loss)

@@ -61,7 +61,7 @@ def attention_behavior_loss(
     options = {"penalty": penalty, "reward": reward, "head_filter": head_filter}
     inner = prepare(model)
     batches = [packed]
-    if len(packed) > 1 and must_run_alone(inner, int(packed.cu_seqlens.diff().max())):
+    if len(packed) > 1 and must_run_alone(inner, packed.longest):
         batches = [pack([prompt]) for prompt in packed.unpack()]
     last = max(attention_layers(inner))
     behaviors = []

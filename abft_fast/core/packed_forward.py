@@ -6,7 +6,6 @@ checkpointing's second run of a layer sees the same object.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +27,13 @@ class LossComplete(Exception):  # noqa: N818 - no error
 
 def _no_loss() -> dict[str, Any]:
     return {"penalty": 0.0, "reward": 0.0}
+
+
+def _scalar_on(value: float | Tensor, device: torch.device) -> Tensor:
+    """Return a number as a tensor; a number becomes one without a copy, which would wait."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return torch.full((), value, device=device)
 
 
 @dataclass
@@ -60,8 +66,7 @@ class PackedForward:
     attentions: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        bounds = self.packed.cu_seqlens.tolist()
-        self.longest = max(end - start for start, end in itertools.pairwise(bounds))
+        self.longest = self.packed.longest
         self.context = self.longest  # keys of the longest prompt's last row
         if self.prefix is not None:
             key, _ = next(iter(self.prefix.values()))
@@ -82,8 +87,7 @@ class PackedForward:
     def _moved(self, device: torch.device) -> tuple[PackedPrompts, dict[str, Any]]:
         if device not in self._by_device:
             factors = {
-                name: torch.as_tensor(self.loss_options[name], device=device)
-                for name in ("penalty", "reward")
+                name: _scalar_on(self.loss_options[name], device) for name in ("penalty", "reward")
             }
             self._by_device[device] = self.packed.to(device), {**self.loss_options, **factors}
         return self._by_device[device]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from abft_fast.core.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,32 @@ class PackedPrompts:
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
 
+    @functools.cached_property
+    def bounds(self) -> list[int]:
+        """Return `cu_seqlens` as numbers; they are read before the batch moves to a GPU."""
+        return self.cu_seqlens.tolist()
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest prompt."""
+        return max(end - start for start, end in itertools.pairwise(self.bounds))
+
     def to(self, device: torch.device | str) -> PackedPrompts:
-        """Return the same batch on another device."""
-        return PackedPrompts(*(getattr(self, f.name).to(device) for f in fields(self)))
+        """Return the same batch on another device; the host does not wait for a GPU."""
+        bounds = self.bounds
+        moved = PackedPrompts(*on_device([getattr(self, f.name) for f in fields(self)], device))
+        moved.__dict__["bounds"] = bounds
+        return moved
 
     def unpack(self) -> list[EncodedPrompt]:
         """Return the prompts that were packed."""
-        tokens, labels = self.cu_seqlens.tolist(), self.label_offsets.tolist()
+        labels = self.label_offsets.tolist()
         ids, positions = self.input_ids.tolist(), self.label_positions.tolist()
         correct = self.label_is_correct.tolist()
         return [
             EncodedPrompt(ids[a:b], [p - a for p in positions[c:d]], correct[c:d])
             for (a, b), (c, d) in zip(
-                itertools.pairwise(tokens), itertools.pairwise(labels), strict=True
+                itertools.pairwise(self.bounds), itertools.pairwise(labels), strict=True
             )
         ]
 

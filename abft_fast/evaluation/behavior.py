@@ -37,7 +37,11 @@ class BehaviorMean:
         label = (behavior.label_mass * is_induction).sum(dim=(0, 2)).double()
         correct = (behavior.correct_mass * is_induction).sum(dim=(0, 2)).double()
         counts = packed.label_offsets.diff()
-        owner = torch.repeat_interleave(torch.arange(len(packed), device=counts.device), counts)
+        owner = torch.repeat_interleave(
+            torch.arange(len(packed), device=counts.device),
+            counts,
+            output_size=len(packed.label_positions),  # counting would wait for the device
+        )
         right = torch.zeros(len(packed), dtype=torch.float64, device=counts.device)
         right.index_add_(0, owner, packed.label_is_correct.double())
         with_heads = is_induction.any(dim=2).any(dim=0)

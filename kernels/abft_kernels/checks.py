@@ -49,6 +49,21 @@ def check_tensors(
             raise ValueError(f"{name} must be on query's device {query.device}")
 
 
+def bounds_on_host(cu_seqlens: Tensor, bounds: list[int] | None) -> list[int]:
+    """Return `cu_seqlens` as numbers: the caller's, or those read now, which waits for the device.
+
+    Raises:
+        ValueError: the caller's are not as many. Their values cannot be compared without a wait.
+    """
+    if bounds is None:
+        return cu_seqlens.tolist()
+    if len(bounds) != len(cu_seqlens):
+        raise ValueError(
+            f"bounds must be the {len(cu_seqlens)} numbers of cu_seqlens, not {len(bounds)}"
+        )
+    return bounds
+
+
 def check_bounds(bounds: list[int], tokens: int) -> None:
     """Check that prompts lie end to end and that none is empty."""
     rising = all(a < b for a, b in itertools.pairwise(bounds))

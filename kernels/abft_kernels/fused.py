@@ -22,7 +22,7 @@ from abft_kernels.attention.registry import (
     choose_attention,
 )
 from abft_kernels.attention.separate import attend_separately
-from abft_kernels.checks import check_bounds, check_options, check_tensors
+from abft_kernels.checks import bounds_on_host, check_bounds, check_options, check_tensors
 from abft_kernels.loss import (
     choose_backend,
     empty_results,
@@ -307,6 +307,7 @@ def flash_attention_with_last_row_loss(
     label_is_correct: Tensor,
     *,
     longest: int | None = None,
+    bounds: list[int] | None = None,
     penalty: float | Tensor,
     reward: float | Tensor,
     scale: float | None = None,
@@ -329,6 +330,7 @@ def flash_attention_with_last_row_loss(
         label_offsets: (R + 1,) int32; prompt r owns `label_positions[offsets[r]:offsets[r + 1]]`.
         label_is_correct: (M,) bool, whether the label is the query's own.
         longest: tokens of the longest prompt, or more; None waits for the device to count them.
+        bounds: `cu_seqlens` as numbers. Without them, `"separate"` waits for the device.
         penalty: as in `last_row_loss`.
         reward: as in `last_row_loss`.
         scale: as in `last_row_loss`.
@@ -363,13 +365,14 @@ def flash_attention_with_last_row_loss(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen, _ = choose_attention(q, softcap=softcap, dropout=dropout, requested=attention)
     if chosen == "separate":
-        check_bounds(cu_seqlens.tolist(), len(q))
+        bounds = bounds_on_host(cu_seqlens, bounds)
+        check_bounds(bounds, len(q))
         result = last_row_loss(
             q[cu_seqlens[1:].long() - 1], k, *rows, penalty=penalty, reward=reward, scale=scale,
             head_filter=head_filter, softcap=softcap, window=window, sinks=sinks, backend=backend,
         )  # fmt: skip
         scores = Scores(scale, softcap, window)
-        return attend_separately(q, k, v, cu_seqlens, scores, sinks, dropout), result
+        return attend_separately(q, k, v, bounds, scores, sinks, dropout), result
     results = _forward_op(
         q,
         k,

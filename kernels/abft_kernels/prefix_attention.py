@@ -11,7 +11,8 @@ from torch import Tensor
 
 from abft_kernels.attention.registry import attention_forward, choose_attention
 from abft_kernels.attention.separate import attend_separately
-from abft_kernels.types import Prompts, Scores
+from abft_kernels.checks import bounds_on_host
+from abft_kernels.types import Prompts, Scores, one_prompt_bounds
 
 
 @torch.no_grad()  # a log-sum-exp has no gradient
@@ -24,6 +25,7 @@ def attention_after_prefix(
     cu_seqlens: Tensor,
     *,
     longest: int,
+    bounds: list[int] | None = None,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
@@ -40,6 +42,8 @@ def attention_after_prefix(
         prefix_v: (P, Hkv, D), the prefix's values.
         cu_seqlens: (R + 1,) int32, from 0 to T.
         longest: tokens of the longest prompt, without the prefix.
+        bounds: `cu_seqlens` as numbers. Without them, prompts that attend one at a time wait for
+            the device.
         scale: as in `last_row_loss`.
         softcap: as in `last_row_loss`.
         window: a row sees its last `window` keys only; keys of the prefix count.
@@ -51,7 +55,8 @@ def attention_after_prefix(
         (T, Hq, D).
 
     Raises:
-        ValueError: the attention asked for cannot run here.
+        ValueError: the attention asked for cannot run here, or `bounds` has another length than
+            `cu_seqlens`.
     """
     name, _ = choose_attention(q, softcap=softcap, requested=attention)
     length = len(prefix_k)
@@ -60,9 +65,10 @@ def attention_after_prefix(
     scores = Scores(scale, softcap, window)
     if name == "separate" or window is not None:
         prefix = prefix_k, prefix_v
-        return attend_separately(q, k, v, cu_seqlens, scores, sinks, prefix=prefix)
+        own_bounds = bounds_on_host(cu_seqlens, bounds)
+        return attend_separately(q, k, v, own_bounds, scores, sinks, prefix=prefix)
     own, own_lse = attention_forward(name, q, k, v, sinks, Prompts(cu_seqlens, longest), scores)
-    all_rows = Prompts(cu_seqlens[[0, -1]], len(q), prefix=length)
+    all_rows = Prompts(one_prompt_bounds(len(q), q.device), len(q), prefix=length)
     seen, seen_lse = attention_forward(name, q, prefix_k, prefix_v, None, all_rows, scores)
     weight = torch.sigmoid(seen_lse - own_lse).T[..., None]
     return torch.lerp(own.to(weight.dtype), seen.to(weight.dtype), weight).to(q.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Named = TypeVar("Named", bound=NamedTuple)
@@ -36,6 +37,11 @@ class Rows(NamedTuple):
     label_is_correct: Tensor
 
 
+def one_prompt_bounds(length: int, device: torch.device) -> Tensor:
+    """Return `cu_seqlens` of one prompt, [0, length], made on the device: no copy waits for it."""
+    return torch.arange(0, length + 1, length, dtype=torch.int32, device=device)
+
+
 class Prompts(NamedTuple):
     """R prompts laid end to end: prompt r is `cu_seqlens[r]:cu_seqlens[r + 1]`.
 
@@ -57,7 +63,7 @@ class Prompts(NamedTuple):
         """Bounds of the keys; all tokens together are the one prompt that reads a prefix."""
         if self.prefix is None:
             return self.cu_seqlens
-        return self.cu_seqlens.new_tensor([0, self.prefix])
+        return one_prompt_bounds(self.prefix, self.cu_seqlens.device)
 
     @property
     def bounds_and_lengths(self) -> tuple[Tensor, Tensor, int, int]:

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from abft_kernels import (
+    attention_after_prefix,
     choose_attention,
     flash_attention_with_last_row_loss,
     last_row_loss,
@@ -20,7 +21,9 @@ from abft_kernels.attention.registry import ATTENTIONS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
+from abft_fast.models.trainable import set_trained
 from tests.last_row_cases import DEVICE, eager, error, gradients, in_float64, make_case
+from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.gpu
 KERNELS = ("_scan_keys_kernel", "_combine_splits_kernel", "_label_loss_kernel", "_grad_key_kernel")
@@ -149,14 +152,43 @@ def both_ops(lengths, labels, penalty):
     return run
 
 
-def test_nothing_waits_for_the_device():
-    run = both_ops([300, 40], [4, 4], torch.tensor(0.5, device=DEVICE))
+def run_without_waiting(run):
+    """Run twice; the second time, whatever waits for the device raises."""
     run()
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_nothing_waits_for_the_device():
+    run_without_waiting(both_ops([300, 40], [4, 4], torch.tensor(0.5, device=DEVICE)))
+
+
+@pytest.mark.parametrize("gradient", ["full", "local"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["flash", "separate"])
+def test_a_micro_batch_waits_for_nothing_before_its_behavior_is_read(dtype, gradient):
+    model = set_trained(tiny_model("llama"), "full", 0).to(DEVICE, dtype)
+    prompts = [EncodedPrompt([0] * n, [2, 5, 8], [True, False, True]) for n in (20, 9, 31)]
+
+    def micro_batch():
+        packed = pack(prompts).to(DEVICE)
+        attention_behavior_loss(model, packed, gradient=gradient).loss.backward()
+
+    run_without_waiting(micro_batch)
+
+
+@pytest.mark.parametrize("attention", ["auto", "separate"])
+def test_attention_after_a_prefix_waits_for_nothing(attention):
+    q, k, v, prefix_k, prefix_v = (
+        torch.randn(n, heads, 64, dtype=torch.bfloat16, device=DEVICE)
+        for n, heads in ((60, 4), (60, 2), (60, 2), (40, 2), (40, 2))
+    )
+    bounds = [0, 20, 60]
+    tensors = q, k, v, prefix_k, prefix_v, torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+    options = {"longest": 40, "bounds": bounds, "scale": 0.125, "attention": attention}
+    run_without_waiting(lambda: attention_after_prefix(*tensors, **options))
 
 
 def test_new_lengths_counts_and_penalties_compile_nothing():

@@ -300,6 +300,12 @@ def test_bounds_of_another_kind_are_named(change):
         fused(**{**case, "cu_seqlens": change(case["cu_seqlens"])})
 
 
+def test_bounds_of_another_length_are_refused():
+    case = make_fused(torch.float32)
+    with pytest.raises(ValueError, match="bounds must be the 5 numbers of cu_seqlens, not 2"):
+        fused(**case, bounds=[0, 73], attention="separate")
+
+
 @pytest.mark.parametrize("use", [("out", "loss"), ("loss",)], ids="+".join)
 def test_layouts_of_every_kind_are_read_right(use):
     """Heads before tokens, the head dimension not last in memory, indices with gaps."""

@@ -1,9 +1,13 @@
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from abft_fast import EncodedPrompt, pack
+from abft_fast.core.packed_forward import PackedForward
+from abft_fast.core.transfer import in_one_buffer
 from abft_fast.runtime.batching import balanced_shares, micro_batches
 
 pytestmark = pytest.mark.unit
@@ -27,6 +31,26 @@ def test_layout():
     assert packed.cu_seqlens.dtype == packed.label_positions.dtype == torch.int32
     assert packed.label_offsets.dtype == torch.int32
     assert packed.label_is_correct.dtype == torch.bool
+
+
+def test_a_batch_on_another_device_keeps_its_layout_and_knows_its_bounds():
+    prompts = [EncodedPrompt([5, 6, 7], [1], [True]), EncodedPrompt([8], [], [])]
+    packed = pack(prompts)
+    moved = packed.to("meta")  # nothing on it can be read
+    assert moved.bounds == [0, 3, 4] and moved.longest == 3
+    assert PackedForward(moved).longest == 3
+    for field in fields(packed):
+        before, after = getattr(packed, field.name), getattr(moved, field.name)
+        assert after.device.type == "meta"
+        assert (after.shape, after.dtype) == (before.shape, before.dtype)
+        assert after.storage_offset() * after.itemsize % 16 == 0  # kernels are compiled for this
+
+
+def test_one_buffer_holds_the_tensors_as_they_were():
+    tensors = [torch.arange(5), torch.tensor([], dtype=torch.int32), torch.tensor([True, False])]
+    tensors += [torch.tensor(0.5), torch.arange(6, dtype=torch.int32).view(2, 3)]
+    for part, tensor in zip(in_one_buffer(tensors), tensors, strict=True):
+        torch.testing.assert_close(part, tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

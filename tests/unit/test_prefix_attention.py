@@ -8,6 +8,7 @@ from abft_kernels import attention_after_prefix, choose_attention
 from abft_kernels.attention.separate import explicit_attention, visible_keys
 from abft_kernels.types import Scores
 
+from tests.costs import Waits, moved
 from tests.last_row_cases import DEVICE, error
 
 pytestmark = [pytest.mark.unit, pytest.mark.kernels]
@@ -74,3 +75,19 @@ def test_an_attention_that_cannot_run_is_refused():
     assert choose_attention(tensors[0])[0] in ("sdpa", "separate")
     with pytest.raises(ValueError, match="flash-attn"):
         attention_after_prefix(*tensors, longest=40, attention="flash-attn", **options)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/gpu asks the GPU itself")
+@pytest.mark.parametrize(
+    ("attention", "expected"),
+    # On a CPU alone: flash attention goes prompt by prompt, over the prompts and over the prefix.
+    [("separate", {}), ("auto", {"tolist": 4})],
+)
+def test_what_the_host_waits_for(attention, expected):
+    tensors, options = make_case(torch.float32, 4, 2)
+    bounds = tensors[-1].tolist()
+    with Waits() as waits:
+        attention_after_prefix(
+            *tensors, longest=max(LENGTHS), bounds=bounds, attention=attention, **options
+        )
+    assert not moved(waits, expected), moved(waits, expected)

@@ -15,7 +15,7 @@ def attend_separately(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
+    bounds: list[int],
     scores: Scores,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
@@ -23,11 +23,12 @@ def attend_separately(
 ) -> Tensor:
     """Compute causal attention, (T, Hq, D), of q (T, Hq, D) and k, v (T, Hkv, D).
 
-    Each prompt also sees all of `prefix`, keys and values of (P, Hkv, D), before its own.
+    Prompt r is `bounds[r]:bounds[r + 1]`. Each prompt also sees all of `prefix`, keys and values of
+    (P, Hkv, D), before its own.
     """
     before = None if prefix is None else _last_seen(*prefix, scores.window)
     out = []
-    for a, b in itertools.pairwise(cu_seqlens.tolist()):
+    for a, b in itertools.pairwise(bounds):
         query, key, value = one_prompt(a, b, q, k, v)
         if before is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(before, (key, value), strict=True))
