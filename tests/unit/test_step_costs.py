@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
+from abft_fast.core import backbone
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.memory.simulation import bytes_of, peak_memory, without_memory
 from abft_fast.memory.types import Flow
@@ -100,6 +101,18 @@ def test_a_micro_batch_waits_once():
         BehaviorMean().add(behavior, packed)
     expected = {**WAITS, "tolist": 1}
     assert not moved(waits, expected), moved(waits, expected)
+
+
+def test_how_many_modules_a_search_for_attention_looks_at(monkeypatch):
+    """Two a layer, the layer and its attention, of 33 with LoRA."""
+    layers = 5
+    model = set_trained(tiny_model("llama", num_hidden_layers=layers), "lora", RANK)
+    is_attention, looked_at = backbone._is_attention, []
+    monkeypatch.setattr(
+        backbone, "_is_attention", lambda module: looked_at.append(module) or is_attention(module)
+    )
+    assert list(backbone.attention_layers(model)) == list(range(layers))
+    assert len(looked_at) == 2 * layers, f"{len(looked_at)} modules, before {2 * layers}"
 
 
 @pytest.mark.parametrize("flow", [Flow("full"), Flow("local")], ids=lambda flow: flow.options)
