@@ -26,8 +26,11 @@ def whole(model, prompts):
         return torch.stack([model(torch.tensor([ids])).logits[0, -1, LABELS] for ids in prompts])
 
 
-def assert_close(actual, expected, tolerance=1e-5):
-    """Relative to the largest logit, as a logit near 0 is a difference of larger numbers."""
+def assert_close(actual, expected, tolerance=4e-5):
+    """Relative to the largest logit, as a logit near 0 is a difference of larger numbers.
+
+    Eager attention in float32 is up to 1e-5 away from float64, by the processor's order of sums.
+    """
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
