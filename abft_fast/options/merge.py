@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -13,10 +14,12 @@ from abft_fast.options.model import ModelOptions
 class MergeConfig(ModelOptions):
     """Options of `abft-fast merge`."""
 
-    adapter: str = Field(
-        description="PEFT adapter folders, separated by commas. FOLDER=NUMBER gives an adapter "
-        "a coefficient other than 1. The result is the model plus the sum of each coefficient "
-        "times what its adapter learnt (paper, Eq. 2)."
+    adapter: list[str] = Field(
+        description="PEFT adapter folder; FOLDER=NUMBER gives it a coefficient other than 1. May "
+        "be repeated; folders without commas in their names may be separated by commas. The result "
+        "is the model plus the sum of each coefficient times what its adapter learnt (paper, Eq. "
+        "2).",
+        min_length=1,
     )
     output_dir: Path = Field(
         description="New folder for the merged model; plain transformers loads it."
@@ -25,24 +28,37 @@ class MergeConfig(ModelOptions):
     @property
     def adapters(self) -> list[tuple[Path, float]]:
         """Return the adapter folders and their coefficients."""
-        return self._parse(self.adapter)
+        return [pair for value in self.adapter for pair in _parse(value)]
 
-    @field_validator("adapter")
+    @field_validator("adapter", mode="before")
     @classmethod
-    def _check_adapter(cls, value: str) -> str:
-        cls._parse(value)
-        return value
+    def _check_adapter(cls, value: Any) -> Any:
+        values = [value] if isinstance(value, str) else value
+        if isinstance(values, list):
+            for each in values:
+                _parse(str(each))
+        return values
 
-    @staticmethod
-    def _parse(value: str) -> list[tuple[Path, float]]:
-        adapters = []
-        for part in value.split(","):
-            folder, given, factor = part.partition("=")
-            try:
-                coefficient = float(factor) if given else 1.0
-            except ValueError:
-                coefficient = math.nan
-            if not folder or not math.isfinite(coefficient):
-                raise ValueError("use FOLDER or FOLDER=NUMBER, several separated by commas")
-            adapters.append((Path(folder), coefficient))
-        return adapters
+
+def _parse(value: str) -> list[tuple[Path, float]]:
+    """Return the folders and coefficients that one value names; a folder that exists is one."""
+    one = _folder_and_coefficient(value)
+    if "," not in value or (one is not None and one[0].is_dir()):
+        pairs = [one]
+    else:
+        pairs = [_folder_and_coefficient(part) for part in value.split(",")]
+    if None in pairs:
+        raise ValueError("use FOLDER or FOLDER=NUMBER, several by --adapter again or by commas")
+    return [pair for pair in pairs if pair is not None]
+
+
+def _folder_and_coefficient(text: str) -> tuple[Path, float] | None:
+    """Split at the last `=`, unless a folder's name has it; return None for anything else."""
+    folder, given, factor = text.rpartition("=")
+    if not given or "/" in factor or Path(text).is_dir():
+        return (Path(text), 1.0) if text else None
+    try:
+        coefficient = float(factor)
+    except ValueError:
+        return None
+    return (Path(folder), coefficient) if folder and math.isfinite(coefficient) else None

@@ -114,4 +114,7 @@ def _mistake_line(
         hint = tables.closest(
             str(mistake["input"]), [value for value in values if isinstance(value, str)]
         )
-    return f"{place}{flag(option)} {mistake['input']}: {message[0].lower()}{message[1:]}{hint}"
+    given = mistake["input"]
+    if isinstance(given, list):
+        given = " ".join(map(str, given))
+    return f"{place}{flag(option)} {given}: {message[0].lower()}{message[1:]}{hint}"
