@@ -235,6 +235,22 @@ FILES = [
     BadInput("adapter-of-another-model", "merge --adapter other --output-dir merged",
              ("adapter other does not fit the model: size mismatch",), made=("other",),
              after_progress=True),
+    BadInput("adapter-of-another-base", "eval --model noised --adapter adapter --device cpu",
+             ("adapter adapter was trained on builtin, and ", "noised has other weights",
+              "use the model that it was trained on"), made=("noised", "adapter"),
+             after_progress=True),
+    *(
+        BadInput(f"prompt-tuning-{command.split()[0]}", f"{command} --adapter prompts",
+                 ("adapter prompts is of PEFT's kind PROMPT_TUNING", "such as LORA"),
+                 BOTH, made=("prompts",))
+        for command in ("eval", "merge --output-dir merged", PREDICT)
+    ),
+    BadInput("run-as-adapter", "eval --adapter run",
+             ("adapter run holds no adapter_config.json: did you mean run/adapter?",),
+             made=("run",)),
+    BadInput("adapter-as-model", "train --model adapter",
+             ("model folder adapter holds an adapter and no model", "give the folder with "
+              "--adapter"), made=("adapter",)),
     BadInput("merge-coefficient", "merge --adapter adapter=two --output-dir merged",
              ("--adapter adapter=two: use FOLDER or FOLDER=NUMBER",), made=("adapter",)),
     BadInput("merge-into-a-folder", "merge --adapter adapter --output-dir adapter",

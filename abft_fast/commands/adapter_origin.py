@@ -28,41 +28,6 @@ def differences(config: EvalConfig | PredictConfig) -> list[str]:
     return [f"adapter {config.adapter} was trained with {', '.join(others)}"] if others else []
 
 
-def check_adapter_base(adapter: Path, model: str) -> None:
-    """Refuse an adapter of a run whose base was another GGUF file.
-
-    Raises:
-        UserError: as `check_base`.
-    """
-    run = _run_of(adapter)
-    if run is not None:
-        check_base(run, model, f"adapter {adapter}")
-
-
-def check_base(run: RunFolder, model: str, what: str) -> None:
-    """Refuse a model other than the GGUF file that a run trained on.
-
-    Args:
-        run: the run.
-        model: the model to be used now.
-        what: what the error is about, such as `adapter FOLDER`.
-
-    Raises:
-        UserError: the model is no GGUF file, or its SHA-256 differs.
-    """
-    trained_on = run.model_file
-    if trained_on is None:
-        return
-    from abft_fast.models import gguf  # imports torch, which checks of options do without
-
-    path, digest = trained_on
-    if gguf.identity(model).get("model_sha256") != digest:
-        raise UserError(
-            f"{what} was trained on {path}, and {model} is another file (SHA-256 differs): use "
-            "the one it was trained on"
-        )
-
-
 def check_tested_apart(config: EvalConfig) -> None:
     """Refuse a split of the user's data that tests on rows that trained the adapter.
 

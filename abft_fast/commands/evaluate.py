@@ -15,7 +15,6 @@ from abft_fast.core.label_logits import keep_label_rows
 from abft_fast.evaluation import inference
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.evaluation.evaluation_set import EvaluationSet
-from abft_fast.models import trainable
 from abft_fast.options import EvalConfig
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.runtime import processes
@@ -47,8 +46,7 @@ def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
                 progress.say(line)
             session.load()
             if config.adapter is not None:
-                adapter_origin.check_adapter_base(config.adapter, config.model)
-                session.model = trainable.load_adapter(session.model, config.adapter)
+                session.load_adapter(config.adapter)
             keep_rows_of_labels(session, tests)
             session.check_attention(tests[0].prompts)
         metrics, attention = run_tests(session, tests, "evaluating")

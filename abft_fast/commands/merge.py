@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 
-from abft_fast.commands.adapter_origin import check_adapter_base
 from abft_fast.models import loading
-from abft_fast.models.trainable import load_adapter
+from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
+from abft_fast.models.merging import add_adapters
 from abft_fast.options import MergeConfig
 from abft_fast.runtime.files import atomic_folder, check_output_folder
 from abft_fast.runtime.progress import Progress
@@ -31,27 +29,16 @@ def merge(config: MergeConfig, progress: Progress) -> None:
         stored = getattr(torch, stored)
     bits = config.bits if config.quantized else None
     model = loading.load(config.model, torch.device("cpu"), torch.float32, bits)
+    base = describe_base(model, config.model)
+    folders = [folder for folder, _ in config.adapters]
+    notes = loading.left_out(config.model, *folders)
+    for folder in folders:
+        notes += compare_bases(base_of_adapter(folder), base, f"adapter {folder}")
+    for line in notes:
+        progress.say(line)
     if getattr(model.config, "quantization_config", None) is not None:
         model = model.dequantize()
-    for folder, coefficient in config.adapters:
-        check_adapter_base(folder, config.model)
-        adapted = load_adapter(model, folder)
-        for module in adapted.modules():
-            if isinstance(module, LoraLayer):
-                module.set_scale("default", coefficient)
-            elif isinstance(module, ModulesToSaveWrapper):
-                _interpolate(module, coefficient)
-        model = adapted.merge_and_unload(safe_merge=True)
-        progress.say(f"merged {folder}, times {coefficient:g}")
-    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-        model.config.tie_word_embeddings = False  # a trained head has left the embedding
+    model = add_adapters(model, config.adapters, progress.say)
     with atomic_folder(config.output_dir) as temporary:
         model.to(stored).save_pretrained(temporary)
         loading.read_tokenizer(config.model).save_pretrained(temporary)
-
-
-def _interpolate(wrapper: ModulesToSaveWrapper, coefficient: float) -> None:
-    """Move a trained copy of a module to base + coefficient * (copy - base)."""
-    trained = wrapper.modules_to_save["default"].state_dict()
-    for name, base in wrapper.original_module.state_dict().items():
-        trained[name].sub_(base).mul_(coefficient).add_(base)

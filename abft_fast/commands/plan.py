@@ -69,6 +69,7 @@ def plan(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
         f"{longest} tokens{tokenizer}",
         f"{limit / 1e9:.1f} GB are available{reserve}",
         f"{chosen.options}: {verdict}",
+        *([] if known else loading.left_out(config.model)),
         *config.without_effect,
     ]
     return planned, notes

@@ -19,7 +19,6 @@ from abft_fast.data.tables import Row
 from abft_fast.errors import RunError, UserError
 from abft_fast.models import loading
 from abft_fast.models.preflight import check_attention, shared_prefix_is_exact
-from abft_fast.models.trainable import load_adapter
 from abft_fast.options import PredictConfig
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
@@ -135,8 +134,7 @@ class Labeller(ModelOnDevice):
         for line in adapter_origin.differences(self.config):
             self.progress.say(line)
         if self.config.adapter is not None:
-            adapter_origin.check_adapter_base(self.config.adapter, self.config.model)
-            self.model = load_adapter(self.model, self.config.adapter)
+            self.load_adapter(self.config.adapter)
         keep_label_rows(self.model, self.encoder.label_ids)
         self.model.eval()
 

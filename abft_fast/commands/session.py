@@ -13,8 +13,10 @@ from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import UserError
 from abft_fast.memory.types import Arithmetic
 from abft_fast.models import loading
+from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.preflight import check_attention
+from abft_fast.models.trainable import load_adapter
 from abft_fast.options import Options, PromptOptions, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.runtime import processes
@@ -58,6 +60,19 @@ class ModelOnDevice:
             self.placement,
         )
         refuse_offloaded(self.model, self.config.model)
+        for line in loading.left_out(self.config.model, getattr(self.config, "adapter", None)):
+            self.progress.say(line)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put an adapter on the model, after `load`.
+
+        Raises:
+            UserError: the adapter was trained on another base, or cannot be put on the model.
+        """
+        base = describe_base(self.model, self.config.model)
+        for line in compare_bases(base_of_adapter(folder), base, f"adapter {folder}"):
+            self.progress.say(line)
+        self.model = load_adapter(self.model, folder, self.progress.say)
 
 
 class Session(ModelOnDevice):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from abft_fast.commands import adapter_origin, mauve
+from abft_fast.commands import mauve
 from abft_fast.commands.evaluate import keep_rows_of_labels, prepare_tests, run_tests
 from abft_fast.commands.session import Session, check_same_data
 from abft_fast.core.packing import EncodedPrompt
@@ -17,6 +17,7 @@ from abft_fast.memory.plan import available_memory, make_plan, what_to_change
 from abft_fast.memory.simulation import CannotCount
 from abft_fast.memory.types import Flow
 from abft_fast.models import gguf, loading, trainable
+from abft_fast.models.base_identity import compare_bases, describe_base
 from abft_fast.models.preflight import check_gradients
 from abft_fast.options import TrainConfig, datasets
 from abft_fast.runtime import processes
@@ -102,7 +103,6 @@ def set_up(
     session = TrainSession(config, progress, run.folder)
     if not is_new and is_main():
         run.check_data(files)
-        adapter_origin.check_base(run, config.model, f"run {run.folder}")
     for line in config.without_effect:
         progress.say(line)
     prompts = session.encode_training()
@@ -117,6 +117,10 @@ def set_up(
     )
     session.check_memory(prompts)
     session.load()
+    base = describe_base(session.model, config.model)
+    if run.base is not None and not is_new:
+        for line in compare_bases(run.base, base, f"run {run.folder}"):
+            progress.say(line)
     session.check_attention(prompts)
     if config.trainable == "lora":
         check_gradients(session.model)
@@ -129,7 +133,8 @@ def set_up(
     trained = sum(p.numel() for p in trainable.trained_parameters(session.model).values())
     if is_new and is_main():
         run.hold(progress.say)
-        run.create(config, trained, files, {**describe(), **gguf.identity(config.model)})
+        environment = {**describe(), **gguf.identity(config.model), "base": base}
+        run.create(config, trained, files, environment)
     progress.keep(run.folder / "run.log")
     return session, prompts, tests
 
@@ -200,7 +205,7 @@ def save_result(config: TrainConfig, run: RunFolder, model: PreTrainedModel) -> 
         return
     with atomic_folder(run.folder / name) as temporary:
         if name == "adapter":
-            trainable.save_adapter(model, temporary)
+            trainable.save_adapter(model, temporary, run.base)
             (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
         else:
             model.save_pretrained(temporary)

@@ -16,7 +16,16 @@ from safetensors import SafetensorError, safe_open
 
 from abft_fast.errors import UserError
 
-_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CHANGE_WEIGHTS = {
+    "LORA", "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD",
+    "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF",
+    "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
+    "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+"""PEFT's kinds of adapters that give each layer other weights, whatever the prompt is."""
+_LOOK_AT_PROMPTS = ("alora_invocation_tokens", "arrow_config", "layer_replication")
+"""Settings of LoRA with which an adapter does more than that."""
 _AGAIN = "download it again"
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # as llama.cpp names the parts of a model
 
@@ -63,6 +72,11 @@ def check_model_folder(path: str) -> None:
     if looks_local and not Path(path).is_dir():
         raise UserError(f"model folder {path} does not exist")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        if (Path(path) / ADAPTER_CONFIG).is_file():
+            raise UserError(
+                f"model folder {path} holds an adapter and no model: name the model that the "
+                "adapter was trained on, and give the folder with --adapter"
+            )
         raise UserError(f"model folder {path} holds no config.json")
 
 
@@ -81,25 +95,34 @@ def check_model(name: str) -> None:
 
 
 def check_adapter(folder: Path) -> None:
-    """Make sure that a folder holds an adapter with whole files.
+    """Make sure that a folder holds an adapter that changes weights, with whole files.
 
     Raises:
-        UserError: a file is missing or damaged, or the weights are a pickle.
+        UserError: a file is missing or damaged, the weights are a pickle, or the adapter does
+            something else than to change weights, as prompt tuning does.
     """
-    if not (folder / _ADAPTER_CONFIG).is_file():
-        raise UserError(f"adapter {folder} holds no {_ADAPTER_CONFIG}")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        inside = min(folder.glob(f"*/{ADAPTER_CONFIG}"), default=None)
+        hint = "" if inside is None else f": did you mean {inside.parent}?"
+        raise UserError(f"adapter {folder} holds no {ADAPTER_CONFIG}{hint}")
     try:
-        known = "peft_type" in json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        known = False
-    if not known:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise UserError(
-            f"adapter {folder}: PEFT did not write this {_ADAPTER_CONFIG}: copy the adapter again"
+            f"adapter {folder}: PEFT did not write this {ADAPTER_CONFIG}: copy the adapter again"
         )
-    if not (folder / _ADAPTER_WEIGHTS).is_file():
+    others = [name for name in _LOOK_AT_PROMPTS if config.get(name)]
+    if config["peft_type"] not in _CHANGE_WEIGHTS or others:
+        raise UserError(
+            f"adapter {folder} is of PEFT's kind {' with '.join([config['peft_type'], *others])}: "
+            "use a kind that only changes weights, such as LORA"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         problem = pickle_problem(folder, "adapter_model*.bin")
-        raise UserError(f"adapter {folder}: {problem or f'the folder holds no {_ADAPTER_WEIGHTS}'}")
-    problem = weights_problem(folder / _ADAPTER_WEIGHTS)
+        raise UserError(f"adapter {folder}: {problem or f'the folder holds no {ADAPTER_WEIGHTS}'}")
+    problem = weights_problem(folder / ADAPTER_WEIGHTS)
     if problem is not None:
         raise UserError(f"adapter {folder}: {problem}")
 
@@ -181,6 +204,8 @@ def weights_problem(path: Path, expected: Collection[str] = ()) -> str | None:
     except (OSError, SafetensorError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         return f"{path} is damaged, {path.stat().st_size} bytes ({reason}): {_AGAIN}"
+    if not held:
+        return f"{path} holds no weights: {_AGAIN}"
     lacking = [name for name in expected if name not in held]
     if lacking:
         return f"{path} lacks {lacking[0]}, but {SAFETENSORS_INDEX_FILE} lists it there: {_AGAIN}"

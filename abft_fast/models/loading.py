@@ -22,7 +22,7 @@ from abft_fast.builtin import builtin_model_path
 from abft_fast.core.backbone import prepare
 from abft_fast.errors import UnsupportedModel, UserError
 from abft_fast.models.device_map import does_not_fit
-from abft_fast.models.files import check_model_folder, find_damage, gguf_file
+from abft_fast.models.files import ADAPTER_CONFIG, check_model_folder, find_damage, gguf_file
 from abft_fast.models.gguf import class_and_tensors, metadata_folder
 from abft_fast.models.shapes import SYNTHETIC, known_names, known_shape
 from abft_fast.models.stored_format import check_format, stored_format
@@ -119,6 +119,7 @@ def _stored_model(
         config=config,
         dtype=dtype,
         **(placement or {"device_map": {"": device}}),
+        adapter_kwargs={"subfolder": "none"},  # where transformers looks for one that we leave out
         quantization_config=None if bits is None else quantization(bits, dtype),
         output_loading_info=True,
         use_safetensors=True,  # a pickle can run any code
@@ -168,6 +169,23 @@ def _read(
 def context_length(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a prompt may have; None where the config does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def left_out(name: str, *adapters: Path | None) -> list[str]:
+    """Return a line if a model's folder also holds an adapter that is not used.
+
+    transformers would put it on the model. Here a model is its own weights everywhere.
+
+    Args:
+        name: as in `read_config`.
+        adapters: the adapters that are used.
+    """
+    folder = checkpoint_folder(_path(name)) if gguf_file(name) is None else None
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
+        return []
+    if folder.resolve() in [path.resolve() for path in adapters if path is not None]:
+        return []
+    return [f"model {name}: the adapter beside the weights is left out; --adapter {folder} uses it"]
 
 
 def checkpoint_folder(path: str) -> Path | None:

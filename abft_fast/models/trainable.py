@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
+import textwrap
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
+from packaging.version import Version
 from peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from torch import nn
@@ -30,7 +39,10 @@ from abft_fast.core.backbone import (
     without_peft,
 )
 from abft_fast.errors import UserError
-from abft_fast.models.files import check_adapter
+from abft_fast.models.base_identity import METADATA
+from abft_fast.models.files import ADAPTER_WEIGHTS, check_adapter
+
+logger = logging.getLogger(__name__)
 
 
 def set_trained(
@@ -164,20 +176,27 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     model.train()
 
 
-def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+def save_adapter(
+    model: PreTrainedModel | PeftModel, folder: Path, base: Mapping[str, Any] | None = None
+) -> None:
     """Write LoRA, or W_Q and W_K themselves, as an adapter that plain PEFT loads.
 
     Trained weights, of the LM head too, are PEFT's `modules_to_save`: copies of modules that take
     the base's place. An adapter without LoRA is one with a target that PEFT has for that.
+
+    Args:
+        model: the trained model.
+        folder: where to write.
+        base: what it was trained on, by `base_identity.describe_base`.
     """
-    base = without_peft(model)
-    names = {id(module): name for name, module in base.named_modules()}
+    plain = without_peft(model)
+    names = {id(module): name for name, module in plain.named_modules()}
     modules = []
-    if base.get_output_embeddings().weight.requires_grad:
-        modules.append(base.get_output_embeddings())
+    if plain.get_output_embeddings().weight.requires_grad:
+        modules.append(plain.get_output_embeddings())
     if isinstance(model, PeftModel):
         config = copy.copy(model.peft_config["default"])
-        tensors = get_peft_model_state_dict(model)
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:
         modules += [p.module for p in query_key_projections(model)]
         config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, task_type="CAUSAL_LM")
@@ -191,28 +210,51 @@ def save_adapter(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         for key, tensor in module.state_dict().items():
             tensors[f"base_model.model.{names[id(module)]}.{key}"] = tensor
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    metadata = {"format": "pt"} | ({} if base is None else {METADATA: json.dumps(base)})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata=metadata)
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, folder: Path, say: Callable[[str], object] = logger.warning
+) -> PeftModel:
     """Put a trained adapter on its model.
 
+    Args:
+        model: the base.
+        folder: of the adapter.
+        say: gets a line for each thing that PEFT warns of.
+
     Raises:
-        UserError: the folder holds no adapter, or an adapter of another model.
+        UserError: the folder holds no adapter that changes weights, or it does not fit the model.
     """
     check_adapter(folder)
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
-        saved = load_peft_weights(str(folder), device="cpu")
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            config = PeftConfig.from_pretrained(str(folder))
+            adapted = PeftModel.from_pretrained(model, str(folder), config=config)
+            saved = load_peft_weights(str(folder), device="cpu")
+            held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        version = Version(str(config.peft_version).partition("@")[0])  # a commit may follow
+    except Exception as error:  # of whatever kind the adapter is
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         line = next((each.strip() for each in lines if "size mismatch" in each), lines[0])
         raise UserError(f"adapter {folder} does not fit the model: {line}") from error
-    # PEFT only warns of layers that one of the two lacks.
-    if set(saved) != set(get_peft_model_state_dict(adapted)):
-        raise UserError(
-            f"adapter {folder} does not fit the model: the adapter changes other layers"
-        )
+    # PEFT only warns of weights that one of the two lacks. Some are the base's own.
+    lacking = held.keys() - saved.keys()
+    without_place = saved.keys() - held.keys() - adapted.state_dict().keys()
+    if lacking or without_place:
+        what = "has no weight for" if lacking else "changes other layers, such as"
+        name = min(lacking or without_place).removeprefix("base_model.model.")
+        raise UserError(f"adapter {folder} does not fit the model: the adapter {what} {name}")
+    broken = [name for name, tensor in saved.items() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"adapter {folder}: {broken[0]} is not finite: train or copy it again")
+    if version > Version(peft.__version__):
+        say(f"adapter {folder} is from PEFT {version}, and this is PEFT {peft.__version__}")
+    texts = [" ".join(str(w.message).split()) for w in caught if w.category is UserWarning]
+    for text in dict.fromkeys(texts):
+        say(f"adapter {folder}: PEFT says: {textwrap.shorten(text, 250)}")
     copies = [m.modules_to_save for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)]
     if copies:  # PEFT has rounded them to the base's dtype
         for each in copies:

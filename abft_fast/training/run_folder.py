@@ -112,8 +112,8 @@ class RunFolder:
             config: the run's options.
             trained_parameters: how many parameters are trained.
             files: SHA-256 of the user's own data files, by path.
-            environment: what the run runs on, by `runtime.environment.describe`, and the file of
-                its model, by `models.gguf.identity`.
+            environment: what the run runs on, by `runtime.environment.describe`; the file of its
+                model, by `models.gguf.identity`; `base`, by `models.base_identity`.
 
         Raises:
             UserError: another run has taken the folder in the meantime.
@@ -164,12 +164,9 @@ class RunFolder:
         return _read_json(self._environment).get("data", {})
 
     @property
-    def model_file(self) -> tuple[str, str] | None:
-        """Return the path and the SHA-256 of the base's GGUF file; None if it was none."""
-        environment = _read_json(self._environment)
-        if "model_sha256" not in environment:
-            return None
-        return environment["model_file"], environment["model_sha256"]
+    def base(self) -> dict[str, Any] | None:
+        """Return the base that the run trains, by `models.base_identity`; None if unrecorded."""
+        return _read_json(self._environment).get("base")
 
     def check_data(self, files: Mapping[str, str]) -> None:
         """Refuse the user's own data if they have changed since the run began.

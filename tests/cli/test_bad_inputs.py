@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from abft_fast import builtin_model_path
+from abft_fast.models.loading import load, read_tokenizer
 from abft_fast.models.trainable import set_trained
 from tests.bad_inputs import BAD_INPUTS, QUICK, REVIEWS
 from tests.command_line import abft_fast
@@ -34,6 +36,14 @@ def made(tmp_path_factory):
     shutil.copytree(folder / "run/adapter", folder / "adapter")
     set_trained(tiny_model("llama"), "lora", 16).save_pretrained(folder / "other")
     shutil.copytree(builtin_model_path(), folder / "model")
+    noised = load(str(folder / "model"), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        for parameter in noised.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    noised.save_pretrained(folder / "noised")
+    read_tokenizer("builtin").save_pretrained(folder / "noised")
+    prompts = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    get_peft_model(noised, prompts).save_pretrained(folder / "prompts")
     for of, to, whole, pickled in (
         ("model", "pickled", "model.safetensors", "pytorch_model.bin"),
         ("adapter", "pickled-adapter", "adapter_model.safetensors", "adapter_model.bin"),

@@ -30,11 +30,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def write(path, architecture, quantize=None):
+def write(path, architecture, quantize=None, seed=0):
     """A tiny random model with the built-in vocabulary, its weights as llama.cpp has them."""
     tokenizer = json.loads((builtin_model_path() / "tokenizer.json").read_text())["model"]
     tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = CONFIGS[architecture](vocab_size=len(tokens), **SIZES)
     model = AutoModelForCausalLM.from_config(config)
     writer = gguf.GGUFWriter(path, architecture)
@@ -113,9 +113,10 @@ def test_it_is_parsed_once(tmp_path, cache):
     }  # fmt: skip
 
 
-def test_an_adapter_wants_the_file_it_was_trained_on(tmp_path):
-    for name, architecture in (("first", "llama"), ("second", "qwen2")):
-        write(tmp_path / f"{name}.gguf", architecture)
+def test_an_adapter_wants_the_weights_it_was_trained_on(tmp_path):
+    write(tmp_path / "first.gguf", "llama")
+    write(tmp_path / "rounded.gguf", "llama", gguf.GGMLQuantizationType.Q8_0)
+    write(tmp_path / "second.gguf", "llama", seed=1)
     given = ["--dataset", "trec", "--k", 1, "--device", "cpu", "--label-token", "first"]
     result = abft_fast(
         "train", "--model", tmp_path / "first.gguf", *given, "--train-samples", 8, "--epochs", 1,
@@ -124,12 +125,22 @@ def test_an_adapter_wants_the_file_it_was_trained_on(tmp_path):
     assert result.returncode == 0, result.stderr
     environment = json.loads((tmp_path / "run/environment.json").read_text())
     assert environment["model_sha256"] == sha256(tmp_path / "first.gguf")
+    assert environment["base"]["model"] == str(tmp_path / "first.gguf")
     given += ["--adapter", tmp_path / "run/adapter"]
     right = abft_fast("eval", "--model", tmp_path / "first.gguf", *given)
     assert right.returncode == 0, right.stderr
+    assert "was trained on" not in right.stderr
+    rounded = abft_fast("eval", "--model", tmp_path / "rounded.gguf", *given)
+    assert rounded.returncode == 0, rounded.stderr
+    assert "rounded.gguf has its weights, rounded otherwise" in rounded.stderr
     wrong = abft_fast("eval", "--model", tmp_path / "second.gguf", *given)
     assert wrong.returncode == 2
-    assert "second.gguf is another file (SHA-256 differs)" in wrong.stderr
+    assert "second.gguf has other weights: use the model that" in wrong.stderr
+    (tmp_path / "second.gguf").replace(tmp_path / "first.gguf")
+    resumed = abft_fast("train", "--resume", tmp_path / "run")
+    assert resumed.returncode == 2
+    assert "run was trained on" in resumed.stderr
+    assert "its files have other weights" in resumed.stderr
 
 
 def cut(path):

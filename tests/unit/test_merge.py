@@ -1,5 +1,7 @@
 """Merged models against the sums they should be."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -168,8 +170,35 @@ def test_mistakes_leave_nothing_behind(base, tmp_path):
     assert not output.exists()
     with pytest.raises(UserError, match="exists: choose another --output-dir"):
         run(base, str(adapter), base)
-    for wrong in ("a=b", "a=", "=1", "a,,b", "a=inf"):
+    for wrong in ("a=b", "a=", "=1", "a,,b", "a=inf", "a=1=b", ["a", "b=c"]):
         with pytest.raises(UserError, match="use FOLDER or FOLDER=NUMBER"):
             resolve(MergeConfig, {"adapter": wrong, "output_dir": "x"})
     with pytest.raises(UserError, match="--adapter is missing"):
         resolve(MergeConfig, {"output_dir": "x"})
+
+
+@pytest.mark.parametrize(
+    ("given", "adapters"),
+    [
+        ("plain", [("plain", 1)]),
+        ("plain=-2.5", [("plain", -2.5)]),
+        ("plain=0.5,new", [("plain", 0.5), ("new", 1)]),
+        (["plain", "new=2"], [("plain", 1), ("new", 2)]),
+        ("lr=0.001", [("lr=0.001", 1)]),
+        ("lr=0.001=3", [("lr=0.001", 3)]),
+        ("lr=0.002", [("lr", 0.002)]),
+        ("lr=0.001/adapter", [("lr=0.001/adapter", 1)]),
+        ("lr=0.001/adapter=2,plain", [("lr=0.001/adapter", 2), ("plain", 1)]),
+        ("lr=0.003/gone", [("lr=0.003/gone", 1)]),
+        ("a,b/adapter", [("a,b/adapter", 1)]),
+        ("a,b/adapter=0.5", [("a,b/adapter", 0.5)]),
+        (["a,b/adapter=0.5", "plain,new"], [("a,b/adapter", 0.5), ("plain", 1), ("new", 1)]),
+    ],
+    ids=str,
+)
+def test_folders_with_signs_in_their_names(given, adapters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("plain", "lr=0.001/adapter", "a,b/adapter"):
+        (tmp_path / folder).mkdir(parents=True)
+    config = resolve(MergeConfig, {"adapter": given, "output_dir": "x"})
+    assert config.adapters == [(Path(folder), number) for folder, number in adapters]

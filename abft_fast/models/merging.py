@@ -1,0 +1,123 @@
+"""Add adapters to a model's weights (paper, Eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from abft_fast.errors import UserError
+from abft_fast.models.files import ADAPTER_WEIGHTS
+from abft_fast.models.trainable import load_adapter
+
+_TOLERANCE = 1e-3  # relative, of logits; float32 is at 1e-5
+_PROBE = 16  # tokens
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    adapters: Iterable[tuple[Path, float]],
+    say: Callable[[str], object],
+) -> PreTrainedModel:
+    """Return base + sum of coefficient * (base with one adapter - base), weight by weight.
+
+    Args:
+        model: the base, in float32. Only weights that an adapter changes are held twice.
+        adapters: folders and coefficients.
+        say: gets a line for each adapter.
+
+    Returns:
+        The changed model. An LM head that shared the embedding's weight gets one of its own if
+        the two differ now.
+
+    Raises:
+        UserError: an adapter does not fit the model, or PEFT cannot put it into weights.
+    """
+    tied = _is_tied(model)
+    base = dict(model.state_dict())
+    changes: dict[str, Tensor] = {}
+    for folder, coefficient in adapters:
+        _copy(base, _base_weights_in(folder))  # loading writes over these
+        adapted = load_adapter(model, folder, say)
+        layers = [m for m in adapted.modules() if isinstance(m, BaseTunerLayer)]
+        adapted_weights = {t.data_ptr() for m in layers for t in m.state_dict().values()}
+        _copy(base, [name for name, t in base.items() if t.data_ptr() in adapted_weights])
+        model = _merged(adapted, folder)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        if not parameters.keys() <= base.keys():
+            raise UserError(f"adapter {folder} cannot be merged: the model has no place for it")
+        for name, parameter in parameters.items():
+            if parameter.data_ptr() != base[name].data_ptr():
+                change = coefficient * (parameter.detach() - base[name])
+                changes[name] = changes[name] + change if name in changes else change
+                parameter.data = base[name]
+        _tie(model, tied)
+        say(f"merged {folder}, times {coefficient:g}")
+    _untie(model)
+    for name, change in changes.items():
+        model.get_parameter(name).data = base[name] + change
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    _tie(model, tied and torch.equal(head.weight, embedding.weight))
+    return model
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _tie(model: PreTrainedModel, tied: bool) -> None:
+    """Let the LM head share the embedding's weight, or not; PEFT and a merge change that."""
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = tied
+
+
+def _untie(model: nn.Module) -> None:
+    """Give each module parameters of its own; those that were shared still share memory."""
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in seen:
+                setattr(module, name, nn.Parameter(parameter.detach(), requires_grad=False))
+            seen.add(parameter)
+
+
+def _copy(weights: dict[str, Tensor], names: Iterable[str]) -> None:
+    for name in names:
+        if name in weights:
+            weights[name] = weights[name].clone()
+
+
+def _base_weights_in(folder: Path) -> list[str]:
+    """Return the base's weights that an adapter brings itself, as biases."""
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="np") as file:
+        names = list(file.keys())
+    return [name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in names]
+
+
+@torch.no_grad()
+def _merged(adapted: PeftModel, folder: Path) -> PreTrainedModel:
+    """Return the model with the adapter in its weights; make sure that it computes the same."""
+    adapted.eval()
+    ids = torch.arange(_PROBE, device=adapted.device)[None] % adapted.config.vocab_size
+    expected = adapted(input_ids=ids, use_cache=False).logits
+    _untie(adapted)  # else what is merged into the embedding would be in the LM head too
+    try:
+        model = adapted.merge_and_unload(safe_merge=True)
+    except Exception as error:  # of whatever kind the adapter is
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"adapter {folder} cannot be merged: {line}") from error
+    logits = model(input_ids=ids, use_cache=False).logits
+    if not (logits - expected).norm() <= _TOLERANCE * expected.norm():
+        kind = adapted.active_peft_config.peft_type.value
+        raise UserError(
+            f"adapter {folder} cannot be merged: merged by PEFT, its kind {kind} computes "
+            "something else than before"
+        )
+    return model
