@@ -265,7 +265,8 @@ HEADER = """# What the kernels need
 `make kernels-report` wrote this page (Triton {version}). A cell is *registers a thread / shared
 memory a program in KiB / programs that a processor can hold at once*. Each figure is the worst over
 {groups} query heads a key head, with and without soft-cap, sinks and gradient. Spills are in bytes
-(on AMD in registers). The figures describe the compiled code; no kernel was run for them.
+(on AMD in registers). The figures describe the compiled code; no kernel was run for them. The
+kernels compile for AMD (gfx), but abft-fast does not support AMD GPUs yet.
 
 {variants} kernels were compiled. {spills} of them spill, and {small_spills} of those have a head
 dimension up to 128.

@@ -16,6 +16,7 @@ from abft_kernels import (
 from abft_kernels.attention.registry import FLASH_ATTENTIONS
 from abft_kernels.attention.separate import visible_keys
 from abft_kernels.types import Prompts, Scores
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.last_row_cases import DEVICE, eager, error, make_case
@@ -186,6 +187,18 @@ def test_the_choice_is_named_and_explained():
         choose_attention(q, requested="flash-attn-3")
     with pytest.raises(ValueError, match="attention must be one of auto, flash-attn"):
         choose_attention(q, requested="fastest")
+
+
+def test_rocm_is_refused_by_name(monkeypatch):
+    """torch's flash attention has a log-sum-exp of another shape there: losses would be wrong."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with FakeTensorMode():
+        q = torch.empty(3, 4, 64, device="cuda", dtype=torch.bfloat16)
+        name, reasons = choose_attention(q)
+        assert name == "separate" and "varlen: AMD GPUs are not supported" in reasons
+        for attention in ("flash-attn", "varlen", "flash-attn-3"):
+            with pytest.raises(ValueError, match=f"attention backend {attention}: "):
+                choose_attention(q, requested=attention)
 
 
 class Calls(TorchDispatchMode):

@@ -13,11 +13,13 @@ def gpu_obstacle(q: Tensor) -> str | None:
     """Return why flash attention on a GPU cannot take these queries, or None."""
     if not q.is_cuda:
         return f"it runs on a GPU, not on the {q.device.type}"
+    if torch.version.hip is not None:
+        return "AMD GPUs are not supported: on ROCm its log-sum-exp has another shape"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] > 256:
         return f"it takes head dimensions up to 256, not {q.shape[-1]}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "it needs compute capability 8.0"
     return None
 

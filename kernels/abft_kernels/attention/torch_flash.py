@@ -63,7 +63,7 @@ def flash_attn_3_obstacle(q: Tensor, softcap: float | None) -> str | None:
         return "it has no soft-cap inside torch"
     reason = gpu_obstacle(q)
     hopper = reason is None and torch.cuda.get_device_capability(q.device)[0] == 9
-    return reason or (None if hopper and torch.version.hip is None else "it needs a Hopper GPU")
+    return reason or (None if hopper else "it needs a Hopper GPU")
 
 
 def flash_attn_3_forward(
