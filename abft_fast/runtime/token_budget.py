@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -81,6 +82,7 @@ def in_halves(run: Callable[[Sequence[S]], T], items: Sequence[S]) -> list[T]:
     except RuntimeError as error:
         if not is_out_of_memory(error) or len(items) == 1:
             raise
+    _release()
     half = len(items) // 2
     return [*in_halves(run, items[:half]), *in_halves(run, items[half:])]
 
@@ -137,5 +139,6 @@ def _not_one_fits(lengths: Sequence[int]) -> RunError:
 
 def _release() -> None:
     """Return cached memory to the device, so that the next attempt can allocate whole blocks."""
+    gc.collect()  # a graph that failed halfway can be in a reference cycle
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,14 +1,16 @@
 """Budgets under memory that really runs out: the process's own address space, limited."""
 
+import gc
 import itertools
 import subprocess
 import sys
+import weakref
 
 import pytest
 
 from abft_fast.errors import RunError
 from abft_fast.runtime.batching import micro_batches
-from abft_fast.runtime.token_budget import TokenBudget, find_token_budget
+from abft_fast.runtime.token_budget import TokenBudget, find_token_budget, in_halves
 
 pytestmark = pytest.mark.unit
 
@@ -36,6 +38,30 @@ def test_the_largest_budget_is_found(fits):
 def test_the_largest_budget_of_tiny_prompts_is_found():
     lengths = [3] * 9
     assert find_token_budget(lengths, out_of_memory_above(4, lengths), most=9) in (3, 4, 5)
+
+
+def test_a_failed_attempt_leaves_nothing_behind():
+    """The next attempt needs the memory, also that of tensors in a reference cycle."""
+    left = []
+
+    class Graph:
+        pass
+
+    def run(tokens):
+        if tokens > 50:
+            graph = Graph()
+            graph.itself = graph
+            left.append(weakref.ref(graph))
+            raise RuntimeError("CUDA out of memory")
+        return left[0]()
+
+    gc.disable()
+    try:
+        assert TokenBudget(100, lambda line: None).attempt([40, 40], run, lambda: None) is None
+        left.clear()
+        assert in_halves(lambda items: run(40 * len(items)), [1, 1]) == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("lengths", [[100, 20], [100, 20, 20], [100, 5, 5]], ids=str)
