@@ -18,7 +18,7 @@ from abft_kernels import choose_attention
 from torch import Tensor
 
 from benchmarks.layer import Layer, Shape
-from benchmarks.paired import compare
+from benchmarks.paired import compare, device_seconds
 from benchmarks.record import GPU, append, quick_first
 
 EAGER_LIMIT = 8192 if GPU else 4096  # tokens a prompt up to which a matrix is written out
@@ -87,6 +87,7 @@ def bench_fused_attention(shape, part, benchmark, rounds):
         floor="attention",
         baseline="eager" if "eager" in contenders else None,
         rounds=rounds(20 if GPU else 5),
+        clock=device_seconds,
     )
     name, _ = choose_attention(layer.query)
     for contender, timing in found.items():

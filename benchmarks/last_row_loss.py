@@ -18,7 +18,7 @@ import torch
 from abft_kernels import LastRowLoss, choose_backend
 
 from benchmarks.layer import DTYPE, Layer, Shape
-from benchmarks.paired import compare
+from benchmarks.paired import compare, device_seconds
 from benchmarks.peak_memory import in_fresh_process, peak_of
 from benchmarks.record import GPU, append, quick_first
 
@@ -102,7 +102,7 @@ def bench_last_row_loss(shape, benchmark, rounds):
     if backend == "triton":
         contenders["forward, torch"] = lambda: layer.loss(query, key, "torch")
     found = compare(
-        benchmark, contenders, floor="copy", rounds=rounds(20 if GPU else 5),
+        benchmark, contenders, floor="copy", rounds=rounds(20 if GPU else 5), clock=device_seconds,
     )  # fmt: skip
     peaks = {name: measured_peak(shape, name) for name in (backend, "plain")}
     key_bytes = key.numel() * DTYPE.itemsize

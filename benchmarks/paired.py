@@ -82,6 +82,52 @@ class Timing(NamedTuple):
 NOT_TIMED = Timing(UNKNOWN, "", UNKNOWN, UNKNOWN)
 
 
+class Turns:
+    """Contenders that take turns: every call is a round.
+
+    Attributes:
+        seconds: of each round, by contender.
+    """
+
+    def __init__(
+        self,
+        contenders: Mapping[str, Callable[[], object]],
+        setups: Mapping[str, Callable[[], object]] | None = None,
+        clock: Callable[[Callable[[], object]], float] | None = None,
+    ):
+        self.contenders, self.setups = contenders, setups or {}
+        self.clock = clock or wall_seconds
+        self.seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        self._order = list(contenders)
+        self._random = random.Random(SEED)
+
+    def __call__(self) -> None:
+        self._random.shuffle(self._order)
+        for name in self._order:
+            if name in self.setups:
+                self.setups[name]()
+            self.seconds[name].append(self.clock(self.contenders[name]))
+
+    def forget(self, rounds: int) -> None:
+        """Leave out the first rounds, which warmed up."""
+        self.seconds = {name: values[rounds:] for name, values in self.seconds.items()}
+
+    def timings(
+        self, floor: str | Mapping[str, str], baseline: str | None = None
+    ) -> dict[str, Timing]:
+        """By contender; `floor` and `baseline` as in `compare`."""
+        found = {}
+        for name, values in self.seconds.items():
+            below = floor if isinstance(floor, str) else floor[name]
+            found[name] = Timing(
+                Spread.of(values),
+                below,
+                Spread.of(_ratios(values, self.seconds[below])),
+                Spread.of(_ratios(self.seconds[baseline], values)) if baseline else UNKNOWN,
+            )
+        return found
+
+
 def compare(
     benchmark,
     contenders: Mapping[str, Callable[[], object]],
@@ -105,30 +151,11 @@ def compare(
         setups: what to do before a contender, untimed.
         clock: seconds that a function takes; by default `wall_seconds`.
     """
-    seconds = {name: [] for name in contenders}
-    order = list(contenders)
-    shuffle = random.Random(SEED).shuffle
-
-    def one_round() -> None:
-        shuffle(order)
-        for name in order:
-            if setups and name in setups:
-                setups[name]()
-            seconds[name].append((clock or wall_seconds)(contenders[name]))
-
-    benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=warmup_rounds, iterations=1)
-    seconds = {name: values[warmup_rounds:] for name, values in seconds.items()}
-    benchmark.extra_info["seconds"] = seconds
-    found = {}
-    for name, values in seconds.items():
-        below = floor if isinstance(floor, str) else floor[name]
-        found[name] = Timing(
-            Spread.of(values),
-            below,
-            Spread.of(_ratios(values, seconds[below])),
-            Spread.of(_ratios(seconds[baseline], values)) if baseline else UNKNOWN,
-        )
-    return found
+    turns = Turns(contenders, setups, clock)
+    benchmark.pedantic(turns, rounds=rounds, warmup_rounds=warmup_rounds, iterations=1)
+    turns.forget(warmup_rounds)
+    benchmark.extra_info["seconds"] = turns.seconds
+    return turns.timings(floor, baseline)
 
 
 def _ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
@@ -136,15 +163,50 @@ def _ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
 
 
 def wall_seconds(run: Callable[[], object]) -> float:
-    """Seconds of a call; on a GPU between events around what it launches."""
-    if not GPU:
+    """Seconds until a call's work is done, the host's part included."""
+    _wait()
+    started = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - started
+
+
+def host_seconds(run: Callable[[], object]) -> float:
+    """Seconds until a call returns, its work on a GPU perhaps not done: the least of three."""
+    found = []
+    for _ in range(3):
+        _wait()
         started = time.perf_counter()
         run()
-        return time.perf_counter() - started
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def device_seconds(run: Callable[[], object]) -> float:
+    """Seconds that a GPU works on a call; on a CPU the call's own.
+
+    The GPU sleeps while the host queues the call's kernels, else the host would be timed. A call
+    that waits for the GPU itself cannot be queued: its time has the host's part.
+    """
+    if not GPU:
+        return wall_seconds(run)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
+    for cycles in SLEEPS:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        begin.record()
+        run()
+        end.record()
+        queued_in_time = not begin.query()
+        torch.cuda.synchronize()
+        if queued_in_time:
+            break
     return begin.elapsed_time(end) / 1e3
+
+
+SLEEPS = (1 << 22, 1 << 25, 1 << 28)  # cycles: at 1.7 GHz 2.5, 20 and 160 ms
+
+
+def _wait() -> None:
+    if GPU:
+        torch.cuda.synchronize()
