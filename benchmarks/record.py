@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import pytest
 import torch
 
 from abft_fast.runtime.environment import versions
@@ -23,6 +22,8 @@ SEED = 0
 
 def quick_first(cases: Sequence, quick: Collection) -> list:
     """Parameters of a benchmark: cases in their order, those that are not quick marked `long`."""
+    import pytest
+
     ordered = sorted(cases, key=lambda case: case not in quick)
     marks = {True: (), False: pytest.mark.long}
     return [pytest.param(case, id=str(case), marks=marks[case in quick]) for case in ordered]

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 
-from abft_fast import EncodedPrompt, data
+from abft_fast import EncodedPrompt
 from abft_fast.core.backbone import backbone
 from abft_fast.core.language_model_loss import TargetedPrompt, label_target
 from abft_fast.models.shapes import known_shape, with_layers
 from abft_fast.models.synthetic import random_model
 from abft_fast.models.trainable import enable_checkpointing, train_lora
-from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
 from benchmarks import stored
 from benchmarks.peak_memory import peak_of
@@ -160,6 +159,9 @@ class Step:
 
 def _prompts(case: Case) -> Iterator[TargetedPrompt]:
     if stored.is_stored(case.model):
+        from abft_fast import data  # the drawing of demonstrations needs StaICC
+        from abft_fast.prompts import PromptEncoder
+
         dataset = data.load("subj")
         encoder = PromptEncoder(stored.read_tokenizer(case.model), dataset)
         drawn = dataset.training_prompts(case.k, case.prompts, SEED)

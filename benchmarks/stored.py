@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +27,8 @@ def path_of(model: str) -> Path:
 
 
 def skip_if_missing(model: str) -> None:
+    import pytest
+
     if is_stored(model) and not path_of(model).exists():
         pytest.skip(f"{path_of(model).name} is not there: make real-models")
 

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -49,8 +48,10 @@ def without_memory(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _quantized(module: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt, weight: Tensor) -> nn.Parameter:
+def _quantized(module: nn.Module, weight: Tensor) -> nn.Parameter:
     """Quantize a weight as bitsandbytes does; its own parameter classes cannot be fake."""
+    import bitsandbytes as bnb
+
     if isinstance(module, bnb.nn.Linear8bitLt):
         data, scale, _ = bnb.functional.int8_vectorwise_quant(weight)
         attributes = {"CB": data, "SCB": scale}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import bitsandbytes as bnb
+import sys
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
@@ -36,7 +37,8 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, bits: int | None) -> 
 
 def is_quantized(module: nn.Module) -> bool:
     """Return whether bitsandbytes quantizes a layer's weight."""
-    return isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+    bnb = sys.modules.get("bitsandbytes")  # optional; whoever made such a layer has imported it
+    return bnb is not None and isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
 
 
 def random_model(
@@ -62,6 +64,8 @@ def random_model(
         if own:
             model._init_weights(module)
         if quantized is not None:
+            import bitsandbytes as bnb
+
             weight = module.weight.data
             if isinstance(module, bnb.nn.Linear8bitLt):
                 weight = weight.cpu()  # it quantizes on the way from there

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn
 
-from rich.console import Console
-
 from abft_fast.errors import UserError
 
 HOW_TO_RESUME = "continue a training run with `abft-fast train --resume RUN`"
@@ -135,6 +133,8 @@ def exit_after_main(code: int, seconds: float) -> NoReturn:
 
 def exit_at_once(line: str, code: int) -> NoReturn:
     """Print a line, unless another process of the run has printed one, and exit without waiting."""
+    from rich.console import Console
+
     with _leaving:
         if _is_first_to_leave():
             console = Console(stderr=True)
