@@ -15,9 +15,9 @@ from functools import partial
 import pytest
 import torch
 from abft_kernels import choose_attention
-from torch import Tensor
 
-from benchmarks.layer import Layer, Shape
+from benchmarks.exactness import DTYPE, WIDE
+from benchmarks.layer import Layer, Shape, there_and_back
 from benchmarks.paired import compare, device_seconds
 from benchmarks.record import GPU, append, quick_first
 
@@ -38,39 +38,15 @@ def contenders_of(layer: Layer, gradient: bool) -> dict:
     return {name: partial(way, gradient) for name, way in ways.items()}
 
 
-def there_and_back(way) -> None:
-    """A forward and a backward."""
-    _total(*way()).backward()
-
-
-def _total(out: Tensor, loss: Tensor | None = None, *_) -> Tensor:
-    return out.float().sum() + (0.0 if loss is None else loss.sum())
-
-
-def _gradients(layer: Layer, way) -> tuple[Tensor, ...]:
-    """Of query, key and value."""
-    total = _total(*way())
-    return torch.autograd.grad(total, layer.inputs)
-
-
 def check(layer: Layer) -> None:
     """Nothing is timed unless it is right, gradients too."""
-    tolerance = 5e-2 if GPU else 1e-4
-    ways = contenders_of(layer, gradient=False)
-    expected, loss, filtered = ways["fused"]()
-    torch.testing.assert_close(ways["attention"]()[0], expected)
-    assert 0 < filtered.float().mean() <= 0.5, "no head, or nearly each, has a loss"
-    for name in ways.keys() - {"attention", "fused"}:
-        out, its_loss, its_filter = ways[name]()
-        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
-        same = its_filter == filtered
-        assert same.float().mean() >= 0.99, f"{name}: the filter picks other heads"
-        torch.testing.assert_close(its_loss[same], loss[same], rtol=tolerance, atol=tolerance)
-    gradients = {name: _gradients(layer, way) for name, way in contenders_of(layer, True).items()}
-    for name in gradients.keys() - {"attention", "fused"}:
-        for found, wanted in zip(gradients[name], gradients["fused"], strict=True):
-            error = (found - wanted).norm() / wanted.norm()
-            assert error <= tolerance, f"{name}: a gradient differs by {error:.1e}"
+    exact, plain = layer.results(WIDE), layer.results(DTYPE)
+    assert 0 < exact.is_induction.float().mean() <= 0.5, "no head, or nearly each, has a loss"
+    ways = contenders_of(layer, gradient=False) | contenders_of(layer, gradient=True)
+    attention = ways.pop("attention")
+    torch.testing.assert_close(attention()[0], ways["fused"]()[0])
+    for name, way in ways.items():
+        layer.check_results(name, layer.results_of(way), plain, exact)
 
 
 @pytest.mark.parametrize("part", ["forward and backward", "forward"])

@@ -12,36 +12,28 @@ gradients must agree. What does not fit is a row too.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import pytest
-import torch
 
-from abft_fast.core.attention import NAME
-from abft_fast.memory.measure import static_memory, step_memory
-from abft_fast.memory.plan import GPU_RESERVE, flows_of
-from abft_fast.memory.types import Arithmetic, Flow
-from abft_fast.options import TrainConfig
-from abft_fast.options.resolve import resolve
+from abft_fast.memory.measure import static_memory
+from benchmarks.capped import (
+    ARITHMETIC,
+    EAGER,
+    Capped,
+    Planned,
+    check,
+    configuration,
+    eager,
+    limit_memory,
+    loaded,
+    plans,
+    runs,
+)
 from benchmarks.paired import NOT_TIMED, Timing, compare
-from benchmarks.peak_memory import in_fresh_process, memory_held
-from benchmarks.record import DEVICE, GPU, append, quick_first
-from benchmarks.step_contenders import one_by_one, ours, packed_end_to_end
-from benchmarks.steps import Case, Contender, Step, relative_difference
-
-
-@dataclass(frozen=True)
-class Capped(Case):
-    """A case on a GPU of `cap_gb` GB (10^9 bytes); 0 is all there is."""
-
-    cap_gb: int = 0
-
-    def __str__(self) -> str:
-        return super().__str__() + (f"-{self.cap_gb}GB" if self.cap_gb else "")
+from benchmarks.peak_memory import in_fresh_process
+from benchmarks.record import GPU, append, quick_first
+from benchmarks.steps import Contender
 
 
 def on_gpu(model: str, cap_gb: int, prompts: int = 16) -> Capped:
@@ -70,88 +62,6 @@ CASES = (
     ]
 )
 QUICK = CASES[:3] if GPU else CASES[:1]
-T = TypeVar("T")
-TOLERANCE = 5e-2 if GPU else 1e-4
-# bitsandbytes picks the columns it leaves unquantized by all rows of a product, and on a CPU, in
-# training mode, which checkpointing needs, it quantizes no activations at all.
-TOLERANCE_OF_8_BITS = 1e-1
-ARITHMETIC = Arithmetic(DEVICE, mixed=GPU)
-
-
-def configuration(case: Case, method: str) -> TrainConfig:
-    """The options of a run."""
-    options = {"quantized": case.bits > 0, "bits": case.bits or 4, "k": case.k, "method": method}
-    return resolve(TrainConfig, options)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A contender and what is planned for it.
-
-    Attributes:
-        contender: with the tokens it packs at once.
-        step: bytes of its step.
-    """
-
-    contender: Contender
-    step: int
-
-
-def plans(case: Capped, static: int) -> dict[str, Planned | None]:
-    """By name: every way that gradients flow, and E2E's; None where no prompt fits."""
-    found = {}
-    for method in ("ABFT", "E2E"):
-        config = configuration(case, method)
-        for flow in flows_of(config):
-            step = step_memory(case.config, config, ARITHMETIC, flow, case.length)
-            prompts = case.prompts
-            if case.cap_gb:
-                room = case.cap_gb * 1e9 - static - GPU_RESERVE
-                prompts = min(prompts, step.most_tokens(room) // case.length)
-            name = f"{method}, {flow.options.removeprefix('--gradient ').replace(' --', ', ')}"
-            if prompts == 0:
-                found[name] = None
-                continue
-            tokens = prompts * case.length
-            found[name] = Planned(contender_of(method, flow, tokens), int(step.at(tokens)))
-    return found
-
-
-def contender_of(method: str, flow: Flow, tokens: int) -> Contender:
-    """A method's packed step."""
-    if method == "ABFT":
-        return ours(flow.gradient, flow.checkpointing, tokens)
-    return Contender(NAME, packed_end_to_end, flow.checkpointing, tokens)
-
-
-EAGER = "eager, one by one"
-eager = Contender("eager", one_by_one)
-
-
-def loaded(case: Capped) -> tuple[Step | None, int]:
-    """The model and its bytes; None where not even it fits in a GPU."""
-    before = memory_held()
-    step = fitting(lambda: Step(case))
-    return step, memory_held() - before
-
-
-def fitting(run: Callable[[], T]) -> T | None:
-    """What a call returns; None where a GPU's memory was too little."""
-    try:
-        return run()
-    except torch.OutOfMemoryError:
-        pass  # its traceback keeps the failed attempt's tensors, so what follows has to be outside
-    gc.collect()
-    torch.cuda.empty_cache()
-    return None
-
-
-def runs(step: Step, way: Contender) -> bool:
-    """Whether a way's step fits."""
-    step.set_up(way)
-    found = fitting(lambda: step.run(way) or True)
-    step.model.zero_grad()
-    return bool(found)
 
 
 def memory(case: Capped, ways: dict[str, Contender]) -> tuple[int, dict[str, int]]:
@@ -166,9 +76,7 @@ def bench_large_models(case, benchmark, rounds):
     static = static_memory(case.config, configuration(case, "E2E"), ARITHMETIC)
     planned = plans(case, static.total)
     ways = {name: plan.contender for name, plan in planned.items() if plan} | {EAGER: eager}
-    if case.cap_gb:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap_gb * 1e9 / total))
+    limit_memory(case.cap_gb)
     step, static_measured = loaded(case)
     running = {name: way for name, way in ways.items() if step and (not GPU or runs(step, way))}
     peaks, timings = {}, {}
@@ -207,17 +115,6 @@ def bench_large_models(case, benchmark, rounds):
         }
         append("large_models", row)
         print(f"{case} {name:28} {said(plan, timing, peaks.get(name))}")
-
-
-def check(step: Step, running: dict[str, Contender]) -> None:
-    """Nothing is timed unless gradients are right."""
-    tolerance = TOLERANCE_OF_8_BITS if step.case.bits == 8 else TOLERANCE
-    same = [name for name in ("ABFT, full", "ABFT, full, checkpointing", EAGER) if name in running]
-    found = {name: step.gradient(running[name]) for name in same}
-    for name, gradient in found.items():
-        assert gradient.norm() > 0, f"{name}: no gradient"
-        error = relative_difference(gradient, found[same[0]])
-        assert error <= tolerance, f"{name}: gradient differs from {same[0]} by {error:.1e}"
 
 
 def said(plan: Planned | None, timing: Timing | None, peak: int | None) -> str:

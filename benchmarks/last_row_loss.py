@@ -17,7 +17,8 @@ import pytest
 import torch
 from abft_kernels import LastRowLoss, choose_backend
 
-from benchmarks.layer import DTYPE, Layer, Shape
+from benchmarks.exactness import DTYPE, WIDE, assert_exact
+from benchmarks.layer import Layer, Shape
 from benchmarks.paired import compare, device_seconds
 from benchmarks.peak_memory import in_fresh_process, peak_of
 from benchmarks.record import GPU, append, quick_first
@@ -34,29 +35,21 @@ _compiled = torch.compile(Layer.plain_loss, dynamic=False)
 def check(layer: Layer) -> None:
     """Nothing is timed unless it is right, gradients too."""
     query, key = (t.detach().requires_grad_() for t in (layer.last_query, layer.key))
-    truth, found = layer.specification(), layer.loss(query, key)
-    ends = sorted({0, layer.rows - 1})
-    same = found.is_induction[ends] == truth.is_induction
-    assert same.float().mean() >= 0.99, "the filter picks other heads"
-    assert 0 < truth.is_induction.float().mean() <= 0.5, "no head, or nearly each, has a loss"
-    for name in ("label_mass", "correct_mass", "loss"):
-        error = (getattr(found, name)[ends].double() - getattr(truth, name))[same].abs().max()
-        assert error <= 1e-3 * len(layer.label_positions), f"{name} is off by {error:.1e}"
-    tolerance = 5e-2 if GPU else 1e-4
-    ours = torch.autograd.grad(found.loss.sum(), (query, key))
-    others = {"plain": layer.plain_loss, "compiled": partial(_compiled, layer)}
+    layer.check_losses(layer.loss(query, key))
+    ways = {"ours": layer.loss, "compiled": partial(_compiled, layer)}
     if GPU:
-        others["torch"] = lambda *leaves: layer.loss(*leaves, "torch")
-    for name, way in others.items():
-        loss, is_induction, *_ = _loss_and_filter(way(query, key))
-        kept = is_induction == found.is_induction
-        assert kept.float().mean() >= 0.99, f"{name}: the filter picks other heads"
-        torch.testing.assert_close(loss[kept], found.loss[kept], rtol=tolerance, atol=tolerance)
-        theirs = torch.autograd.grad(loss[kept].sum(), (query, key))
-        for gradient, expected in zip(theirs, ours, strict=True):
-            if kept.all():
-                error = (gradient - expected).norm() / expected.norm()
-                assert error <= tolerance, f"{name}: a gradient differs by {error:.1e}"
+        ways["torch"] = lambda *leaves: layer.loss(*leaves, "torch")
+    exact = _gradients(layer.plain_loss, query, key, WIDE)
+    plain = _gradients(layer.plain_loss, query, key, DTYPE)
+    for name, way in ways.items():
+        found = _gradients(way, query, key, DTYPE)
+        for part, *three in zip(("query", "key"), found, plain, exact, strict=True):
+            assert_exact(f"{name}: the gradient of the {part}", *three)
+
+
+def _gradients(way, query, key, dtype) -> tuple[torch.Tensor, ...]:
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (query, key)]
+    return torch.autograd.grad(_loss_and_filter(way(*leaves))[0].sum(), leaves)
 
 
 def _loss_and_filter(found) -> tuple:

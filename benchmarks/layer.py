@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from typing import NamedTuple
 
 import torch
 from abft_kernels import (
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchmarks.exactness import DTYPE, assert_exact
 from benchmarks.record import DEVICE, GPU
 
 if GPU:
@@ -28,7 +31,6 @@ if GPU:
     # Older versions take fewer key heads without being told.
     _GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
-DTYPE = torch.bfloat16 if GPU else torch.float32
 LABELS = 16
 FACTORS = {"penalty": 0.5, "reward": 1.0}
 
@@ -63,6 +65,15 @@ class Shape:
 
     def __str__(self) -> str:
         return "-".join(str(self.columns()[name]) for name in ("n", "heads"))
+
+
+class Results(NamedTuple):
+    """Output, losses and filter of a layer, and the gradients of query, key and value, if any."""
+
+    out: Tensor
+    loss: Tensor
+    is_induction: Tensor
+    gradients: tuple[Tensor, ...]
 
 
 class Layer:
@@ -127,6 +138,50 @@ class Layer:
             )  # fmt: skip
         return LastRowLoss(*(torch.cat(field) for field in zip(*found, strict=True)))
 
+    def check_losses(self, found: LastRowLoss) -> None:
+        """Losses, masses and filter are the specification's, of the first prompt and the last."""
+        truth, ends = self.specification(), sorted({0, self.rows - 1})
+        same = found.is_induction[ends] == truth.is_induction
+        assert same.float().mean() >= 0.99, "the filter picks other heads"
+        assert 0 < truth.is_induction.float().mean() <= 0.5, "no head, or nearly each, has a loss"
+        for name in ("label_mass", "correct_mass", "loss"):
+            error = (getattr(found, name)[ends].double() - getattr(truth, name))[same].abs().max()
+            assert error <= 1e-3 * len(self.label_positions), f"{name} is off by {error:.1e}"
+
+    def results(self, dtype: torch.dtype) -> Results:
+        """By plain torch, prompt by prompt, from the same numbers in another dtype."""
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (self.query, self.key, self.value)]
+        query, key, value = leaves
+        group = query.shape[1] // key.shape[1]
+        of_heads = (query, *(t.repeat_interleave(group, dim=1) for t in (key, value)))
+        outs = [
+            F.scaled_dot_product_attention(*prompt, is_causal=True)
+            for prompt in self._prompts(list(of_heads))
+        ]
+        out = self._packed(outs)
+        loss, is_induction = self.plain_loss(query[self.bounds[1:].long() - 1], key)
+        gradients = torch.autograd.grad(total(out, loss), leaves)
+        return Results(out.detach(), loss.detach(), is_induction, gradients)
+
+    def results_of(self, way: Callable[[], tuple]) -> Results:
+        """Of a way; without gradients where no backward can follow."""
+        out, loss, is_induction = way()
+        gradients = ()
+        if out.requires_grad:
+            gradients = torch.autograd.grad(total(out, loss), self.inputs)
+        return Results(out.detach(), loss.detach(), is_induction, gradients)
+
+    def check_results(self, name: str, found: Results, plain: Results, exact: Results) -> float:
+        """The largest error of a way's results, none of which is far from the exact ones."""
+        same = found.is_induction == exact.is_induction
+        assert same.float().mean() >= 0.99, f"{name}: the filter picks other heads"
+        parts = {"output": (found.out, plain.out, exact.out)}
+        parts["loss"] = tuple(torch.where(same, r.loss, 0.0) for r in (found, plain, exact))
+        if found.gradients:
+            gradients = zip(found.gradients, plain.gradients, exact.gradients, strict=True)
+            parts |= dict(zip(("query", "key", "value"), gradients, strict=True))
+        return max(assert_exact(f"{name}: {part}", *three) for part, three in parts.items())
+
     def plain_loss(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Losses and filter, (prompts, Hq) each, in the few lines of torch one writes first.
 
@@ -135,7 +190,8 @@ class Layer:
         key = key.unflatten(0, (self.rows, self.length))
         query = query.unflatten(1, (key.shape[2], -1))
         scores = torch.einsum("rhgd,rnhd->rhgn", query, key) * query.shape[-1] ** -0.5
-        return self.loss_of_rows(scores.float().softmax(-1).flatten(1, 2))
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return self.loss_of_rows(wide.softmax(-1).flatten(1, 2))
 
     def loss_of_rows(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """The same from the last rows' probabilities, (prompts, Hq, n)."""
@@ -207,6 +263,17 @@ class Layer:
 
     def _packed(self, outs: list[Tensor]) -> Tensor:
         return torch.cat(outs).transpose(1, 2).flatten(0, 1)
+
+
+def total(out: Tensor, loss: Tensor | None = None, *_) -> Tensor:
+    """What a backward of a way's results begins with."""
+    wide = out.to(torch.promote_types(out.dtype, torch.float32))
+    return wide.sum() + (0.0 if loss is None else loss.sum())
+
+
+def there_and_back(way: Callable[[], tuple]) -> None:
+    """A forward and a backward."""
+    total(*way()).backward()
 
 
 _flex_attention = torch.compile(flex_attention, dynamic=False)

@@ -18,6 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = DEVICE == "cuda"
 SEED = 0
+COMMIT = ""  # where the code has no git: its name, from the command line
 
 
 def quick_first(cases: Sequence, quick: Collection) -> list:
@@ -31,14 +32,20 @@ def quick_first(cases: Sequence, quick: Collection) -> list:
 
 @functools.cache
 def commit() -> str:
-    """The code's, `-dirty` where files other than results differ from it."""
+    """The code's, `-dirty` where files other than results differ from it; `unknown` without git."""
+    if COMMIT:
+        return COMMIT
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return ""
+        return run.stdout.strip()
 
     changed = git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def where() -> dict[str, object]:
@@ -61,7 +68,7 @@ def append(question: str, row: dict[str, object]) -> None:
     """
     path = RESULTS / f"{question}.csv"
     row = {**where(), **row}
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         with path.open(newline="") as file:
             columns = next(csv.reader(file))

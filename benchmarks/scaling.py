@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from abft_fast.core.attention import NAME
+from benchmarks.exactness import relative_difference
 from benchmarks.paired import compare
 from benchmarks.peak_memory import in_fresh_process
 from benchmarks.record import GPU, append
 from benchmarks.rows import slope
 from benchmarks.step_contenders import ours, packed_pass
-from benchmarks.steps import Case, Contender, Step, relative_difference
+from benchmarks.steps import Case, Contender, Step
 
 WIDTH = 2048 if GPU else 256
 PROMPTS, LENGTH, DEPTH = (64, 128, 8) if GPU else (8, 128, 8)  # where they are no axis

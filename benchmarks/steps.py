@@ -6,26 +6,30 @@ of its loss, mean over prompts, in the LoRA's weights.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, PreTrainedConfig
 
 from abft_fast import EncodedPrompt
-from abft_fast.core.backbone import backbone
+from abft_fast.core.backbone import backbone, prepare
 from abft_fast.core.language_model_loss import TargetedPrompt, label_target
 from abft_fast.models.shapes import known_shape, with_layers
-from abft_fast.models.synthetic import random_model
+from abft_fast.models.synthetic import is_quantized, random_model
 from abft_fast.models.trainable import enable_checkpointing, train_lora
 from abft_fast.runtime.batching import micro_batches
 from benchmarks import stored
+from benchmarks.exactness import DTYPE, WIDE, assert_exact
 from benchmarks.peak_memory import peak_of
 from benchmarks.record import DEVICE, GPU, SEED
 
-DTYPE = torch.bfloat16 if GPU else torch.float32
 VOCABULARY = 4096  # of random models, and of random prompts for all
 
 
@@ -102,6 +106,7 @@ class Step:
         else:
             model = random_model(case.config, torch.device(DEVICE), DTYPE, case.bits or None)
         self.model = train_lora(model.eval(), 16)
+        prepare(self.model)  # before any way runs: it keeps gradients through NF4 on a CPU
         for parameter in self.trained:
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)  # B; a zero one would hide A's gradient
@@ -154,7 +159,65 @@ class Step:
         self.model.zero_grad()
         self.set_up(contender)
         self.run(contender)
+        return self._gradient()
+
+    def exact_gradient(self, contender: Contender) -> Tensor:
+        """The same from the same weights, in wider arithmetic."""
+        self.model.zero_grad()
+        self.set_up(contender)
+        with wider(self.model):
+            contender.run(self)
+            found = self._gradient()
+            self.model.zero_grad()
+        return found
+
+    def _gradient(self) -> Tensor:
         return torch.cat([p.grad.flatten() for p in self.trained])
+
+    def check(self, reference: Contender, others: Mapping[str, Contender]) -> float:
+        """The largest error of others' gradients.
+
+        Exact is the reference's in wider arithmetic, and the reference is the plain one.
+
+        Raises:
+            AssertionError: one is wrong; nothing may be timed.
+        """
+        exact, plain = self.exact_gradient(reference), self.gradient(reference)
+        assert exact.norm() > 0, "no gradient"
+        return max(
+            assert_exact(f"{name}: gradient", self.gradient(way), plain, exact)
+            for name, way in others.items()
+        )
+
+
+@contextlib.contextmanager
+def wider(model: nn.Module) -> Iterator[None]:
+    """Compute in a wider dtype; NF4 weights stay what they are."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    dtypes = [t.dtype for t in tensors]
+    nf4 = [m for m in model.modules() if is_quantized(m) and hasattr(m.weight, "quant_state")]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(WIDE)
+    for module in nf4:
+        module.forward = partial(_exact_product, module)
+    try:
+        yield
+    finally:
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
+        for module in nf4:
+            del module.forward
+
+
+def _exact_product(module: nn.Module, inputs: Tensor) -> Tensor:
+    """An NF4 layer's, which bitsandbytes does not do in every dtype; no float weight is kept."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    def product(inputs: Tensor) -> Tensor:
+        weight = dequantize_4bit(module.weight, module.weight.quant_state)
+        return F.linear(inputs, weight.to(inputs.dtype), module.bias)
+
+    return checkpoint(product, inputs, use_reentrant=False)
 
 
 def _prompts(case: Case) -> Iterator[TargetedPrompt]:
@@ -179,8 +242,3 @@ def random_prompts(case: Case) -> Iterator[TargetedPrompt]:
     for _ in range(case.prompts):
         ids = torch.randint(VOCABULARY, (case.length,)).tolist()
         yield label_target(EncodedPrompt(ids, labels, correct), ids[labels[0]])
-
-
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Of two gradients, by norm."""
-    return ((found - expected).norm() / expected.norm()).item()

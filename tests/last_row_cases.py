@@ -4,6 +4,9 @@ import torch
 from abft_kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Compiled `exp` and `/` are each off by 2 units, and exp rounds its argument: by half a unit times
+# |score - maximum| * log2(e), where scores down to some 16 below the maximum have weight.
+KERNEL_ROUNDING = 16 * torch.finfo(torch.float32).eps
 _ORDERS = 6
 FEATURES = {
     "plain": {},
@@ -135,7 +138,10 @@ def assert_as_good_as_eager(function, case, factor=2, **options):
     """
     truth = _quantities(reference.last_row_loss, in_float64(case))
     is_induction = reference.last_row_loss(**in_float64(case)).is_induction
-    budgets = dict.fromkeys(truth, factor * torch.finfo(case["query"].dtype).eps)
+    unit = factor * torch.finfo(case["query"].dtype).eps
+    if DEVICE == "cuda" and case["query"].dtype != torch.float64:
+        unit = max(unit, KERNEL_ROUNDING)
+    budgets = dict.fromkeys(truth, unit)
     generator = torch.Generator().manual_seed(0)
     for _ in range(_ORDERS):
         order = torch.randperm(case["query"].shape[-1], generator=generator).to(DEVICE)
