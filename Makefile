@@ -1,4 +1,4 @@
-.PHONY: install train check test coverage lint types bench bench-gpu report builtin-model \
+.PHONY: install train check test coverage lint types bench bench-gpu first-gpu report builtin-model \
 	real-models options figures docs kernels-report clean
 .DELETE_ON_ERROR:
 
@@ -53,6 +53,11 @@ bench-gpu: install
 	$(BENCH) $(addprefix benchmarks/,train_step.py large_models.py last_row_loss.py \
 		fused_attention.py scaling.py evaluation.py shared_prefix.py end_to_end.py \
 		unsloth_step.py)
+
+# Right or wrong, and the figures that matter, in ten minutes; the rest is `make bench-gpu`. It needs
+# no installation: PYTHON has torch, triton, transformers, peft and accelerate.
+first-gpu:
+	$(PYTHON) benchmarks/first_gpu.py --results benchmarks/results/first_gpu
 
 # About half an hour on two cores; replaces abft_fast/builtin/model. Memory freed between steps is
 # kept by the process: giving it back and faulting it in again took up to half of the time.

@@ -4,152 +4,48 @@ The tests of the kernels themselves, in tests/unit, run on the GPU too where the
 `pytest -m gpu` selects them as well.
 """
 
-import itertools
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from abft_kernels import (
-    attention_after_prefix,
-    choose_attention,
-    flash_attention_with_last_row_loss,
-    last_row_loss,
-)
-from abft_kernels.attention.registry import ATTENTIONS
+from abft_kernels import attention_after_prefix
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.models.trainable import set_trained
-from tests.last_row_cases import DEVICE, eager, error, gradients, in_float64, make_case
+from benchmarks.on_gpu import correctness
+from benchmarks.on_gpu.correctness import both_ops
+from tests.last_row_cases import DEVICE, error
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.gpu
 KERNELS = ("_scan_keys_kernel", "_combine_splits_kernel", "_label_loss_kernel", "_grad_key_kernel")
 
 
-def exact_results(case):
-    """The torch backend in float64, which tests/unit compares with the specification."""
-    return gradients(last_row_loss, in_float64(case), backend="torch")
+def assert_all(check):
+    for found in check:
+        assert found.holds, found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("length", [1000, 16_384, 131_072])
 def test_long_rows(length, dtype):
-    case = make_case([length, 31], [64, 4], 8, 2, 128, dtype)
-    truth, true_grads = exact_results(case)
-    found, grads = gradients(last_row_loss, case, backend="triton")
-    base = eager(**case, threshold_from=truth.is_induction)
-    assert torch.equal(found.is_induction, truth.is_induction)
-    unit = torch.finfo(dtype).eps
-    for ours, theirs, exact in zip(found[:3], base[:3], truth[:3], strict=True):
-        assert error(ours, exact) <= max(2 * error(theirs, exact), 4e-7)
-    for ours, exact in zip(grads, true_grads, strict=True):
-        assert error(ours, exact) <= max(unit, 4e-6)  # stored in the inputs' dtype
+    assert_all(correctness.long_rows(length, dtype))
 
 
 def test_offsets_beyond_32_bits():
-    tokens, heads, dim = 140_000, 64, 256
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:
         pytest.skip("needs 24 GiB of free memory")
-    key = torch.zeros(tokens, heads, dim, dtype=torch.bfloat16, device=DEVICE)
-    assert key.numel() > 2**31
-    small = make_case([200], [4], heads, heads, dim, torch.bfloat16)
-    start = tokens - 200
-    key[start:] = small["key"]
-    moved = {**small, "key": key}
-    moved |= {n: small[n] + start for n in ("key_start", "key_end", "label_positions")}
-    expected, expected_grads = gradients(last_row_loss, small, backend="triton")
-    found, grads = gradients(last_row_loss, moved, backend="triton")
-    assert error(found.loss, expected.loss.double()) <= 1e-6
-    assert error(grads[0], expected_grads[0].double()) <= 1e-2
-    assert error(grads[1][start:], expected_grads[1].double()) <= 1e-2
-    assert not grads[1][:start].any()
-
-
-def available_attentions(softcap=None):
-    q = torch.zeros(1, 4, 64, dtype=torch.bfloat16, device=DEVICE)
-    names = []
-    for name in ATTENTIONS[1:]:
-        try:
-            names.append(choose_attention(q, softcap=softcap, requested=name)[0])
-        except ValueError:
-            continue
-    return names
+    assert_all(correctness.large_offsets(140_000))
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"window": 70}, {"sinks": True}, {"sinks": True, "window": 70}, {"softcap": 20.0}],
-    ids=["plain", "window", "sinks", "sinks-window", "softcap"],
-)
+@pytest.mark.parametrize("options", correctness.OPTIONS.values(), ids=correctness.OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_attention_gives_the_same(dtype, options, head_dim):
-    """Output, losses and gradients against float64, by what a written-out attention loses."""
-    lengths, labels = [300, 1, 129, 64], [16, 1, 0, 4]
-    case = make_case(lengths, labels, 8, 2, head_dim, dtype, **options)
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-    generator = torch.Generator().manual_seed(1)
-    q = torch.randn(sum(lengths), 8, head_dim, generator=generator).to(DEVICE, dtype)
-    q[bounds[1:].long() - 1] = case["query"]
-    v = torch.randn(sum(lengths), 2, head_dim, generator=generator).to(DEVICE, dtype)
-    indices = [case[n] for n in ("label_positions", "label_offsets", "label_is_correct")]
-    rest = {name: options.get(name) for name in ("window", "softcap")}
-    rest |= {"penalty": 0.5, "reward": 1.0}
-    weights = torch.linspace(-1, 1, q.numel(), device=DEVICE).view_as(q)
-
-    def run(attention, to):
-        leaves = [t.to(to).requires_grad_() for t in (q, case["key"], v)]
-        sinks = case["sinks"].to(to).requires_grad_() if "sinks" in case else None
-        out, result = flash_attention_with_last_row_loss(
-            *leaves, bounds, *indices, longest=300, sinks=sinks, attention=attention, **rest
-        )
-        leaves += [] if sinks is None else [sinks]
-        total = (out * weights.to(to)).sum() + result.loss.sum()
-        return out, result, torch.autograd.grad(total, leaves)
-
-    true_out, truth, true_grads = run("separate", torch.float64)
-    base_out, base, base_grads = run("separate", dtype)
-    for attention in available_attentions(options.get("softcap")):
-        out, result, grads = run(attention, dtype)
-        assert torch.equal(result.is_induction, truth.is_induction), attention
-        assert error(out, true_out) <= max(2 * error(base_out, true_out), 1e-3), attention
-        assert error(result.loss, truth.loss) <= 1e-4, attention
-        for ours, theirs, exact in zip(grads, base_grads, true_grads, strict=True):
-            assert error(ours, exact) <= max(2 * error(theirs, exact), 1e-3), attention
-    assert error(base.loss, truth.loss) <= 1e-5
-
-
-def fused_case(lengths, labels):
-    case = make_case(lengths, labels, 7, 1, 64, torch.bfloat16)
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-    q, k, v = (
-        torch.randn(sum(lengths), heads, 64, dtype=torch.bfloat16, device=DEVICE)
-        for heads in (7, 1, 1)
-    )
-    k = case["key"]
-    q[bounds[1:].long() - 1] = case["query"]
-    indices = (case[n] for n in ("label_positions", "label_offsets", "label_is_correct"))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    return case, leaves, (*leaves, bounds, *indices)
-
-
-def both_ops(lengths, labels, penalty):
-    case, leaves, arguments = fused_case(lengths, labels)
-    factors = {"penalty": penalty, "reward": torch.ones((), device=DEVICE)}
-    options = {**factors, "longest": max(lengths)}
-
-    def run():
-        out, result = flash_attention_with_last_row_loss(*arguments, **options)
-        (out.sum() + result.loss.sum()).backward()
-        query = case["query"].requires_grad_()
-        alone = last_row_loss(**{**case, **factors, "query": query}, backend="triton")
-        alone.loss.sum().backward()
-        return [result.loss, alone.loss, query.grad, *(t.grad for t in leaves)]
-
-    return run
+    assert_all(correctness.every_attention(dtype, options, head_dim))
 
 
 def run_without_waiting(run):
@@ -163,7 +59,11 @@ def run_without_waiting(run):
 
 
 def test_nothing_waits_for_the_device():
-    run_without_waiting(both_ops([300, 40], [4, 4], torch.tensor(0.5, device=DEVICE)))
+    assert_all(correctness.no_waits(torch.bfloat16))
+
+
+def test_a_clock_of_kernels_leaves_out_the_host():
+    assert_all(correctness.clock_without_host())
 
 
 @pytest.mark.parametrize("gradient", ["full", "local"])
@@ -198,7 +98,7 @@ def test_new_lengths_counts_and_penalties_compile_nothing():
         kernels = (getattr(loss_triton, name) for name in KERNELS)
         return sum(len(caches[0]) for k in kernels for caches in k.device_caches.values())
 
-    both_ops([300, 40], [4, 4], torch.tensor(0.5, device=DEVICE))()
+    both_ops([300, 40], [4, 4], torch.tensor(0.5, device=DEVICE), torch.bfloat16)()
     before = compiled()
     assert before > 0
     for lengths, labels, penalty in (
@@ -206,18 +106,12 @@ def test_new_lengths_counts_and_penalties_compile_nothing():
         ([1], [1], 0.0),
         ([4000, 1, 1], [64, 0, 1], 1.0),
     ):
-        both_ops(lengths, labels, torch.tensor(penalty, device=DEVICE))()
+        both_ops(lengths, labels, torch.tensor(penalty, device=DEVICE), torch.bfloat16)()
     assert compiled() == before
 
 
 def test_the_fused_forward_is_bitwise_repeatable():
-    _, _, arguments = fused_case([700, 65], [7, 3])
-    options = {"penalty": 0.5, "reward": 1.0, "longest": 700}
-    first_out, first = flash_attention_with_last_row_loss(*arguments, **options)
-    for _ in range(100):
-        out, result = flash_attention_with_last_row_loss(*arguments, **options)
-        assert torch.equal(out, first_out)
-        assert all(torch.equal(a, b) for a, b in zip(result, first, strict=True))
+    assert_all(correctness.repeatable(100, torch.bfloat16))
 
 
 def test_a_model_in_bfloat16_equals_its_own_eager_attention():

@@ -1,0 +1,1 @@
+"""The phases of `first_gpu.py`, the most telling first."""
