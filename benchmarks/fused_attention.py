@@ -18,7 +18,7 @@ from abft_kernels import choose_attention
 
 from benchmarks.exactness import DTYPE, WIDE
 from benchmarks.layer import Layer, Shape, there_and_back
-from benchmarks.paired import compare, device_seconds
+from benchmarks.paired import compare, device_seconds, host_part
 from benchmarks.record import GPU, append, quick_first
 
 EAGER_LIMIT = 8192 if GPU else 4096  # tokens a prompt up to which a matrix is written out
@@ -74,5 +74,5 @@ def bench_fused_attention(shape, part, benchmark, rounds):
         append("fused_attention", row)
         print(
             f"n={shape} {part}: {contender:10} {timing.seconds.p50 * 1e3:9.3f} ms, "
-            f"{timing.to_floor.p50:5.2f} x attention"
+            f"{timing.to_floor.p50:5.2f} x attention{host_part(contenders[contender])}"
         )

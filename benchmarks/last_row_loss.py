@@ -19,7 +19,7 @@ from abft_kernels import LastRowLoss, choose_backend
 
 from benchmarks.exactness import DTYPE, WIDE, assert_exact
 from benchmarks.layer import Layer, Shape
-from benchmarks.paired import compare, device_seconds
+from benchmarks.paired import compare, device_seconds, host_part
 from benchmarks.peak_memory import in_fresh_process, peak_of
 from benchmarks.record import GPU, append, quick_first
 
@@ -111,7 +111,10 @@ def bench_last_row_loss(shape, benchmark, rounds):
             "peak_bytes": peaks.get(name.rpartition(", ")[2], ""),
         }
         append("last_row_loss", row)
-        print(f"n={shape} {name:28} {timing.seconds.p50 * 1e3:9.3f} ms, {share:5.0%} of the copy's")
+        print(
+            f"n={shape} {name:28} {timing.seconds.p50 * 1e3:9.3f} ms, {share:5.0%} of the copy's"
+            f"{host_part(contenders[name])}"
+        )
 
 
 def measured_peak(shape: Shape, contender: str) -> int:

@@ -182,6 +182,11 @@ def host_seconds(run: Callable[[], object]) -> float:
     return min(found)
 
 
+def host_part(run: Callable[[], object]) -> str:
+    """Say the host's part beside a GPU's time; nothing on a CPU, where there is no other time."""
+    return f", host {host_seconds(run) * 1e6:.0f} us" if GPU else ""
+
+
 def device_seconds(run: Callable[[], object]) -> float:
     """Seconds that a GPU works on a call; on a CPU the call's own.
 
