@@ -48,7 +48,7 @@ def without_memory(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _quantized(module: nn.Module, weight: Tensor) -> nn.Parameter:
+def _quantized(module: Any, weight: Tensor) -> nn.Parameter:
     """Quantize a weight as bitsandbytes does; its own parameter classes cannot be fake."""
     import bitsandbytes as bnb
 
