@@ -244,9 +244,11 @@ def load_adapter(
     lacking = held.keys() - saved.keys()
     without_place = saved.keys() - held.keys() - adapted.state_dict().keys()
     if lacking or without_place:
-        what = "has no weight for" if lacking else "changes other layers, such as"
         name = min(lacking or without_place).removeprefix("base_model.model.")
-        raise UserError(f"adapter {folder} does not fit the model: the adapter {what} {name}")
+        raise UserError(
+            f"adapter {folder} does not fit the model: the adapter changes other layers: it "
+            f"{'lacks' if lacking else 'has'} {name}"
+        )
     broken = [name for name, tensor in saved.items() if not tensor.isfinite().all()]
     if broken:
         raise UserError(f"adapter {folder}: {broken[0]} is not finite: train or copy it again")

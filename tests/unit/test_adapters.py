@@ -78,9 +78,9 @@ def test_lora_that_does_more_than_change_weights(setting, value, adapter):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda tensors: tensors.pop(LORA_A), f"has no weight for {LORA_A[17:]}"),
+        (lambda tensors: tensors.pop(LORA_A), f"it lacks {LORA_A[17:]}"),
         (lambda tensors: tensors.update({"base_model.model.x.lora_A.weight": torch.ones(1)}),
-         "changes other layers, such as x.lora_A.weight"),
+         "changes other layers: it has x.lora_A.weight"),
         (lambda tensors: tensors[LORA_A].fill_(float("nan")), f"{LORA_A} is not finite"),
         (lambda tensors: tensors.clear(), "adapter_model.safetensors holds no weights"),
     ],
@@ -95,8 +95,8 @@ def test_weights_that_peft_would_only_warn_of(change, says, adapter):
     ("changes", "says"),
     [
         ({"hidden_size": 64}, "size mismatch"),
-        ({"num_hidden_layers": 2}, "changes other layers, such as model.layers.2.self_attn.k_proj"),
-        ({"num_hidden_layers": 6}, "has no weight for model.layers.4.self_attn.k_proj"),
+        ({"num_hidden_layers": 2}, "changes other layers: it has model.layers.2.self_attn.k_proj"),
+        ({"num_hidden_layers": 6}, "it lacks model.layers.4.self_attn.k_proj"),
     ],
     ids=["wider", "fewer layers", "more layers"],
 )
@@ -107,7 +107,7 @@ def test_models_of_another_size(changes, says, adapter):
 
 def test_layers_that_the_model_lacks(adapter):
     change_config(adapter, layers_to_transform=[0, 9])
-    assert "changes other layers, such as model.layers.1" in refused(adapter)
+    assert "changes other layers: it has model.layers.1" in refused(adapter)
 
 
 def test_what_peft_warns_of_is_said_once(adapter):
