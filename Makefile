@@ -1,5 +1,5 @@
-.PHONY: install train check test coverage lint types bench bench-gpu first-gpu report builtin-model \
-	real-models options figures docs kernels-report clean
+.PHONY: install train check test coverage fuzz lint types bench bench-gpu first-gpu report \
+	builtin-model real-models options figures docs kernels-report clean
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -31,6 +31,11 @@ test: install lint
 # Every test, also in the processes that tests start; it takes longer than `make test`.
 coverage: install
 	$(PYTEST) --cov --cov-report=term
+
+# Any bytes into the readers of files, about five minutes; FUZZ_EXAMPLES=100000 for a night.
+fuzz: export FUZZ_EXAMPLES ?= 5000
+fuzz: install
+	$(PYTEST) --dist load -m fuzz tests/fuzz
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,9 +13,14 @@ if not torch.cuda.is_available():  # read when kernels are defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items):
-    """Mark `kernels` tests `gpu` where there is a GPU; without one, skip the `gpu` tests."""
+def pytest_collection_modifyitems(config, items):
+    """Mark `kernels` tests `gpu` where there is a GPU; without one, skip the `gpu` tests.
+
+    `fuzz` tests run only where they are asked for.
+    """
     for item in items:
+        if item.get_closest_marker("fuzz") and "fuzz" not in config.getoption("markexpr"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: `make fuzz`"))
         if not torch.cuda.is_available():
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))

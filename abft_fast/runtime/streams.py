@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from abft_fast.errors import RunError, UserError
@@ -28,8 +29,7 @@ def prepare() -> None:
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - never closed
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        _reconfigure(stream, errors="backslashreplace")
 
 
 def check_stdout() -> None:
@@ -44,8 +44,7 @@ def check_stdout() -> None:
 
 def utf8_stdout() -> TextIO:
     """Return standard output as the program writes files: UTF-8, in any locale."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8", errors="strict")
+    _reconfigure(sys.stdout, encoding="utf-8", errors="strict")
     return sys.stdout
 
 
@@ -70,6 +69,13 @@ def stdout_complete() -> Iterator[None]:
             _discard_stdout()
             error.filename = "standard output"
         raise
+
+
+def _reconfigure(stream: TextIO, **how: str) -> None:
+    """Change how a stream encodes; leave the stream of another program, such as a notebook's."""
+    if isinstance(stream, io.TextIOWrapper):
+        with suppress(OSError):  # it was a file, and is a pipe now
+            stream.reconfigure(**how)
 
 
 def _discard_stdout() -> None:

@@ -1,6 +1,7 @@
 """What an output leads to is written as a shell would write it, and whole or not at all."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,24 @@ def test_a_folder_that_another_process_made_is_not_replaced(tmp_path):
 def test_the_longest_name_is_written(name, tmp_path):
     write_text(tmp_path / name, "long")
     assert os.listdir(tmp_path) == [name]
+
+
+def test_a_file_that_is_mounted_by_itself_is_overwritten(tmp_path):
+    """As `docker run -v FILE:FILE` mounts it: no other file can take its place."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.touch()
+    outside.write_text("old and longer")
+    mount = ["unshare", "--mount", "--map-root-user", "sh", "-ec"]
+    code = (
+        "from pathlib import Path; from abft_fast.runtime.files import write_text;"
+        f"write_text(Path({str(inside)!r}), 'new')"
+    )
+    bind = f"mount --bind {outside} {inside}"
+    if not shutil.which("unshare") or subprocess.run([*mount, bind], check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    subprocess.run([*mount, f'{bind}; exec "$@"', "sh", sys.executable, "-c", code], check=True)
+    assert outside.read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["inside", "outside"]
 
 
 def test_a_hard_link_to_an_input_is_refused(tmp_path):
