@@ -8,6 +8,7 @@ All other modules of this package import what they need at their top.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from abft_fast.commands import adapter_origin, prediction_files
@@ -72,7 +73,8 @@ def check_evaluate(config: EvalConfig) -> None:
         UserError: one of them cannot be used.
     """
     if config.output is not None:
-        check_output(config.output, read=datasets.paths(config))
+        named = [path for path in (config.config, Path(config.model)) if path is not None]
+        check_output(config.output, read=[*datasets.paths(config), *named])
     if config.adapter is not None:
         check_adapter(config.adapter)
     check_model(config.model)

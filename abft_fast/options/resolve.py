@@ -67,7 +67,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, unreadable, or not a mapping of options.
     """
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"config {path} does not exist") from None
     except OSError as error:

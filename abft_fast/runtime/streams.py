@@ -71,11 +71,11 @@ def stdout_complete() -> Iterator[None]:
         raise
 
 
-def _reconfigure(stream: TextIO, **how: str) -> None:
+def _reconfigure(stream: TextIO, *, errors: str, encoding: str | None = None) -> None:
     """Change how a stream encodes; leave the stream of another program, such as a notebook's."""
     if isinstance(stream, io.TextIOWrapper):
         with suppress(OSError):  # it was a file, and is a pipe now
-            stream.reconfigure(**how)
+            stream.reconfigure(encoding=encoding, errors=errors)
 
 
 def _discard_stdout() -> None:

@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from abft_fast.errors import UserError
+from abft_fast.runtime.lock import check_free
 from tests.command_line import COMMAND, QUICK, environment
 
 pytestmark = pytest.mark.kill
@@ -29,6 +31,14 @@ def end_when(condition, number, *arguments, cwd):
     return process.returncode, stderr.splitlines()[-1]
 
 
+def is_held(folder):
+    try:
+        check_free(folder, "held")
+    except UserError:
+        return True
+    return False
+
+
 @both_signals
 def test_predict_leaves_no_temporary_file(number, tmp_path):
     (tmp_path / "demos.csv").write_text("text,label\na delight,good\ntwo hours lost,bad\n")
@@ -47,10 +57,16 @@ def test_predict_leaves_no_temporary_file(number, tmp_path):
 
 @both_signals
 def test_train_says_how_to_continue(number, tmp_path):
-    metrics = tmp_path / "run/metrics.jsonl"
+    run = tmp_path / "run"
+
+    def goes_on():
+        """Whether steps are taken, and no other process may work in the folder."""
+        return (run / "metrics.jsonl").exists() and is_held(run)
+
     ended, line = end_when(
-        metrics.exists, number, "train", *QUICK, "--no-eval", "--output-dir", "run", cwd=tmp_path
+        goes_on, number, "train", *QUICK, "--no-eval", "--output-dir", "run", cwd=tmp_path
     )
+    assert not is_held(run)
     assert ended == 130
     assert line == "abft-fast: interrupted; continue with `abft-fast train --resume run`"
 

@@ -159,12 +159,6 @@ def test_the_control_of_the_penalty_is_off_in_the_papers_ablations(ablation, tmp
     assert not any("adaptation" in line for line in other.without_effect)
 
 
-def test_a_byte_order_mark_is_no_option(tmp_path):
-    """Editors of Windows write one."""
-    (tmp_path / "c.yaml").write_bytes(b"\xef\xbb\xbfk: 3\n")
-    assert resolve(TrainConfig, {"config": str(tmp_path / "c.yaml")}).k == 3
-
-
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     """A shell expands none in YAML and in `--option=~/file`."""
     monkeypatch.setenv("HOME", str(tmp_path))
