@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from abft_fast.runtime.progress import plain_console
 from abft_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:  # it imports torch
@@ -141,12 +142,12 @@ def print_findings(findings: list[tuple[str, str]]) -> None:
     table = Table(show_header=False)
     for name, value in findings:
         table.add_row(name, value)
-    Console(highlight=False).print(table)
+    plain_console().print(table)
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=100)
+    console = plain_console()
+    return console if console.is_terminal else plain_console(width=100)
 
 
 def _percent(value: float | None, sign: str = "") -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -19,6 +20,15 @@ from abft_fast.runtime.launch import is_main
 _PLAIN_LINES = 4  # a task reports this often where there is no terminal
 
 
+def plain_console(**options: Any) -> Console:
+    """Return a console that prints every text as it is, also `[red]` and `:cat:`.
+
+    Args:
+        options: what else rich's `Console` takes.
+    """
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
 class Progress:
     """Print messages and bars to stderr, so that stdout holds results only.
 
@@ -27,20 +37,20 @@ class Progress:
 
     def __init__(self) -> None:
         self._silent = not is_main()
-        self.console = Console(stderr=True, highlight=False, quiet=self._silent)
+        self.console = plain_console(stderr=True, quiet=self._silent)
         self._said: list[str] = []
         self._log: Path | None = None
 
     def say(self, line: str) -> None:
         """Print one line without wrapping it; write it to the run's log as well."""
-        self.console.print(line, soft_wrap=True, markup=False)
+        self.console.print(line, soft_wrap=True)
         self._log_or_keep([line])
 
     def show(self, table: Table) -> None:
         """Print a table; write it to the run's log as well."""
         self.console.print(table)
         text = io.StringIO()
-        Console(file=text, highlight=False, width=100).print(table)
+        plain_console(file=text, width=100).print(table)
         self._log_or_keep(text.getvalue().splitlines())
 
     def keep(self, log: Path) -> None:
@@ -83,11 +93,11 @@ class Progress:
 
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
             )
             with RichProgress(*columns, console=self.console) as rich:
                 task = rich.add_task(what, total=total, completed=done, note="")

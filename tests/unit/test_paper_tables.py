@@ -11,6 +11,7 @@ from abft_fast.experiments.records import read_records
 from abft_fast.experiments.results import write_results
 from abft_fast.experiments.tables.format import FORMATS
 from abft_fast.experiments.tables.layouts import make_table
+from abft_fast.experiments.tables.types import Entry, Table
 from abft_fast.options import TableConfig, TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.files import write_json
@@ -91,6 +92,22 @@ def test_other_options_are_other_rows_and_latex_is_escaped(seeds):
         "ABFT (k=8, head_filter=True)", "ABFT (k=4, head_filter=False)",
     ]  # fmt: skip
     assert any(r"head\_filter=False" in line for line in show(seeds, "latex"))
+
+
+def test_names_are_text_in_every_format():
+    names = ["[b]|x", "*a* _b_ a_b", "<i>$x$ `c`~d\\"]
+    table = Table([*names], [[*names], ["[2]", "two\n\nlines", Entry(0.5, note="a|_b_")]])
+    _, _, first, second = FORMATS["markdown"](table).splitlines()
+    assert first == (
+        r"| \[b\]\|x | \*a\* \_b\_ a_b | \<i\>\$x\$ \`c\`\~d\\ |"
+    )  # fmt: skip
+    assert second == r"| \[2\] | two lines | 50.00 (a\|\_b\_) |"
+    latex = FORMATS["latex"](table).splitlines()
+    assert latex[2] == (
+        r"{[}b]\textbar{}x & {*}a{*} \_b\_ a\_b & \textless{}i\textgreater{}\$x\$ "
+        r"`c`\textasciitilde{}d\textbackslash{} \\"
+    )
+    assert latex[-3] == r"{[}2] & two lines & 50.00 (a\textbar{}\_b\_) \\"  # \\[2] is a length
 
 
 def test_a_corpus_that_is_not_the_papers_is_named(tmp_path):

@@ -1,7 +1,13 @@
-import pytest
+from pathlib import Path
 
+import pytest
+from rich.table import Table
+
+from abft_fast.commands import report
+from abft_fast.options import TrainConfig
 from abft_fast.runtime import progress
 from abft_fast.runtime.progress import Progress
+from abft_fast.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.unit
 
@@ -34,6 +40,48 @@ def test_a_plain_line_says_the_rate_and_the_time_left(clock, tmp_path):
         "evaluating: 6/8, 5 tokens/s, 0:00:40 left",
         "evaluating: 8/8, 5 tokens/s, 0:00:00 left",
     ]
+
+
+NAMES = ["run[final]", "a[/b]x", "[red]", ":cat:"]
+
+
+def test_names_are_no_markup(tmp_path, capsys, monkeypatch):
+    table = Table(*NAMES, title=NAMES[0])
+    table.add_row(*NAMES)
+    reporter = Progress()
+    reporter.keep(tmp_path / "run.log")
+    reporter.say(" ".join(NAMES))
+    reporter.show(table)
+    printed = capsys.readouterr().err
+    for name in NAMES:
+        assert printed.count(name) == 3 + (name == NAMES[0])
+        assert (tmp_path / "run.log").read_text().count(name) == 3 + (name == NAMES[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_title_of_a_bar_is_no_markup(name, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    reporter = Progress()
+    assert reporter.console.is_terminal
+    with reporter.bar(name, 1, tokens=1) as advance:
+        advance(1, 1, note=f"note {name}")
+    printed = capsys.readouterr().err
+    assert name in printed and f"note {name}" in printed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tables_of_results_show_names_as_they_are(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(Path(name))
+    run.create(TrainConfig(), 1, {}, {})
+    run.append_metrics({"step": 1, "seconds": 1.0, "peak_memory_bytes": 1})
+    report.print_run(run)
+    behavior = {"induction_heads": 1.0, "correct_share_above_chance": None}
+    report.print_evaluation({name: {"accuracy": 0.5}}, {name: behavior})
+    report.print_findings([(name, f"{name}!")])
+    printed = capsys.readouterr().out
+    assert f"run folder: {name}\n" in printed
+    assert f"abft-fast eval: {name}" in printed and f"{name}!" in printed
 
 
 def test_a_resumed_block_counts_its_own_tokens_only(clock, tmp_path):

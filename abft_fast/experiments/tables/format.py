@@ -11,13 +11,17 @@ _MISSING, _DOES_NOT_APPLY = "missing", "-"
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "[": "{[}", "*": "{*}",  # after a row's end they would be its arguments
 }  # fmt: skip
+_OF_LATEX = re.compile(f"[{re.escape(''.join(_LATEX))}]")
+_OF_MARKDOWN = re.compile(r"[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)")
 
 
 def to_markdown(table: Table) -> str:
     """Format as markdown: percentages with two decimals, `±` and the deviation, the best bold."""
     alignments = ["---" if _is_text(table, i) else "---:" for i in range(len(table.titles))]
-    lines = [table.titles, alignments]
+    lines = [[*map(_markdown, table.titles)], alignments]
     lines += [[_markdown(value) for value in line] for line in _models_named_once(table)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -26,7 +30,7 @@ def to_latex(table: Table) -> str:
     """Format as LaTeX: the deviation is a subscript, and a rule separates models."""
     columns = "".join("l" if _is_text(table, i) else "r" for i in range(len(table.titles)))
     lines = [r"\begin{tabular}{" + columns + "}", r"\toprule"]
-    lines += [" & ".join(map(_escape, table.titles)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(_latex, table.titles)) + r" \\", r"\midrule"]
     for number, line in enumerate(_models_named_once(table)):
         if number and line[0]:
             lines.append(r"\midrule")
@@ -54,7 +58,7 @@ def _models_named_once(table: Table) -> list[list[str | Entry]]:
 
 def _markdown(value: str | Entry) -> str:
     if isinstance(value, str):
-        return value.replace("|", r"\|")
+        return _escaped_markdown(value)
     if value.mean is None:
         return _MISSING if value.applies else _DOES_NOT_APPLY
     text = _number(value.mean, value.unit, times="\N{MULTIPLICATION SIGN}")
@@ -62,12 +66,12 @@ def _markdown(value: str | Entry) -> str:
         text = f"**{text}**"
     if value.deviation is not None:
         text += f" ± {100 * value.deviation:.2f}"
-    return text + (f" ({value.note})" if value.note else "")
+    return text + (f" ({_escaped_markdown(value.note)})" if value.note else "")
 
 
 def _latex(value: str | Entry) -> str:
     if isinstance(value, str):
-        return _escape(value)
+        return _escaped_latex(value)
     if value.mean is None:
         return _MISSING if value.applies else _DOES_NOT_APPLY
     text = _number(value.mean, value.unit, times=r"$\times$")
@@ -75,7 +79,7 @@ def _latex(value: str | Entry) -> str:
         text = rf"\textbf{{{text}}}"
     if value.deviation is not None:
         text += f"$_{{{100 * value.deviation:.2f}}}$"
-    return text + (f" ({_escape(value.note)})" if value.note else "")
+    return text + (f" ({_escaped_latex(value.note)})" if value.note else "")
 
 
 def _number(value: float, unit: str, times: str) -> str:
@@ -90,5 +94,9 @@ def _number(value: float, unit: str, times: str) -> str:
     return f"{value:.0f}"
 
 
-def _escape(text: str) -> str:
-    return re.sub(r"[\\&%$#_{}~^]", lambda match: _LATEX[match[0]], text)
+def _escaped_markdown(text: str) -> str:
+    return _OF_MARKDOWN.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _escaped_latex(text: str) -> str:
+    return _OF_LATEX.sub(lambda match: _LATEX[match[0]], " ".join(text.split()))
