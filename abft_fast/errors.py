@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """The user's mistake: the message names the thing and the fix. Exit code 2."""
@@ -28,3 +31,17 @@ class SaidByMain(Exception):  # noqa: N818 - the error itself is another's
 
     def __init__(self, exit_code: int):
         self.exit_code = exit_code
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """Return a hint such as `; did you mean 'text'?`, or nothing if no name is similar."""
+    by_lower = {other.lower(): other for other in names}
+    matches = difflib.get_close_matches(name.lower(), by_lower, 1)
+    return f"; did you mean {by_lower[matches[0]]!r}?" if matches else ""
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Return the names in quotes, separated by commas; beyond `most` only the first ones."""
+    names = [repr(name) for name in names]
+    more = f", … ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -35,6 +35,7 @@ from abft_fast.options import (
     flag,
     is_positional,
 )
+from abft_fast.options.base import shell_command
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime import launch, streams
 from abft_fast.runtime.files import check_output, write_text
@@ -108,7 +109,7 @@ def _kind_text(kind: Any) -> str:
 @_command(TrainConfig)
 def train(flags: dict[str, Any]) -> None:
     """Fine-tune attention behavior on a dataset, and evaluate before and after."""
-    config, run = checks.check_train(resolve(TrainConfig, flags), flags)
+    config, run = checks.check_train(flags)
     from abft_fast.commands.train import train
 
     run = train(config, run, Progress())
@@ -176,7 +177,8 @@ def sweep(flags: dict[str, Any]) -> None:
             print(f"{cell.title}  {cell.name}")
         return
     folder = run_sweep(config, cells, Progress())
-    print(f"results: {folder / 'results.csv'}; `abft-fast table {folder}` makes a table of them")
+    table_of_them = shell_command("table", folder)
+    print(f"results: {folder / 'results.csv'}; `{table_of_them}` makes a table of them")
 
 
 @_command(TableConfig)

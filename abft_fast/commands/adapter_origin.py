@@ -44,12 +44,11 @@ def check_tested_apart(config: EvalConfig) -> None:
     if dataset.test_path != dataset.training_path:
         return  # the test rows are in another file
     now = config.model_dump(mode="json")
-    digest = dict(dataset.files)[str(dataset.training_path.resolve())]
-    trained_on = run.data.get(options["dataset"])
-    if options["dataset"] != now["dataset"] and digest != trained_on:
+    same_content = dataset.files[0][1] in run.data.values()
+    if options["dataset"] != now["dataset"] and not same_content:
         return
     what = f"adapter {config.adapter} was trained on rows of {config.dataset} that are to be tested"
-    if digest != trained_on:
+    if not same_content:
         raise UserError(
             f"{what}, because the file has changed since: restore the file, or give --test-file"
         )

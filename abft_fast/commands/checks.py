@@ -7,7 +7,6 @@ All other modules of this package import what they need at their top.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,19 @@ from abft_fast.options import (
     datasets,
     flag,
 )
+from abft_fast.options.base import expanded, shell_command
 from abft_fast.options.methods import METHODS
+from abft_fast.options.resolve import resolve
 from abft_fast.runtime import launch
 from abft_fast.runtime.files import check_output, check_output_folder
 from abft_fast.training import picl
-from abft_fast.training.run_folder import RunFolder
-
-_OF_THIS_CALL = ("force", "device", "device_map")
-"""Options that a resumed run may be given anew."""
+from abft_fast.training.run_folder import MOVABLE, OF_THIS_CALL, RunFolder
 
 
-def check_train(config: TrainConfig, flags: Mapping[str, Any]) -> tuple[TrainConfig, RunFolder]:
+def check_train(flags: dict[str, Any]) -> tuple[TrainConfig, RunFolder]:
     """Reserve the folder of a new run, or open the run to resume.
 
     Args:
-        config: the options that `flags` and a `--config` file give.
         flags: the options of the command line.
 
     Returns:
@@ -48,22 +45,30 @@ def check_train(config: TrainConfig, flags: Mapping[str, Any]) -> tuple[TrainCon
     Raises:
         UserError: the options, the data, the model or the run's folder do not allow it.
     """
-    if config.resume is None:
+    if "resume" in flags:
+        run, config = _resumed(flags)
+    else:
+        config = resolve(TrainConfig, flags)
+        if config.resume is not None:
+            raise UserError(f"--resume {config.resume}: give it on the command line, not in a file")
         run = RunFolder.reserve(config)
         _check_data(config)
         check_train_data(config)
-    else:
-        unwanted = sorted(set(flags) - {"resume", "debug", *_OF_THIS_CALL})
-        if unwanted:
-            names = ", ".join(map(flag, unwanted))
-            raise UserError(f"--resume uses the run's own options: leave out {names}")
-        run, options = RunFolder.open(config.resume)
-        given = {name: getattr(config, name) for name in _OF_THIS_CALL if name in flags}
-        config = options.model_copy(update={**given, "resume": config.resume})
-        run.check_data(datasets.file_hashes(config))
     check_model(config.model)
     _check_device(config)
     return config, run
+
+
+def _resumed(flags: dict[str, Any]) -> tuple[RunFolder, TrainConfig]:
+    """Open the run to resume; refuse options other than those that it may be given anew."""
+    allowed = {"resume", "debug", "force", *OF_THIS_CALL, *MOVABLE}
+    unwanted = sorted(set(flags) - allowed)
+    if unwanted:
+        names = ", ".join(map(flag, unwanted))
+        raise UserError(f"--resume uses the run's own options: leave out {names}")
+    run, config = RunFolder.open(Path(expanded(flags["resume"])), flags)
+    run.check_data(datasets.file_hashes(config))
+    return run, config
 
 
 def check_evaluate(config: EvalConfig) -> None:
@@ -91,8 +96,8 @@ def check_plan(config: PlanConfig) -> None:
         UserError: one of them cannot be used, or `--resume` is given.
     """
     if config.resume is not None:
-        options = config.resume / "config.yaml"
-        raise UserError(f"--resume works with train only: plan a run with --config {options}")
+        planned = shell_command("plan", "--config", config.resume / "config.yaml")
+        raise UserError(f"--resume works with train only: plan a run with `{planned}`")
     check_model_folder(config.model)
     _check_data(config)
     check_train_data(config)
@@ -141,6 +146,8 @@ def check_train_data(config: TrainConfig) -> None:
 
 def _check_data(config: Options) -> None:
     """Check that the user's own data allow `--k` demonstrations."""
+    if launch.process_count() > 1:
+        datasets.refuse_streams(config, "every process")
     if config.data_are_own:
         dataset = datasets.by_options(config)
         if isinstance(config, TrainConfig) and METHODS[config.method].trains_on_tested_dataset:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
-from rich.text import Text
 
 from abft_fast.data import Dataset
 from abft_fast.data.own import OwnDataset
@@ -38,17 +38,41 @@ def show_data(
     counts = [Counter(e.label for e in part) for part in (dataset.training, dataset.test)]
     for label, value in enumerate(dataset.label_values):
         table.add_row(
-            Text(value),
-            Text(encoder.template.label_words[label]),
+            value,
+            encoder.template.label_words[label],
             str(encoder.label_ids[label]),
             *(str(count[label]) for count in counts),
         )
     table.add_row("together", "", "", *(str(count.total()) for count in counts))
     progress.show(table)
     context = "" if encoder.max_length is None else f" of the model's {encoder.max_length}"
+    for line in (*dataset.notes, *labels_alike(dataset.label_values)):
+        progress.say(line)
     progress.say(f"longest prompt: {max(lengths)}{context} tokens")
     for line in oddities(dataset):
         progress.say(line)
+
+
+def labels_alike(labels: Sequence[str]) -> list[str]:
+    """Return a line that names labels which may be one, such as `1` and `1.0`, or `yes` and `Yes`.
+
+    Labels are alike if they are the same number, or the same but for case, spaces between words
+    and forms of a character.
+    """
+    alike: dict[float | str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(_essence(label), []).append(label)
+    groups = [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]
+    if not groups:
+        return []
+    return [f"labels that may be one: {'; '.join(groups)}: write both the same way if they are"]
+
+
+def _essence(label: str) -> float | str:
+    try:
+        return float(label)
+    except ValueError:
+        return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
 
 
 def oddities(dataset: OwnDataset) -> list[str]:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from abft_fast.commands import adapter_origin
-from abft_fast.commands.prediction_files import PredictionWriter, read_queries
+from abft_fast.commands.data_report import labels_alike
+from abft_fast.commands.prediction_files import PredictionWriter, notes, read_queries
 from abft_fast.commands.session import ModelOnDevice
 from abft_fast.core.label_logits import keep_label_rows
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
 from abft_fast.data import Dataset, Example, Prompt
-from abft_fast.data.tables import Row
+from abft_fast.data.rows import Row
 from abft_fast.errors import RunError, UserError
 from abft_fast.models import loading
 from abft_fast.models.preflight import check_attention, shared_prefix_is_exact
@@ -46,6 +47,8 @@ def predict(
             or a prompt is too long and `--on-long-prompt` is refuse.
         RunError: a label's logit is not finite.
     """
+    for line in (*notes(config), *labels_alike(dataset.label_words)):
+        progress.say(line)
     labeller = Labeller(config, dataset, progress)
     done = dropped = 0
     said = labeller.chunk

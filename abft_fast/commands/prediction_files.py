@@ -12,9 +12,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO
 
 from abft_fast.data import Dataset, Example, tables
-from abft_fast.data.tables import Row
+from abft_fast.data.reading import STDIN
+from abft_fast.data.rows import Row
 from abft_fast.data.template_file import TemplateFile, read_template
-from abft_fast.errors import UserError
+from abft_fast.errors import UserError, closest, listed
 from abft_fast.models.files import check_adapter
 from abft_fast.options import PredictConfig
 from abft_fast.runtime.files import atomic_file, check_output
@@ -39,7 +40,9 @@ def check_files(config: PredictConfig) -> None:
     else:
         read = (config.input, config.demonstrations, config.template, config.config)
         check_output(output, read=[path for path in read if path is not None])
-    next(tables.read_rows(config.input, (config.text_column,)))  # raises for a wrong header
+    if str(config.input) == STDIN == str(config.demonstrations):
+        raise UserError("--input and --demonstrations are both -: name a file for one of them")
+    next(_input_rows(config))  # raises for a wrong header
 
 
 def check_queries(config: PredictConfig, label_words: Sequence[str]) -> None:
@@ -78,13 +81,14 @@ def read_demonstrations(config: PredictConfig) -> Dataset:
     path = config.demonstrations
     template = TemplateFile() if config.template is None else read_template(config.template)
     labelled = []
-    for row in tables.read_rows(path, (config.text_column, config.label_column)):
+    columns = (config.text_column, config.label_column)
+    for row in tables.read_rows(path, columns, delimiter=config.delimiter):
         value = row.category(config.label_column, template.labels or ())
         if template.labels is not None and value not in template.labels:
             raise UserError(
                 f"{row.place(config.label_column)}: {value!r} is not among the labels of "
-                f"{config.template}: {tables.listed(template.labels)}"
-                f"{tables.closest(value, template.labels)}"
+                f"{config.template}: {listed(template.labels)}"
+                f"{closest(value, template.labels)}"
             )
         labelled.append((row.text(config.text_column), value))
     words = template.labels or {value: value for value in sorted({value for _, value in labelled})}
@@ -114,19 +118,23 @@ def read_queries(config: PredictConfig, label_words: Sequence[str]) -> Iterator[
         UserError: a row has no text, or has a column that the output adds.
     """
     written = _columns(label_words)
-    for row in tables.read_rows(config.input):
-        if config.text_column not in row.cells:
-            raise UserError(
-                f"{row.place()}: there is no column {config.text_column!r}; the columns are "
-                f"{tables.listed(row.cells) or 'none'}"
-                f"{tables.closest(config.text_column, row.cells)}"
-            )
+    for row in _input_rows(config):
         for column in written:
             if column in row.cells:
                 raise UserError(
                     f"{row.place()}: the output has a column {column!r} too: rename it in the input"
                 )
         yield row, row.text(config.text_column)
+
+
+def notes(config: PredictConfig) -> list[str]:
+    """Return lines about files that are not read as their suffix says."""
+    needed = {
+        config.demonstrations: (config.text_column, config.label_column),
+        config.input: (config.text_column,),
+    }
+    lines = (tables.note(path, columns, config.delimiter) for path, columns in needed.items())
+    return [line for line in lines if line]
 
 
 class PredictionWriter:
@@ -160,6 +168,11 @@ def open_output(config: PredictConfig, label_words: Sequence[str]) -> Iterator[P
         nullcontext(utf8_stdout()) if config.output is None else atomic_file(config.output) as file
     ):
         yield PredictionWriter(file, label_words, _writes_json(config))
+
+
+def _input_rows(config: PredictConfig) -> Iterator[Row]:
+    needed = (config.text_column,)
+    return tables.read_rows(config.input, needed=needed, delimiter=config.delimiter)
 
 
 def _writes_json(config: PredictConfig) -> bool:

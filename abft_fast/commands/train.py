@@ -53,7 +53,7 @@ def train(config: TrainConfig, run: RunFolder, progress: Progress) -> RunFolder:
         except KeyboardInterrupt:
             if config.no_save or not run.is_begun:
                 raise
-            line = f"interrupted; continue with `abft-fast train --resume {run.folder}`"
+            line = f"interrupted; continue with `{run.resume_command(config)}`"
             raise Interrupted(line) from None
         finally:
             run.release()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from abft_fast.data import tables
 from abft_fast.data.dataset import Dataset, Example
+from abft_fast.data.reading import sha256_of
 from abft_fast.data.template_file import TemplateFile, read_template
-from abft_fast.errors import UserError
+from abft_fast.errors import UserError, closest, listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class OwnDataset(Dataset):
         training_path, test_path: the files or folders that hold the examples.
         training_rows, test_rows: the row number of each example in its file.
         split: how the test examples were chosen, as a phrase.
+        notes: lines about files that are not read as their suffix says.
     """
 
     label_values: tuple[str, ...]
@@ -33,6 +35,7 @@ class OwnDataset(Dataset):
     training_rows: tuple[int, ...]
     test_rows: tuple[int, ...]
     split: str
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class OwnSource:
         training, test: files of examples; without a test file the training rows are split.
         template: the file that says how prompts are written, if any.
         text_column, label_column: the names of the columns.
+        delimiter: what separates the columns of CSV and TSV; None to find it.
         test_share: the part of each label's rows to test on, where rows are split.
         split_seed: the seed of the choice of these rows.
     """
@@ -54,6 +58,7 @@ class OwnSource:
     template: Path | None
     text_column: str
     label_column: str
+    delimiter: str | None
     test_share: float
     split_seed: int
 
@@ -72,7 +77,7 @@ def load_own(source: OwnSource) -> OwnDataset:
         UserError: a file is missing, unreadable, or a row does not fit the source.
     """
     paths = [p for p in (source.training, source.test, source.template) if p is not None]
-    return _load(source, tuple((str(path.resolve()), sha256(path)) for path in paths))
+    return _load(source, tuple((tables.place_to_save(path), sha256(path)) for path in paths))
 
 
 def sha256(path: Path) -> str:
@@ -84,14 +89,10 @@ def sha256(path: Path) -> str:
     whole = hashlib.sha256()
     paths = tables.files_of(path)
     for file in paths:
-        try:
-            with file.open("rb") as opened:
-                digest = hashlib.file_digest(opened, "sha256")
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        digest = sha256_of(file)
         if len(paths) == 1:
-            return digest.hexdigest()
-        whole.update(f"{file.name} {digest.hexdigest()}\n".encode())
+            return digest
+        whole.update(f"{file.name} {digest}\n".encode())
     return whole.hexdigest()
 
 
@@ -127,7 +128,14 @@ def _load(source: OwnSource, files: tuple[tuple[str, str], ...]) -> OwnDataset:
         training_rows=tuple(e.row for e in training),
         test_rows=tuple(e.row for e in test),
         split=split,
+        notes=_notes(source),
     )
+
+
+def _notes(source: OwnSource) -> tuple[str, ...]:
+    needed = (source.text_column, source.label_column)
+    files = [path for path in (source.training, source.test) if path is not None]
+    return tuple(filter(None, (tables.note(path, needed, source.delimiter) for path in files)))
 
 
 def _read(
@@ -136,12 +144,12 @@ def _read(
     """Read a file's texts and label values; refuse a value not in `known`, where that is given."""
     text, label = source.text_column, source.label_column
     examples = []
-    for row in tables.read_rows(path, (text, label)):
+    for row in tables.read_rows(path, (text, label), delimiter=source.delimiter):
         value = row.category(label, known or ())
         if known is not None and value not in known:
             raise UserError(
                 f"{row.place(label)}: {value!r} is not among the labels of {known_from}: "
-                f"{tables.listed(known)}{tables.closest(value, known)}"
+                f"{listed(known)}{closest(value, known)}"
             )
         examples.append(_Labelled(row.text(text), value, row.number))
     return examples

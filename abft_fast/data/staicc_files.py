@@ -16,7 +16,7 @@ from typing import Any
 
 from abft_fast.data import tables
 from abft_fast.data.dataset import Dataset, Example
-from abft_fast.errors import UserError
+from abft_fast.errors import UserError, closest
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def resolve_name(name: str) -> str:
     if lowered not in SOURCES:
         raise UserError(
             f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}, an index 0-9, or "
-            f"data of your own ({tables.FORMATS}){tables.closest(lowered, DATASETS)}"
+            f"data of your own ({tables.FORMATS}){closest(lowered, DATASETS)}"
         )
     return lowered
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from abft_fast.data.tables import closest
-from abft_fast.errors import UserError
+from abft_fast.data.reading import again
+from abft_fast.errors import UserError, closest
 
 _KEYS = ("input_prefix", "label_prefix", "labels")
 _NO_VALUE = ("null", "Null", "NULL", "~")
@@ -37,7 +37,7 @@ def read_template(path: Path) -> TemplateFile:
         UserError: the file is missing, no YAML, has another key, or names a label word twice.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with again(path).open(encoding="utf-8-sig") as file:
             node = yaml.compose(file, Loader=yaml.BaseLoader)
     except FileNotFoundError:
         raise UserError(f"--template {path} does not exist") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from abft_fast.data.reading import again
 from abft_fast.errors import UserError
 
 
@@ -16,7 +17,8 @@ def read_lines(option: str, file: Path) -> list[str]:
         UserError: the file cannot be read.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # \r\n and \r have become \n
+        text = again(file).read_text(encoding="utf-8-sig")
+        lines = text.split("\n")  # \r\n and \r have become \n
     except OSError as error:
         raise UserError(f"{option} {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -91,6 +91,7 @@ def _cell(options: dict[str, Any], groups: dict[str, Group], axes: list[str]) ->
     if method.lower() in CALIBRATIONS:
         return _evaluation_cell(method.lower(), options, groups, axes)
     config = resolve(TrainConfig, options)
+    datasets.refuse_streams(config, "every cell")
     files = tuple(datasets.file_hashes(config).items())
     title = _title(options, groups, axes)
     return Cell("train", config.method, config, _labels(groups), title, files)
@@ -118,6 +119,7 @@ def _evaluation_cell(
             f"method that trains, as in `- ABFT: {{method: ABFT, calibration: {given}}}`"
         )
     config = resolve(EvalConfig, {**options, "calibration": calibration})
+    datasets.refuse_streams(config, "every cell")
     files = tuple(datasets.file_hashes(config).items())
     title = _title({**options, "method": method}, groups, axes)
     return Cell("eval", method, config, _labels(groups), title, files)

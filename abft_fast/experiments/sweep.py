@@ -14,6 +14,7 @@ from abft_fast.experiments.records import read_cell
 from abft_fast.experiments.results import write_results
 from abft_fast.experiments.sweep_file import parse_overrides
 from abft_fast.options import SweepConfig
+from abft_fast.options.base import shell_command
 from abft_fast.runtime import launch
 from abft_fast.runtime.files import check_output_folder
 from abft_fast.runtime.lock import FolderLock
@@ -58,8 +59,8 @@ def run_sweep(config: SweepConfig, cells: list[Cell], progress: Progress) -> Pat
             run_cells(config, sweep.unfinished(), sweep.cell_ended)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"interrupted, and the cells were ended; continue with the same command: "
-                f"abft-fast sweep {config.file}"
+                "interrupted, and the cells were ended; continue with the same command: "
+                f"{shell_command('sweep', *config.as_arguments())}"
             ) from None
     if sweep.errors:
         raise RunError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +24,11 @@ POSITIONAL: JsonDict = {"positional": True}
 def flag(name: str) -> str:
     """Return an option's name on the command line, such as `--test-file`."""
     return "--" + name.replace("_", "-")
+
+
+def shell_command(verb: str, *arguments: object) -> str:
+    """Return a command as a user gives it to a shell, such as `abft-fast table 'my sweep'`."""
+    return shlex.join(["abft-fast", verb, *map(str, arguments)])
 
 
 def is_positional(field: FieldInfo) -> bool:
@@ -78,3 +85,18 @@ class CommandOptions(BaseModel):
                 return [expanded(part) for part in value]
             return expanded(value)
         return value
+
+    def as_arguments(self, names: Collection[str] | None = None) -> list[str]:
+        """Return some options, or those that were given, as a command line has them."""
+        wanted = self.model_fields_set if names is None else names
+        arguments = []
+        for name in filter(wanted.__contains__, type(self).model_fields):
+            value = getattr(self, name)
+            if is_positional(type(self).model_fields[name]):
+                arguments.append(str(value))
+            elif isinstance(value, bool):
+                arguments.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+            else:
+                values = value if isinstance(value, list) else [value]
+                arguments += [part for each in values for part in (flag(name), str(each))]
+        return arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from abft_fast import data
 from abft_fast.data import tables
@@ -33,8 +33,8 @@ def dataset_or_file(name: str) -> str:
 
 
 def absolute_place(name: str) -> str:
-    """Return the name of a StaICC dataset as it is, or the absolute path of a file."""
-    return name if name in data.DATASETS else str(Path(name).resolve())
+    """Return the name of a StaICC dataset as it is, or the absolute path of a file, or `-`."""
+    return name if name in data.DATASETS else tables.place_to_save(Path(name))
 
 
 class DatasetOptions(ModelOptions):
@@ -43,7 +43,8 @@ class DatasetOptions(ModelOptions):
     dataset: Annotated[str, BeforeValidator(dataset_or_file)] = Field(
         "subj",
         description=f"One of {', '.join(data.DATASETS)}; an index 0-9 as in the original "
-        f"implementation; or your own data in a file ({tables.FORMATS}).",
+        f"implementation; or your own data in a file ({tables.FORMATS}); `-` reads standard "
+        "input.",
     )
 
 
@@ -52,12 +53,26 @@ class ColumnOptions(ModelOptions):
 
     text_column: str = Field("text", description="Column that holds the texts of your own data.")
     label_column: str = Field("label", description="Column that holds the labels of your own data.")
+    delimiter: str | None = Field(
+        None,
+        description="Character that separates the columns of your own CSV and TSV files, or "
+        "`tab`. Unset: a comma, in .tsv a tab, or what the header shows.",
+    )
     template: Path | None = Field(
         None,
         description="YAML file that says how prompts of your own data are written: "
         "`input_prefix`, `label_prefix`, and `labels`, which maps values of the label column to "
         "label words. Unset: `text: `, `label: `, and the values themselves.",
     )
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, value: str | None) -> str | None:
+        if value in ("tab", r"\t"):
+            return "\t"
+        if value is not None and (len(value) != 1 or value in '"\r\n'):
+            raise ValueError("use one character, such as ';', or tab")
+        return value
 
     @model_validator(mode="after")
     def _check_columns(self) -> Self:

@@ -7,6 +7,7 @@ from pathlib import Path
 from abft_fast import data
 from abft_fast.data import Dataset, tables
 from abft_fast.data.own import OwnDataset, OwnSource, load_own, sha256
+from abft_fast.data.reading import again, is_stream
 from abft_fast.errors import UserError
 from abft_fast.options.base import flag
 from abft_fast.options.evaluate import Options
@@ -47,6 +48,7 @@ def own_by_options(options: Options) -> OwnDataset:
             template=options.template,
             text_column=options.text_column,
             label_column=options.label_column,
+            delimiter=options.delimiter,
             test_share=options.test_share,
             split_seed=options.split_seed,
         )
@@ -68,6 +70,22 @@ def paths(options: Options) -> list[Path]:
     return [Path(path) for path in named if path is not None]
 
 
+def refuse_streams(options: Options, readers: str) -> None:
+    """Refuse data that can be read only once, where several processes read them.
+
+    Args:
+        options: the options that name the data.
+        readers: what would read them, for the message.
+
+    Raises:
+        UserError: a file is standard input or a pipe.
+    """
+    texts = (options.plain_text, options.mauve_prefix) if isinstance(options, TrainConfig) else ()
+    for path in (*paths(options), *filter(None, texts)):
+        if is_stream(path):
+            raise UserError(f"{path} can be read once, but {readers} reads it: name a file")
+
+
 def file_hashes(options: Options) -> dict[str, str]:
     """Return the SHA-256 of each of the user's files that the results depend on, by path.
 
@@ -80,6 +98,6 @@ def file_hashes(options: Options) -> dict[str, str]:
             if name not in data.DATASETS:
                 hashes |= meta_dataset(options, name).files
         for path in (options.plain_text, options.mauve_prefix):
-            if path is not None and path.is_file():  # a later reader says what is wrong with it
-                hashes[str(path.resolve())] = sha256(path)
+            if path is not None and again(path).is_file():  # else a later reader says what is wrong
+                hashes[tables.place_to_save(path)] = sha256(path)
     return hashes

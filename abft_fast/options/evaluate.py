@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import Field, PrivateAttr, field_serializer, model_validator
 
 from abft_fast import data
 from abft_fast.data import tables
@@ -30,11 +30,18 @@ class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
         """Return whether any dataset of the run is a file or folder."""
         return self.data_are_own
 
+    _names: dict[str, str] = PrivateAttr(default_factory=dict)  # of files that have moved, by place
+
     @property
     def dataset_name(self) -> str:
-        """Return the dataset's name, or the name of the user's file without its suffix."""
+        """Return the dataset's name, or the name of the user's file without its suffix.
+
+        A file that has moved since its run began keeps its name, by which prompts are drawn.
+        """
         if not self.data_are_own:
             return self.dataset
+        if self.dataset in self._names:
+            return self._names[self.dataset]
         name = tables.name_of(Path(self.dataset))
         return f"own-{name}" if name in data.DATASETS else name
 
@@ -45,7 +52,7 @@ class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
     @model_validator(mode="after")
     def _check_own_data(self) -> Self:
         fields = Options.model_fields
-        own = ("text_column", "label_column", "template", "test_file")
+        own = ("text_column", "label_column", "delimiter", "template", "test_file")
         split = ("test_share", "split_seed")
         given = [n for n in (*own, *split) if getattr(self, n) != fields[n].default]
         without_own = ("test_file",) if self.reads_own_data else (*own, *split)

@@ -10,8 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from abft_fast.data import tables
-from abft_fast.errors import UserError
+from abft_fast.errors import UserError, closest
 from abft_fast.options.base import CommandOptions, expanded, flag
 from abft_fast.runtime.files import write_text
 
@@ -106,14 +105,12 @@ def _mistake_line(
     in_file = config_file is not None and option not in flags
     place = f"config {config_file}: " if in_file else ""
     if mistake["type"] == "extra_forbidden":
-        return f"{place}there is no option {option!r}{tables.closest(option, kind.model_fields)}"
+        return f"{place}there is no option {option!r}{closest(option, kind.model_fields)}"
     hint = ""
     if mistake["type"] == "literal_error":
         annotation = kind.model_fields[option].annotation
         values = [value for part in (annotation, *get_args(annotation)) for value in get_args(part)]
-        hint = tables.closest(
-            str(mistake["input"]), [value for value in values if isinstance(value, str)]
-        )
+        hint = closest(str(mistake["input"]), [value for value in values if isinstance(value, str)])
     given = mistake["input"]
     if isinstance(given, list):
         given = " ".join(map(str, given))

@@ -11,6 +11,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from abft_fast import data
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
+from abft_fast.data.tables import place_to_save
 from abft_fast.errors import UserError
 from abft_fast.options.base import flag, name_or_count
 from abft_fast.options.data import absolute_place, dataset_or_file
@@ -254,7 +255,7 @@ class TrainConfig(Options):
 
     @field_serializer("plain_text", "mauve_prefix", when_used="json")
     def _save_absolute_text_path(self, value: Path | None) -> str | None:
-        return None if value is None else str(value.resolve())
+        return None if value is None else place_to_save(value)
 
     @model_validator(mode="after")
     def _check_trainable(self) -> Self:
@@ -294,6 +295,29 @@ class TrainConfig(Options):
                     f"{flag(name)} out"
                 )
         return self
+
+    def moved_from(self, before: Mapping[str, Any]) -> Self:
+        """Return the options with the names that the datasets had in a run's recorded options.
+
+        Raises:
+            UserError: `meta_datasets` names another number of datasets.
+        """
+        pairs = [(before["dataset"], self.dataset)]
+        if self.meta_datasets is not None:
+            old, new = (text.split(",") for text in (before["meta_datasets"], self.meta_datasets))
+            if len(old) != len(new):
+                raise UserError(f"--meta-datasets: the run has {len(old)} of them, not {len(new)}")
+            pairs += zip(old, new, strict=True)
+        names = {
+            place: self.model_copy(update={"dataset": was}).dataset_name
+            for was, place in pairs
+            if place != was
+        }
+        if replaced := set(names.values()) & set(data.DATASETS):
+            raise UserError(f"--meta-datasets: {min(replaced)} is StaICC's, which no file replaces")
+        moved = self.model_copy()
+        moved._names = names
+        return moved
 
     @property
     def reads_own_data(self) -> bool:

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from abft_fast.data import DATASETS
+from abft_fast.data.tables import name_of
 from abft_fast.errors import UserError
-from abft_fast.options import TrainConfig
+from abft_fast.options import TrainConfig, flag
+from abft_fast.options.base import shell_command
 from abft_fast.options.resolve import read_yaml, resolve, write_yaml
 from abft_fast.runtime.files import (
     check_output_folder,
@@ -25,6 +30,14 @@ from abft_fast.runtime.files import (
     write_text,
 )
 from abft_fast.runtime.lock import LOCK, FolderLock, check_free
+
+OF_THIS_CALL = ("device", "device_map")
+"""Options that a resumed run may be given anew, beside `force`, which no run keeps."""
+
+MOVABLE = ("dataset", "test_file", "template", "meta_datasets", "plain_text", "mauve_prefix")
+"""Options that name the user's files, which may have moved when a run is resumed."""
+
+_LISTS = ("meta_datasets",)
 
 
 class RunFolder:
@@ -60,7 +73,7 @@ class RunFolder:
             if not config.overwrite:
                 raise UserError(
                     f"output folder {folder} is not empty: choose another --output-dir, "
-                    f"pass --overwrite, or continue it with --resume {folder}"
+                    f"pass --overwrite, or continue it with --resume {shlex.quote(str(folder))}"
                 )
             foreign = sorted(p.name for p in content if final_name(p.name) not in _ENTRIES)
             if foreign:
@@ -71,12 +84,20 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, folder: Path) -> tuple[RunFolder, TrainConfig]:
+    def open(
+        cls, folder: Path, given: Mapping[str, Any] | None = None
+    ) -> tuple[RunFolder, TrainConfig]:
         """Open a run to continue it; return it with its options.
 
+        Args:
+            folder: the run's folder.
+            given: options that replace the run's own: where its files are now, or `OF_THIS_CALL`.
+
         Raises:
-            UserError: the folder holds no run, the run goes on, or a file of it is damaged.
+            UserError: the folder holds no run, the run goes on, a file of it is damaged, or a file
+                of the user is gone.
         """
+        given = {} if given is None else given
         run = cls(folder)
         check_free(folder, run._busy)
         if not run.is_begun:
@@ -87,7 +108,28 @@ class RunFolder:
             raise UserError(f"--resume {folder}: config.yaml lacks the option {sorted(missing)[0]}")
         for path in (run._environment, run._evaluation, run._attention, run._token_budget):
             _read_json(path)
-        return run, resolve(TrainConfig, options)
+        for name in MOVABLE:
+            _check_place(folder, name, options[name], given.get(name))
+        config = resolve(TrainConfig, {**options, **given}).moved_from(options)
+        if run.data and "dataset" not in given and config.data_are_own:
+            paths = [Path(path) for path in run.data]
+            names = [name_of(place) for path in paths for place in (path, path.parent)]
+            if name_of(Path(config.dataset)) not in names:
+                raise UserError(
+                    f"{folder / 'config.yaml'} names {config.dataset}, but the run began with "
+                    f"{paths[0]}, and prompts are drawn by a file's name: restore that line, and "
+                    f"give --dataset {config.dataset}"
+                )
+        return run, config
+
+    def resume_command(self, config: TrainConfig) -> str:
+        """Return the command that continues the run with these options."""
+        own = self.options
+        now = config.model_dump(mode="json")
+        names = [name for name in (*OF_THIS_CALL, *MOVABLE) if now.get(name) != own.get(name)]
+        if config.force:
+            names.append("force")
+        return shell_command("train", "--resume", self.folder, *config.as_arguments(names))
 
     @property
     def is_begun(self) -> bool:
@@ -169,18 +211,31 @@ class RunFolder:
         return _read_json(self._environment).get("base")
 
     def check_data(self, files: Mapping[str, str]) -> None:
-        """Refuse the user's own data if they have changed since the run began.
+        """Refuse the user's own data if their content is not that of the run's beginning.
+
+        Args:
+            files: SHA-256 by path, in the order of `create`; a file may have moved since.
 
         Raises:
             UserError: a file has another SHA-256.
         """
-        known = self.data
-        for path, digest in files.items():
-            if known.get(path) != digest:
+        # Two options may have named one file, and name copies of it now.
+        now, then = ({digest: path for path, digest in f.items()} for f in (files, self.data))
+        for (digest, path), (known, known_path) in itertools.zip_longest(
+            now.items(), then.items(), fillvalue=("", "")
+        ):
+            if digest == known:
+                continue
+            if path != known_path:
                 raise UserError(
-                    f"{path} has changed since run {self.folder} began (SHA-256 differs): restore "
-                    f"the file, or start a new run with --config {self.folder / 'config.yaml'}"
+                    f"run {self.folder} began with {known_path or 'no such file'}, and "
+                    f"{path or 'nothing'} has another content (SHA-256 differs): give the same file"
                 )
+            raise UserError(
+                f"{path} has changed since run {self.folder} began (SHA-256 differs): restore "
+                "the file, or start a new run with --config "
+                f"{shlex.quote(str(self.folder / 'config.yaml'))}"
+            )
 
     @property
     def evaluation(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -268,6 +323,29 @@ def _content(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name != LOCK]
 
 
+def _check_place(folder: Path, name: str, recorded: str | None, given: str | None) -> None:
+    """Refuse files of the user that are gone, and a new place of what is no file.
+
+    Args:
+        folder: the folder of the run to resume.
+        name: an option of `MOVABLE`.
+        recorded: its value in the run.
+        given: its new value, if one is given.
+    """
+    places = [] if recorded is None else recorded.split(",") if name in _LISTS else [recorded]
+    files = [place for place in places if place not in DATASETS]
+    if given is not None:
+        if not files:
+            raise UserError(f"--resume uses the run's own options: leave out {flag(name)}")
+        return
+    for place in files:
+        if not (os.path.isfile(place) or os.path.isdir(place)):
+            raise UserError(
+                f"--resume {folder}: {place} is not there any more: give its new place by "
+                f"{flag(name)}"
+            )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -276,7 +354,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}): restore the file, or start a new run with --config "
-            f"{path.with_name('config.yaml')}"
+            f"{shlex.quote(str(path.with_name('config.yaml')))}"
         ) from None
 
 

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def test_what_the_guide_says_runs(tmp_path):
         likely = {word: float(row[f"p_{word}"]) for word in ("negative", "positive")}
         assert sum(likely.values()) == pytest.approx(1, abs=1e-6)
         assert row["prediction"] == max(likely, key=likely.get)
+
+
+def test_a_file_a_pipe_and_standard_input_are_read_alike(folder):
+    text = (folder / "queries.csv").read_text()
+    expected = predict(folder).stdout
+    os.mkfifo(folder / "pipe.csv")
+    files = ["--demonstrations", "demos.csv", "--device", "cpu"]
+    for name, given in (("pipe.csv", ""), ("-", text), ("/dev/stdin", text)):
+        if name == "pipe.csv":
+            writer = threading.Thread(target=(folder / name).write_text, args=(text,), daemon=True)
+            writer.start()
+        result = subprocess.run(
+            [COMMAND, "predict", *files, "--input", name],
+            capture_output=True, text=True, cwd=folder, input=given, timeout=200, check=False,
+            env=environment(),
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == expected
 
 
 def test_standard_output_holds_the_rows_alone(folder):

@@ -76,6 +76,7 @@ def test_a_sweep_goes_on_where_it_was_ended(file, tmp_path):
     code, said, first = end_once_there_are(2, signal.SIGTERM, file, folder)
     assert code == 130
     assert said[-1].startswith("abft-fast: interrupted, and the cells were ended; continue with")
+    assert said[-1].endswith(f": abft-fast sweep {file} --output-dir {folder}")
     (vanilla,) = folder.glob("cells/builtin-trec-vanilla-*/metrics.json")
     evaluated = vanilla.stat().st_mtime_ns
     assert [row["status"] for row in results(folder)] == ["waiting", "finished"]

@@ -40,12 +40,21 @@ def here(tmp_path, monkeypatch):
         ("a.csv", "text,label\n", "a.csv has no rows"),
         ("a.csv", "txet,label\na,b\n", "a.csv, row 1: there is no column 'text'; the "
          "columns are 'txet', 'label'; did you mean 'txet'?"),
-        ("a.csv", "text;label\na;b\n", "the columns are 'text;label'; a comma separates columns"),
-        ("a.tsv", "text,label\na,b\n", "the columns are 'text,label'; a tab separates columns"),
+        ("a.csv", "text;lable\na;b\n", "a.csv, row 1: there is no column 'label'; the columns are "
+         "'text', 'lable'; did you mean 'lable'?"),
+        ("a.csv", "text^label\na^b\n", "the columns are 'text^label'; a comma separates columns, "
+         "unless --delimiter names another character"),
+        ("a.tsv", "text:label\na:b\n", "the columns are 'text:label'; a tab separates columns"),
+        ("a.csv", "sep=;\ntext;label\na;b\n", "row 1: there is no column 'text'; the columns are "
+         "'sep=', ''; delete this row, which only Excel reads"),
         ("a.tsv", 'text\tlabel\na\t1\n"b\t2\nc"\t1\n', "a.tsv, row 3: a quote at a cell's begin"),
         ("a.csv", "text,label,text\n", "a.csv, row 1: column 'text' is named twice"),
         ("a.csv", "text,label\na,x\nb, c,y\n", "a.csv, row 3: the row must have 2 cells, not 3"),
-        ("a.csv", 'text,label\n"a\nb",x\nc\n', "a.csv, row 4: the row must have 2 cells, not 1"),
+        ("a.csv", 'text,label\n"a\nb",x\nc\n', "a.csv, row 4: the row must have 2 cells, not 1: "
+         "write a comma for each cell that is missing; put a text of several lines in"),
+        ("a.csv", "text,label\na,x\nb,y,,\n", "a.csv, row 3: the row must have 2 cells, not 4: "
+         "delete what follows the last cell, or name more columns"),
+        ("a.csv", "label,label,text\n1,2,a\n", "a.csv, row 1: column 'label' is named twice"),
         ("a.csv", 'text,label\n"a,x\nb,y\n', "a.csv, row 2: unexpected end of data"),
         ("a.csv", 'text,label\na,x\n"b" c,y\n', "a.csv, row 3: ',' expected after '\"'"),
         ("a.csv", f'text,label\n"{"x" * 140_000}",a\n', "a.csv, row 2: field larger than"),
@@ -55,7 +64,8 @@ def here(tmp_path, monkeypatch):
         ("a.csv", GOOD + "nan,a\n", "a.csv, row 10, column 'text': the text is nan"),
         ("a.csv", GOOD + "text,\n", "a.csv, row 10, column 'label': the label is empty"),
         ("a.csv", GOOD + "text,NaN\n", "a.csv, row 10, column 'label': the label is NaN"),
-        ("a.csv", GOOD + "text,None\n", "a.csv, row 10, column 'label': the label is None"),
+        ("a.csv", GOOD + "text,None\n", "the label is None; fill it in, or leave "
+         "the row out; if None is a label, name it under `labels` in a --template"),
         ("a.csv", "text,label\na,x\nb,x\n", "a.csv, column 'label': every row has the label 'x'"),
         ("a.csv", GOOD + "text,c\n", "'label': this is the only row with the label 'c'"),
         ("a.jsonl", "", "a.jsonl has no rows"),

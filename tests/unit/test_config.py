@@ -6,7 +6,8 @@ import pytest
 
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.errors import UserError
-from abft_fast.options import EvalConfig, MergeConfig, TrainConfig
+from abft_fast.options import EvalConfig, MergeConfig, SweepConfig, TrainConfig
+from abft_fast.options.base import shell_command
 from abft_fast.options.methods import METHODS, MethodName
 from abft_fast.options.resolve import resolve, write_yaml
 
@@ -231,3 +232,17 @@ def test_the_table_of_methods_is_whole():
     assert own == {"meta_datasets", "plain_text"} and own < TrainConfig.model_fields.keys()
     for method in METHODS.values():
         assert (method.data_option is None) == method.trains_on_tested_dataset
+
+
+def test_a_command_to_continue_repeats_what_was_given():
+    given = {
+        "file": "my sweep.yaml", "set": ["seed=[0, 1]", "k=2"], "engine": "ray", "jobs": "2",
+        "cell_gpus": "0.5", "output_dir": "run[final]", "dry_run": True,
+    }  # fmt: skip
+    config = resolve(SweepConfig, given)
+    assert shell_command("sweep", *config.as_arguments()) == (
+        "abft-fast sweep 'my sweep.yaml' --set 'seed=[0, 1]' --set k=2 --output-dir 'run[final]' "
+        "--jobs 2 --engine ray --cell-gpus 0.5 --dry-run"
+    )
+    switched_off = resolve(TrainConfig, {"head_filter": False})
+    assert switched_off.as_arguments(["head_filter"]) == ["--no-head-filter"]

@@ -1,16 +1,19 @@
 """Rows of every format, and the place each is said to be at."""
 
 import json
+import os
 import subprocess
 import sys
+import threading
 import tracemalloc
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
-from abft_fast.data.tables import is_table, name_of, read_rows
+from abft_fast.data.tables import is_table, name_of, note, place_to_save, read_rows
 from abft_fast.data.text_lines import read_lines
 from abft_fast.errors import UserError
 
@@ -133,6 +136,98 @@ def test_plain_text_is_cut_at_ends_of_lines_alone(tmp_path):
     odd = "one\u2028of\x0btwo\x0cthree\x1cfour\x85five"
     path.write_bytes(f"{odd}\nb\r\nc\rd\n \n".encode())
     assert read_lines("--plain-text", path) == [odd, "b", "c", "d"]
+
+
+SEPARATED = "text{0}label{0}note\na film, short{0}good{0}x\n"
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"], ids=["semicolon", "tab", "bar"])
+def test_the_header_shows_what_separates_columns(mark, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(SEPARATED.format(mark))
+    (row,) = read_rows(path, ["text", "label"])
+    assert row.cells == {"text": "a film, short", "label": "good"}
+    (row,) = read_rows(path, needed=["text"])
+    assert row.cells == {"text": "a film, short", "label": "good", "note": "x"}
+    shown = "tabs" if mark == "\t" else repr(mark)
+    assert note(path, ["text"], None) == (
+        f"{path} seems separated by {shown} and is read so; --delimiter sets another one"
+    )
+    assert note(path, ["text"], mark) == ""
+
+
+def test_a_header_that_fits_is_read_as_its_suffix_says(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,a;b;c\none,2;3;4\n")
+    (row,) = read_rows(path, needed=["text"])
+    assert row.cells == {"text": "one", "a;b;c": "2;3;4"}
+    path.write_text("text;label|other\none;a|b\n")  # two characters split the header
+    with pytest.raises(UserError, match=r"columns are 'text;label\|other'; a comma separates"):
+        list(read_rows(path, ["label"]))
+    (row,) = read_rows(path, ["text"])
+    assert row.cells == {"text": "one"}
+
+
+def test_a_delimiter_is_asked_for(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(SEPARATED.format("^"))
+    (row,) = read_rows(path, ["text"], delimiter="^")
+    assert row.cells == {"text": "a film, short"}
+    path.write_text(SEPARATED.format(",").replace("film,", "film"))
+    assert note(path, ["text"], "^").endswith("seems separated by ',' and is read so; --delimiter "
+                                              "sets another one")  # fmt: skip
+    (row,) = read_rows(path, ["text"], delimiter="^")
+    assert row.cells == {"text": "a film short"}
+
+
+def test_columns_without_a_name_are_no_columns(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,text,,\n1,a,,\n2,b,x,\n")
+    assert [row.cells for row in read_rows(path, ["text"])] == [{"text": "a"}, {"text": "b"}]
+    rows = read_rows(path)
+    assert next(rows).cells == {"id": "1", "text": "a"}
+    with pytest.raises(UserError, match="row 3: 'x' is in a column without a name: name each"):
+        next(rows)
+    path.write_text(",text\n0,a\n")  # as pandas writes its index
+    assert [row.cells for row in read_rows(path)] == [{"": "0", "text": "a"}]
+
+
+def test_a_column_that_is_not_used_may_be_named_twice(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("note,text,note\n1,a,2\n")
+    assert [row.cells for row in read_rows(path, ["text"])] == [{"text": "a"}]
+    for columns in (None, ["note"]):
+        with pytest.raises(UserError, match="row 1: column 'note' is named twice"):
+            list(read_rows(path, columns))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
+def test_a_pipe_is_read_as_often_as_a_file(name, tmp_path):
+    content = write(tmp_path / name).read_bytes()
+    with piped(tmp_path / f"pipe-{name}", content) as path:
+        first, second = (list(read_rows(path)) for _ in range(2))
+    assert first == second
+    assert [row.text("text") for row in first] == [cells["text"] for cells in CELLS]
+    assert first[0].place() == f"{path}, row {first[0].number}"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_a_pipe_without_a_suffix_is_what_it_begins_with(name, tmp_path):
+    with piped(tmp_path / "pipe", write(tmp_path / name).read_bytes()) as path:
+        rows = list(read_rows(path))
+        assert [row.text("text") for row in rows] == [cells["text"] for cells in CELLS]
+        assert name_of(path) == "stdin"
+        assert place_to_save(path) == "-"
+
+
+@contextmanager
+def piped(path, content):
+    """A FIFO that gives the content once."""
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(content,), daemon=True)
+    writer.start()
+    yield path
+    writer.join(timeout=10)
 
 
 def test_what_counts_as_missing_a_template_decides(tmp_path):

@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 
-from abft_fast.commands.data_report import oddities
+from abft_fast.commands.data_report import labels_alike, oddities
 from abft_fast.errors import UserError
 from abft_fast.options import TrainConfig, datasets
 from abft_fast.options.resolve import resolve, write_yaml
@@ -156,6 +158,137 @@ def test_a_run_remembers_its_data(reviews, monkeypatch):
     assert replayed.model_dump(exclude={"config"}) == options.model_dump(exclude={"config"})
     content = yaml.safe_load((reviews.parent / "replay.yaml").read_text())
     assert content["dataset"] == str(reviews)
+
+
+@pytest.fixture
+def run(reviews):
+    """A run's folder, whose data have a template."""
+    (reviews.parent / "t.yaml").write_text("input_prefix: 'a '\n")
+    config = resolve(
+        TrainConfig, {"dataset": "reviews.csv", "template": "t.yaml", "output_dir": "run"}
+    )
+    run = RunFolder.reserve(config)
+    run.create(config, 0, datasets.file_hashes(config), {})
+    return run
+
+
+def resume(**given):
+    run, options = RunFolder.open(Path("run"), given)
+    run.check_data(datasets.file_hashes(options))
+    return options
+
+
+def test_moved_data_are_known_by_their_content(run, reviews):
+    before = datasets.by_options(resume())
+    (reviews.parent / "moved").mkdir()
+    reviews.rename("moved/renamed.csv")
+    with pytest.raises(UserError, match=rf"--resume run: {reviews} is not there .* by --dataset$"):
+        resume()
+    options = resume(dataset="moved/renamed.csv")
+    after = datasets.by_options(options)
+    assert after.name == before.name == "reviews"
+    assert after.training_prompts(2, 8, seed=0) == before.training_prompts(2, 8, seed=0)
+    assert run.resume_command(options) == (
+        "abft-fast train --resume run --dataset moved/renamed.csv"
+    )
+    (reviews.parent / "t.yaml").rename("moved/new t.yaml")
+    with pytest.raises(UserError, match=r"t\.yaml is not there any more: .* by --template$"):
+        resume(dataset="moved/renamed.csv")
+    resume(dataset="moved/renamed.csv", template="moved/new t.yaml")
+    write("moved/renamed.csv", [("another", 0), ("file", 1)] * 4)
+    with pytest.raises(UserError, match=rf"run run began with {reviews}, and .*/moved/renamed\.csv "
+                       "has another content"):  # fmt: skip
+        resume(dataset="moved/renamed.csv", template="moved/new t.yaml")
+
+
+def test_a_place_written_into_the_options_is_known_by_its_content(run, reviews):
+    (reviews.parent / "moved").mkdir()
+    reviews.rename("moved/reviews.csv")
+    options = reviews.parent / "run/config.yaml"
+    text = options.read_text()
+    options.write_text(text.replace(str(reviews), f"{reviews.parent}/moved/reviews.csv"))
+    assert resume().dataset_name == "reviews"
+    (reviews.parent / "moved/reviews.csv").rename("moved/renamed.csv")
+    options.write_text(text.replace(str(reviews), f"{reviews.parent}/moved/renamed.csv"))
+    with pytest.raises(UserError, match="prompts are drawn by a file's name: restore that line"):
+        resume()
+
+
+def test_moved_files_do_not_take_each_others_place(reviews):
+    write("more.csv", [("x", 0), ("y", 1)] * 4)
+    given = {"dataset": "reviews.csv", "method": "MetaICL", "meta_datasets": "more.csv,trec"}
+    config = resolve(TrainConfig, {**given, "output_dir": "run"})
+    RunFolder.reserve(config).create(config, 0, datasets.file_hashes(config), {})
+    Path("more.csv").rename("moved.csv")
+    assert resume(meta_datasets="moved.csv,trec").meta_dataset_names == ["moved.csv", "trec"]
+    dataset = datasets.meta_dataset(resume(meta_datasets="moved.csv,trec"), "moved.csv")
+    assert dataset.name == "more"
+    with pytest.raises(UserError, match="--meta-datasets: the run has 2 of them, not 1"):
+        resume(meta_datasets="moved.csv")
+    with pytest.raises(UserError, match="trec is StaICC's, which no file replaces"):
+        resume(meta_datasets="moved.csv,x.csv")
+    Path("reviews.csv").rename("was-reviews.csv")
+    with pytest.raises(UserError, match="has another content"):
+        resume(dataset="moved.csv", meta_datasets="was-reviews.csv,trec")
+    resume(dataset="was-reviews.csv", meta_datasets="moved.csv,trec")
+
+
+def test_only_a_file_has_a_new_place(tmp_path, monkeypatch, reviews):
+    config = resolve(TrainConfig, {"dataset": "sst2", "output_dir": "run"})
+    RunFolder.reserve(config).create(config, 0, {}, {})
+    for given in ({"dataset": "mr"}, {"dataset": "reviews.csv"}, {"test_file": "reviews.csv"}):
+        with pytest.raises(UserError, match="--resume uses the run's own options: leave out --"):
+            resume(**given)
+
+
+def test_a_pipe_is_a_dataset(reviews):
+    content = reviews.read_bytes()
+    os.mkfifo("pipe.csv")
+    writer = threading.Thread(target=Path("pipe.csv").write_bytes, args=(content,), daemon=True)
+    writer.start()
+    options = resolve(TrainConfig, {"dataset": "pipe.csv", "output_dir": "run"})
+    piped, whole = datasets.by_options(options), load()
+    writer.join(timeout=10)
+    assert (piped.training, piped.test, piped.name) == (whole.training, whole.test, "pipe")
+    assert [digest for _, digest in piped.files] == [digest for _, digest in whole.files]
+    with pytest.raises(UserError, match=r"pipe\.csv can be read once, but every process reads it"):
+        datasets.refuse_streams(options, "every process")
+    RunFolder.reserve(options).create(options, 0, datasets.file_hashes(options), {})
+    with pytest.raises(UserError, match=r"pipe\.csv is not there any more: .* by --dataset"):
+        resume()
+    assert resume(dataset="reviews.csv").dataset_name == "pipe"
+
+
+def test_a_delimiter_is_an_option(reviews):
+    text = reviews.read_text()
+    reviews.write_text(text.replace(",", ";"))
+    assert load().notes == (
+        "reviews.csv seems separated by ';' and is read so; --delimiter sets another one",
+    )
+    assert load(delimiter=";").notes == ()
+    assert load(delimiter=";").training == load().training
+    reviews.write_text(text.replace(",", "^"))
+    assert load(delimiter="^").label_words == ("0", "1", "other")
+    reviews.with_suffix(".tsv").write_text(text.replace(",", "\t"))
+    assert load(dataset="reviews.tsv", delimiter="tab").label_words == ("0", "1", "other")
+    with pytest.raises(UserError, match="--delimiter ;;: use one character, such as ';', or tab"):
+        load(delimiter=";;")
+    with pytest.raises(UserError, match="--delimiter is for your own data"):
+        load(dataset="sst2", delimiter=";")
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups"),
+    [
+        (["1", "1.0", "0", "-0", "2"], "'1' and '1.0'; '0' and '-0'"),
+        (["yes", "Yes ", "no", "\uff2e\uff2f"], "'yes' and 'Yes '; 'no' and '\uff2e\uff2f'"),
+        (["a b", "a  b", "c"], "'a b' and 'a  b'"),
+        (["1", "10", "true", "0x1"], None),
+    ],
+)
+def test_labels_that_may_be_one_are_named(labels, groups):
+    line = f"labels that may be one: {groups}: write both the same way if they are"
+    assert labels_alike(labels) == ([line] if groups else [])
 
 
 def test_a_run_is_named_after_the_file(reviews, monkeypatch):

@@ -14,7 +14,7 @@ from abft_fast.commands.prediction_files import (
     read_demonstrations,
     read_queries,
 )
-from abft_fast.data.tables import Row
+from abft_fast.data.rows import Row
 from abft_fast.errors import UserError
 from abft_fast.options import PredictConfig
 from abft_fast.options.resolve import resolve
@@ -50,9 +50,9 @@ def test_the_options_are_those_that_make_sense():
     """Options of datasets and of tests are none of a prediction's."""
     assert set(PredictConfig.model_fields) == {
         "model", "quantized", "bits", "config", "debug", "adapter", "demonstrations", "input",
-        "output", "text_column", "label_column", "template", "prompt_form", "label_token",
-        "on_long_prompt", "token_budget", "attention_backend", "device", "device_map",
-        "mixed_precision",
+        "output", "text_column", "label_column", "delimiter", "template", "prompt_form",
+        "label_token", "on_long_prompt", "token_budget", "attention_backend", "device",
+        "device_map", "mixed_precision",
     }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def test_one_label_is_refused(folder):
     [
         (
             "id,txt\n1,a\n",
-            r"queries.csv, row 2: there is no column 'text'; .*'id', 'txt'; did you mean",
+            r"queries.csv, row 1: there is no column 'text'; .*'id', 'txt'; did you mean",
         ),
         ("text,prediction\na,b\n", "row 2: the output has a column 'prediction' too: rename it"),
         ("text,p_good\na,b\n", "row 2: the output has a column 'p_good' too"),
