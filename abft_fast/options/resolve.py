@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -112,6 +112,6 @@ def _mistake_line(
         values = [value for part in (annotation, *get_args(annotation)) for value in get_args(part)]
         hint = closest(str(mistake["input"]), [value for value in values if isinstance(value, str)])
     given = mistake["input"]
-    if isinstance(given, list):
+    if isinstance(given, list) and get_origin(kind.model_fields[option].annotation) is list:
         given = " ".join(map(str, given))
     return f"{place}{flag(option)} {given}: {message[0].lower()}{message[1:]}{hint}"
