@@ -33,7 +33,7 @@ coverage: install
 	$(PYTEST) --cov --cov-report=term
 
 # Any bytes into the readers of files, about five minutes; FUZZ_EXAMPLES=100000 for a night.
-fuzz: export FUZZ_EXAMPLES ?= 5000
+fuzz: export FUZZ_EXAMPLES ?= 2000
 fuzz: install
 	$(PYTEST) --dist load -m fuzz tests/fuzz
 

@@ -182,6 +182,7 @@ OPTIONS = [
     yaml_file("config-broken", "k: [\n", "config c.yaml, row 2: expected the node content"),
     yaml_file("config-no-date", "lr: 2024-13-01\n", "config c.yaml cannot be read: month must be"),
     yaml_file("config-odd-tag", "k: !!timestamp x\n", "config c.yaml cannot be read: a value does"),
+    yaml_file("config-empty-tag", "k: !!int\n", "config c.yaml cannot be read: a value does"),
     yaml_file("config-too-deep", "k: " + "[" * 5000, "config c.yaml cannot be read: it is nested"),
     yaml_file("config-nul", 'dataset: "a\\0.csv"\n', "--dataset", "no file can have this name"),
     yaml_file("config-half", 'dataset: "\\ud83d.csv"\n', "--dataset", "holds half a character"),

@@ -55,7 +55,7 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _UniqueKeyLoader)  # a safe loader
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except (AttributeError, KeyError, TypeError) as error:  # as for `!!timestamp x`
+    except (AttributeError, LookupError, TypeError) as error:  # as for `!!timestamp x`
         raise ValueError(f"a value does not fit its tag: {error}") from None
 
 
