@@ -49,7 +49,7 @@ def show_data(
     for line in (*dataset.notes, *labels_alike(dataset.label_values)):
         progress.say(line)
     progress.say(f"longest prompt: {max(lengths)}{context} tokens")
-    for line in oddities(dataset):
+    for line in (*_special_token_lines(dataset, encoder), *oddities(dataset)):
         progress.say(line)
 
 
@@ -73,6 +73,23 @@ def _essence(label: str) -> float | str:
         return float(label)
     except ValueError:
         return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+
+
+def special_token_line(count: int, place: str, token: str) -> str:
+    """Return a line that counts texts in which characters become a special token."""
+    return (
+        f"texts in which characters become a special token of the model: {count}, first {place}, "
+        f"with {token!r}"
+    )
+
+
+def _special_token_lines(dataset: OwnDataset, encoder: PromptEncoder) -> list[str]:
+    examples = dataset.training + dataset.test
+    found = [(e, token) for e in examples if (token := encoder.special_token_in(e.text))]
+    if not found:
+        return []
+    first, token = found[0]
+    return [special_token_line(len(found), dataset.place_of(first), token)]
 
 
 def oddities(dataset: OwnDataset) -> list[str]:

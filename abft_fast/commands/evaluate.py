@@ -71,7 +71,7 @@ def prepare_tests(session: Session) -> list[EvaluationSet]:
         if dataset_name != name:
             dataset = data.load(dataset_name)
             encoder = PromptEncoder.by_options(
-                config, encoder.tokenizer, dataset, encoder.max_length
+                config, encoder.tokenizer, dataset, encoder.max_length, encoder.vocabulary
             )
         test = EvaluationSet(config, dataset, encoder)
         for encoded in test.encoded:

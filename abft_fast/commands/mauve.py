@@ -48,13 +48,18 @@ def record_texts(config: TrainConfig, run: RunFolder, session: Session, sample: 
         run.record_texts(sample, texts)
 
 
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of texts; special tokens that stand in a text stay text."""
+    return tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]
+
+
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prefixes: Sequence[str], seed: int
 ) -> list[str]:
     """Return each prefix with its continuation by the model, sampled at temperature 1."""
     config = backbone(model).config
     room = (loading.context_length(config) or _NEW_TOKENS + 2**20) - _NEW_TOKENS
-    encoded = [ids[-room:] for ids in tokenizer(list(prefixes), verbose=False)["input_ids"]]
+    encoded = [ids[-room:] for ids in tokens_of(tokenizer, prefixes)]
     device = model.get_input_embeddings().weight.device
     model.eval()
     texts: list[str] = []
@@ -115,7 +120,7 @@ def text_features(
     inner = backbone(model).eval()
     device = inner.get_input_embeddings().weight.device
     limit = loading.context_length(inner.config) or 0
-    encoded = tokenizer(list(texts), verbose=False)["input_ids"]
+    encoded = tokens_of(tokenizer, texts)
     rows = []
     with torch.no_grad():
         for batch in _batches([ids[-limit:] for ids in encoded]):

@@ -91,7 +91,8 @@ def _prompt_lengths(
     tokenizer = loading.read_tokenizer("builtin" if is_known else config.model)
     options = config.model_copy(update={"label_token": "first"}) if is_known else config
     context = loading.context_length(shape)
-    encoder = PromptEncoder.by_options(options, tokenizer, dataset, context)
+    vocabulary = loading.vocabulary_size(shape)
+    encoder = PromptEncoder.by_options(options, tokenizer, dataset, context, vocabulary)
     prompts = training_prompts(config, dataset, encoder).prompts
     lengths = [len(prompt) for prompt in prompts]
     show_data(progress, dataset, encoder, lengths)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abft_fast.commands import adapter_origin
-from abft_fast.commands.data_report import labels_alike
+from abft_fast.commands.data_report import labels_alike, special_token_line
 from abft_fast.commands.prediction_files import PredictionWriter, notes, read_queries
 from abft_fast.commands.session import ModelOnDevice
 from abft_fast.core.label_logits import keep_label_rows
@@ -51,6 +51,7 @@ def predict(
         progress.say(line)
     labeller = Labeller(config, dataset, progress)
     done = dropped = 0
+    special: list[tuple[str, str]] = []  # places and tokens
     said = labeller.chunk
     queries = read_queries(config, dataset.label_words)
     while rows := list(itertools.islice(queries, labeller.chunk)):
@@ -58,9 +59,13 @@ def predict(
             writer.write(row, probabilities)
             dropped += probabilities is None
         done += len(rows)
+        tokens_of_rows = ((row, labeller.encoder.special_token_in(text)) for row, text in rows)
+        special += [(row.place(), token) for row, token in tokens_of_rows if token]
         if done >= 2 * said:
             progress.say(f"{done:,} rows")
             said = done
+    if special:
+        progress.say(special_token_line(len(special), *special[0]))
     tokens = labeller.shared_tokens
     shared = f"; the first {tokens:,} tokens of all prompts computed once" if tokens else ""
     left = f", {dropped:,} beyond the model's context left empty" if dropped else ""
@@ -89,7 +94,8 @@ class Labeller(ModelOnDevice):
         self.context = loading.context_length(self.shape)
         tokenizer = loading.read_tokenizer(config.model)
         # Too long prompts are refused or dropped below, where a row's place is known.
-        self.encoder = PromptEncoder.by_options(config, tokenizer, dataset, max_length=None)
+        vocabulary = loading.vocabulary_size(self.shape)
+        self.encoder = PromptEncoder.by_options(config, tokenizer, dataset, None, vocabulary)
         (bare,) = self._encode([""])
         if self._is_too_long(bare):
             raise UserError(
@@ -108,7 +114,7 @@ class Labeller(ModelOnDevice):
 
     def label(self, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, list[float] | None]]:
         """Yield each row with the probabilities of the label words, None for a too long prompt."""
-        prompts = self._encode([text for _, text in rows])
+        prompts = self._encode([text for _, text in rows], [row.place() for row, _ in rows])
         fitting = []
         for index, (row, _) in enumerate(rows):
             if not self._is_too_long(prompts[index]):
@@ -141,11 +147,12 @@ class Labeller(ModelOnDevice):
         keep_label_rows(self.model, self.encoder.label_ids)
         self.model.eval()
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str], places: Sequence[str] | None = None) -> list[list[int]]:
         """Tokenize whole prompts, because the tokens of a word depend on the text around it."""
         demonstrations = self.dataset.demonstrations
         prompts = [Prompt(demonstrations, Example(text, label=0)) for text in texts]
-        return [encoded.input_ids for encoded in self.encoder.encode(prompts).prompts]
+        encoded = self.encoder.encode(prompts, places=places).prompts
+        return [prompt.input_ids for prompt in encoded]
 
     def _is_too_long(self, ids: list[int]) -> bool:
         return self.context is not None and len(ids) > self.context

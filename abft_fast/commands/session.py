@@ -93,6 +93,7 @@ class Session(ModelOnDevice):
             loading.read_tokenizer(config.model),
             self.dataset,
             loading.context_length(self.shape),
+            loading.vocabulary_size(self.shape),
         )
 
     def show_data(self, *parts: Sequence[EncodedPrompt]) -> None:

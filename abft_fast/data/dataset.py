@@ -57,6 +57,10 @@ class Dataset:
     files: tuple[tuple[str, str], ...] = ()
     alternate_template: Mapping[str, Sequence] | None = None
 
+    def place_of(self, example: Example) -> str:
+        """Return where an example is, for a message."""
+        return f"{self.name}, the text {example.text[:60]!r}"
+
     def check_training(self, k: int) -> None:
         """Check that prompts of k demonstrations can be drawn to train on.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from abft_fast.data import tables
 from abft_fast.data.dataset import Dataset, Example
 from abft_fast.data.reading import sha256_of
+from abft_fast.data.rows import place_of
 from abft_fast.data.template_file import TemplateFile, read_template
 from abft_fast.errors import UserError, closest, listed
 
@@ -36,6 +37,16 @@ class OwnDataset(Dataset):
     test_rows: tuple[int, ...]
     split: str
     notes: tuple[str, ...]
+
+    def place_of(self, example: Example) -> str:
+        """Return the file and the row of an example."""
+        for path, examples, rows in (
+            (self.training_path, self.training, self.training_rows),
+            (self.test_path, self.test, self.test_rows),
+        ):
+            if example in examples:
+                return place_of(path, rows[examples.index(example)])
+        return super().place_of(example)
 
 
 @dataclass(frozen=True)

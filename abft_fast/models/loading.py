@@ -188,6 +188,11 @@ def left_out(name: str, *adapters: Path | None) -> list[str]:
     return [f"model {name}: the adapter beside the weights is left out; --adapter {folder} uses it"]
 
 
+def vocabulary_size(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens the model has; None where the config does not say."""
+    return getattr(config.get_text_config(decoder=True), "vocab_size", None)
+
+
 def checkpoint_folder(path: str) -> Path | None:
     """Return the folder of a model's files on this machine, or None; the hub's cache counts."""
     if not path:  # as synthetic models have none

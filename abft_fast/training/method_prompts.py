@@ -33,7 +33,9 @@ def meta_learning(config: TrainConfig, _: Dataset, encoder: PromptEncoder) -> En
         if not count:
             continue
         dataset = datasets.meta_dataset(config, name)
-        its = PromptEncoder.by_options(config, encoder.tokenizer, dataset, encoder.max_length)
+        its = PromptEncoder.by_options(
+            config, encoder.tokenizer, dataset, encoder.max_length, encoder.vocabulary
+        )
         part = _encode_with_labels(config, dataset, its, count)
         together.prompts += part.prompts
         together.labels += part.labels
@@ -51,7 +53,9 @@ def plain_text(config: TrainConfig, _: Dataset, encoder: PromptEncoder) -> Encod
     limit = encoder.max_length or 0
     encoded = EncodedPrompts()
     for task in intrinsic_tasks(texts, config.k, config.train_samples, config.seed):
-        ids = encoder.tokenizer("\n".join(task), verbose=False)["input_ids"]
+        text = "\n".join(task)
+        ids = encoder.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
+        encoder.check_vocabulary(ids, f"--plain-text, in {text[:60]!r}")
         encoded.shortened += 0 < limit < len(ids)
         if len(ids) > 1:  # a single token leaves nothing to predict
             encoded.prompts.append(every_token(ids[-limit:]))

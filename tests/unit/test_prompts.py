@@ -1,11 +1,14 @@
+import dataclasses
+import re
+
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from abft_fast import builtin_model_path, data
 from abft_fast.data import Dataset, Example, Prompt
 from abft_fast.errors import UserError
-from abft_fast.options import EvalConfig
+from abft_fast.options import EvalConfig, datasets
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
 
@@ -103,6 +106,96 @@ def test_labels_that_cannot_be_told_are_refused(tokens, words, options, message)
     with pytest.raises(UserError, match=message) as caught:
         PromptEncoder(word_tokenizer(*tokens), tiny_dataset(words), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words", "options", "remedy"),
+    [
+        (("go", "ba"), ("good", "bad"), {}, r": pass label_token='first', or use another"),
+        ((), ("0", "1"), {}, r": pass form='staicc', or use another model"),
+        ((), ("0", "1"), {"label_token": "first"}, r": pass form='staicc', or use another model"),
+        ((), ("good", "goods"), {}, r"\): use another model or other words$"),
+    ],
+)
+def test_the_remedy_is_one_that_works(tokens, words, options, remedy):
+    dataset, tokenizer = tiny_dataset(words), word_tokenizer(*tokens)
+    with pytest.raises(UserError, match=remedy) as caught:
+        PromptEncoder(tokenizer, dataset, **options)
+    given = re.search(r"pass (\w+)='(\w+)'", str(caught.value))
+    if given:
+        encoder = PromptEncoder(tokenizer, dataset, **(options | {given[1]: given[2]}))
+        assert len(set(encoder.label_ids)) == len(words)
+
+
+def test_of_many_labels_one_pair_is_named():
+    words = [f"g{i}" for i in range(77)]
+    for options in ({}, {"label_token": "first"}):
+        with pytest.raises(UserError, match=r"'g0' -> .*'g1' -> .*, and 7[56] ") as caught:
+            PromptEncoder(word_tokenizer("g"), tiny_dataset(words), **options)
+        assert len(str(caught.value)) < 300
+
+
+def chat_tokenizer():
+    """Added tokens `<eos>` and `<tool>`; only the first one is special."""
+    tokenizer = word_tokenizer("good", "bad")
+    tokenizer.add_tokens([AddedToken("<eos>", special=True), AddedToken("<tool>", special=False)])
+    return tokenizer
+
+
+TEXTS = ("it is <eos> fine", " a mess ", "<eos>")
+
+
+@pytest.mark.parametrize(("form", "words"), [("ours", ("good", "bad")), ("staicc", ("0", "1"))])
+def test_special_tokens_in_a_text_stay_text(form, words):
+    tokenizer, dataset = chat_tokenizer(), tiny_dataset(words, TEXTS)
+    encoder = PromptEncoder(tokenizer, dataset, form=form)
+    text, _ = encoder.template.render(prompt_of(dataset))
+    (prompt,) = encoder.encode([prompt_of(dataset)]).prompts
+    tokens = "".join(tokenizer.convert_ids_to_tokens(prompt.input_ids))
+    assert "<eos>" in text and tokens.replace("Ġ", " ").replace("Ċ", "\n") == text
+    assert tokenizer.convert_tokens_to_ids("<eos>") not in prompt.input_ids
+    assert not any(map(encoder.special_token_in, TEXTS))
+    ordinary = tiny_dataset(words)
+    encoder = PromptEncoder(tokenizer, ordinary, form=form)
+    expected = tokenizer(encoder.template.render(prompt_of(ordinary))[0])["input_ids"]
+    assert encoder.encode([prompt_of(ordinary)]).prompts[0].input_ids == expected
+
+
+def test_special_tokens_of_a_template_are_tokens_and_those_of_texts_are_told():
+    tokenizer = chat_tokenizer()
+    dataset = dataclasses.replace(tiny_dataset(texts=TEXTS), input_prefix="<eos> ")
+    encoder = PromptEncoder(tokenizer, dataset)
+    (prompt,) = encoder.encode([prompt_of(dataset)]).prompts
+    assert prompt.input_ids.count(tokenizer.convert_tokens_to_ids("<eos>")) == 5
+    assert [encoder.special_token_in(text) for text in TEXTS] == ["<eos>", None, "<eos>"]
+
+
+def test_a_token_that_the_model_does_not_have_is_named_with_its_place(tmp_path):
+    tokenizer = chat_tokenizer()
+    tool = tokenizer.convert_tokens_to_ids("<tool>")
+    texts = ("it is fine", " a <tool> ", "so so")
+    dataset = tiny_dataset(texts=texts)
+    for vocabulary in (None, tool + 1):
+        PromptEncoder(tokenizer, dataset, vocabulary=vocabulary).encode([prompt_of(dataset)])
+    encoder = PromptEncoder(tokenizer, dataset, vocabulary=tool)
+    told = rf"'<tool>' is token {tool} of the tokenizer, but the model has {tool} tokens: use the"
+    with pytest.raises(UserError, match=rf"^tiny, the text ' a <tool> ': {told}"):
+        encoder.encode([prompt_of(dataset)])
+    query = Prompt((), Example("a <tool>", 0))
+    with pytest.raises(UserError, match=rf"^q\.csv, row 7: {told}"):
+        encoder.encode([query], places=["q.csv, row 7"])
+    path = tmp_path / "own.csv"
+    path.write_text("text,label\na,good\nb,bad\nc <tool>,bad\nd,good\n")
+    own = datasets.by_options(resolve(EvalConfig, {"dataset": str(path), "k": 1}))
+    with pytest.raises(UserError, match=rf"own\.csv, row 4: {told}"):
+        PromptEncoder(tokenizer, own, vocabulary=tool).encode(
+            [Prompt((), e) for e in own.training + own.test]
+        )
+    words = tiny_dataset(("good", "<tool>"))
+    with pytest.raises(
+        UserError, match=r"tiny, a label word in a prompt's demonstrations: '<tool>'"
+    ):
+        PromptEncoder(tokenizer, words, label_token="first", vocabulary=tool, form="staicc")
 
 
 def test_first_token_of_several():
