@@ -1,0 +1,47 @@
+"""The study of real models: rows are cells of its sweeps, and pages say what the rows say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from abft_fast.experiments.grid import read_cells
+from tests.study_rows import rows_of
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+NAMES = {"Vanilla": "vanilla", "Calibrate (contextual)": "contextual", "ABFT": "ABFT"}
+STEPS = {"before": "vanilla", "contextual calibration": "contextual", "after ABFT": "ABFT"}
+
+
+@pytest.fixture(scope="module")
+def accuracies():
+    """By setting and dataset."""
+    rows = rows_of("real_study")
+    return {(r["setting_name"], r["dataset"]): f"{100 * float(r['accuracy']):.2f}" for r in rows}
+
+
+def test_rows_are_cells_of_the_sweeps():
+    sweeps = (ROOT / "configs/real").glob("*.yaml")
+    cells = {cell.name for sweep in sweeps for cell in read_cells(sweep, {})}
+    assert {row["cell"] for row in rows_of("real_study")} <= cells
+
+
+def test_the_page_says_what_the_rows_say(accuracies):
+    text = (ROOT / "docs/science/real-models.md").read_text(encoding="utf-8")
+    titles, *lines = re.findall(r"^\| (.*) \|$", text[text.index("| Method |") :], re.MULTILINE)
+    datasets = [title.lower() for title in titles.split(" | ")[1:]]
+    said = {}
+    for line in lines[1:]:
+        method, *cells = line.split(" | ")
+        said |= {
+            (NAMES[method], d): cell for d, cell in zip(datasets, cells, strict=True) if cell != "-"
+        }
+    assert said == accuracies
+
+
+def test_readme_says_what_the_rows_say(accuracies):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for step, setting in STEPS.items():
+        assert re.search(rf"^\| {step}.* \| {accuracies[setting, 'sst2']} \|$", text, re.MULTILINE)
