@@ -199,7 +199,7 @@ class PromptEncoder:
         """
         largest = max(ids, default=0)
         if self.vocabulary is not None and largest >= self.vocabulary:
-            token = self.tokenizer.convert_ids_to_tokens(largest)
+            token = self.tokenizer.decode([largest]).strip()
             raise UserError(
                 f"{place}: {token!r} is token {largest} of the tokenizer, but the model has "
                 f"{self.vocabulary} tokens: use the tokenizer that the model was saved with, or "

@@ -86,6 +86,8 @@ def _hint(header: list[str], mark: str) -> str:
     """Return what to do about a header that lacks a column, where the separator may be wrong."""
     if "".join(header).startswith("sep="):
         return "; delete this row, which only Excel reads"
+    if header[0].startswith("{"):
+        return "; the file looks like JSON lines: name it .jsonl"
     name = _MARKS.get(mark, repr(mark))
     if len(header) == 1 and re.search(r"\w[^\w ]+\w", header[0]):
         return f"; {name} separates columns, unless --delimiter names another character"

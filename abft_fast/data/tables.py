@@ -160,7 +160,9 @@ def _read_jsonl(path: Path, columns: Sequence[str] | None, needed: Sequence[str]
                 cells = json.loads(line.rstrip(), object_pairs_hook=_object)
             except json.JSONDecodeError as error:
                 where = f"{place_of(path, number)}, character {error.colno}"
-                raise UserError(f"{where}: the line is not JSON: {error.msg}") from None
+                several = line.strip() in ("[", "{") or line.startswith("[{")
+                hint = ": write each object on one line, and nothing else" if several else ""
+                raise UserError(f"{where}: the line is not JSON: {error.msg}{hint}") from None
             except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{place_of(path, number)}: the line cannot be read: {error}"
