@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from abft_fast import attention_behavior_loss, data, pack
 from abft_fast.core.label_logits import label_logits
 from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
-from abft_fast.data import Prompt
+from abft_fast.data import Dataset, Example, Prompt
+from abft_fast.errors import UserError
 from abft_fast.evaluation.inference import predict_labels
 from abft_fast.evaluation.protocols import Protocol
 from abft_fast.models import loading
@@ -53,6 +54,28 @@ def test_weights_are_what_transformers_reads(path):
     actual = load(path).state_dict()
     assert expected.keys() == actual.keys()
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+def test_special_tokens_in_a_text_stay_text(encoder):
+    tokenizer = encoder.tokenizer
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    text = " and ".join(token for token in special if token != tokenizer.unk_token)
+    assert tokenizer.all_special_tokens[0] in text and encoder.special_token_in(text) is None
+    (prompt,) = encoder.encode([Prompt((), Example(text, 0))]).prompts
+    steering = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    assert steering.isdisjoint(prompt.input_ids[1:])  # the first one may begin the prompt
+    assert text in tokenizer.decode(prompt.input_ids)
+    ordinary = [encoder.template.render(p)[0] for p in data.load("sst2").test_prompts(4)[:64]]
+    encoded = encoder.encode(data.load("sst2").test_prompts(4)[:64]).prompts
+    assert [p.input_ids for p in encoded] == tokenizer(ordinary)["input_ids"]
+
+
+def test_labels_0_and_1_are_told_with_a_setting_that_works(path, encoder):
+    examples = tuple(Example(text, i) for i, text in enumerate(("a film", "a mess")))
+    digits = Dataset("digits", "text: ", "label: ", *[("0", "1")] * 2, *[examples] * 3)
+    with pytest.raises(UserError, match=r": pass form='staicc', or use another model"):
+        PromptEncoder(encoder.tokenizer, digits)
+    assert len(set(PromptEncoder(encoder.tokenizer, digits, form="staicc").label_ids)) == 2
 
 
 def test_packed_equals_eager(path, prompts):

@@ -68,8 +68,7 @@ def here(tmp_path, monkeypatch):
          "the row out; if None is a label, name it under `labels` in a --template"),
         ("a.csv", "text,label\na,x\nb,x\n", "a.csv, column 'label': every row has the label 'x'"),
         ("a.csv", GOOD + "text,c\n", "'label': this is the only row with the label 'c'"),
-        ("a.csv", "{'text': 'a', 'label': 'b'}\n",
-         "the file looks like JSON lines: name it .jsonl"),
+        ("a.csv", "{'text': 'a', 'label': 'b'}\n", "file looks like JSON lines: name it .jsonl"),
         ("a.jsonl", '[\n{"text": "a"},\n', "a.jsonl, row 1, character 2: the line is not JSON: "
          "Expecting value: write each object on one line, and nothing else"),
         ("a.jsonl", '{\n"text": "a"\n}\n', "write each object on one line, and nothing else"),

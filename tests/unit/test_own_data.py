@@ -191,6 +191,10 @@ def test_moved_data_are_known_by_their_content(run, reviews):
     assert run.resume_command(options) == (
         "abft-fast train --resume run --dataset moved/renamed.csv"
     )
+    again = resume(dataset="moved/renamed.csv", device="cpu", force=True)
+    assert run.resume_command(again) == (
+        "abft-fast train --resume run --dataset moved/renamed.csv --device cpu --force"
+    )
     (reviews.parent / "t.yaml").rename("moved/new t.yaml")
     with pytest.raises(UserError, match=r"t\.yaml is not there any more: .* by --template$"):
         resume(dataset="moved/renamed.csv")
