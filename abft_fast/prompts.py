@@ -353,7 +353,10 @@ class PromptEncoder:
                 continue
             given = " and ".join(self._setting(name, value) for name, value in sorted(changed))
             return f"pass {given}, or use {self._another}"
-        return f"use {self._another}"
+        other = {"label_token": "first", "form": "staicc"}.items() - now.items()
+        tried = " and ".join(self._setting(*pair) for pair in sorted(other, reverse=True))
+        without_help = f"no help is in {tried}; " if tried else ""
+        return f"{without_help}use {self._another}"
 
     def _check_demonstration_labels(self) -> list[int]:
         tokens = []
