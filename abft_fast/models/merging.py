@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -43,12 +42,12 @@ def add_adapters(
     base = dict(model.state_dict())
     changes: dict[str, Tensor] = {}
     for folder, coefficient in adapters:
-        _copy(base, _base_weights_in(folder))  # loading writes over these
-        adapted = load_adapter(model, folder, say)
-        layers = [m for m in adapted.modules() if isinstance(m, BaseTunerLayer)]
-        adapted_weights = {t.data_ptr() for m in layers for t in m.state_dict().values()}
-        _copy(base, [name for name, t in base.items() if t.data_ptr() in adapted_weights])
-        model = _merged(adapted, folder)
+        modules = _modules_of(folder)
+        changed = {w.data_ptr() for name, w in base.items() if name.rpartition(".")[0] in modules}
+        for name, weight in base.items():
+            if weight.data_ptr() in changed:  # PEFT may write over it
+                base[name] = weight.clone()
+        model = _merged(load_adapter(model, folder, say), folder)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         if not parameters.keys() <= base.keys():
             raise UserError(f"adapter {folder} cannot be merged: the model has no place for it")
@@ -88,17 +87,12 @@ def _untie(model: nn.Module) -> None:
             seen.add(parameter)
 
 
-def _copy(weights: dict[str, Tensor], names: Iterable[str]) -> None:
-    for name in names:
-        if name in weights:
-            weights[name] = weights[name].clone()
-
-
-def _base_weights_in(folder: Path) -> list[str]:
-    """Return the base's weights that an adapter brings itself, as biases."""
+def _modules_of(folder: Path) -> set[str]:
+    """Return the modules that an adapter names, with all modules around them."""
     with safe_open(folder / ADAPTER_WEIGHTS, framework="np") as file:
         names = list(file.keys())
-    return [name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in names]
+    paths = [name.removeprefix("base_model.model.").split(".") for name in names]
+    return {".".join(parts[:depth]) for parts in paths for depth in range(len(parts))}
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ LORAS = {
     "patterns": ("llama", {}, {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"q_proj": 32}}),
     "rslora": ("llama", {}, {"use_rslora": True}),
     "dora": ("llama", {}, {"use_dora": True}),
+    "weights moved at first": ("llama", {}, {"init_lora_weights": "olora"}),
     "some layers": ("llama", {}, {"layers_to_transform": [0, 2]}),
     "bias all": ("qwen2", {}, {"bias": "all"}),
     "bias of LoRA": ("qwen2", {}, {"lora_bias": True}),
