@@ -254,7 +254,7 @@ def load_adapter(
         raise UserError(f"adapter {folder}: {broken[0]} is not finite: train or copy it again")
     if version > Version(peft.__version__):
         say(f"adapter {folder} is from PEFT {version}, and this is PEFT {peft.__version__}")
-    texts = [" ".join(str(w.message).split()) for w in caught if w.category is UserWarning]
+    texts = [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
     for text in dict.fromkeys(texts):
         say(f"adapter {folder}: PEFT says: {textwrap.shorten(text, 250)}")
     copies = [m.modules_to_save for m in adapted.modules() if isinstance(m, ModulesToSaveWrapper)]

@@ -121,6 +121,15 @@ def test_what_peft_warns_of_is_said_once(adapter):
     assert "PEFT says: Unexpected keyword arguments ['gate', 'init_gate']" in unknown
 
 
+def test_what_a_setting_means_for_merging_is_said(adapter):
+    config = LoraConfig(target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    get_peft_model(tiny_model("llama"), config).save_pretrained(adapter)
+    said = []
+    load_adapter(tiny_model("llama"), adapter, said.append)
+    assert "PEFT says: `lora_bias=True` was passed but" in said[0]
+    assert len(set(said)) == len(said)
+
+
 def test_a_folder_above_the_adapter_is_led_down(adapter):
     with pytest.raises(UserError, match=rf"holds no adapter_config.json: .* {adapter}\?"):
         check_adapter(adapter.parent)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from peft import LoraConfig, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM
 
@@ -12,6 +13,7 @@ from abft_fast import builtin_model_path
 from abft_fast.commands.merge import merge
 from abft_fast.core.backbone import without_peft
 from abft_fast.errors import UserError
+from abft_fast.models import merging
 from abft_fast.models.loading import load, read_tokenizer
 from abft_fast.models.synthetic import is_quantized
 from abft_fast.models.trainable import (
@@ -159,6 +161,32 @@ def test_a_quantized_base_is_dequantized(bits, tmp_path):
         torch.testing.assert_close(found[name].weight, expected, rtol=1e-3, atol=1e-5)
         quantized += 1
     assert quantized == 4 * 7  # layers, matrices of one
+
+
+def test_what_peft_cannot_merge_is_refused(base, tmp_path, monkeypatch):
+    def adapter(name, model, **options):
+        config = LoraConfig(task_type="CAUSAL_LM", **options)
+        adapted = get_peft_model(load(str(model), CPU, torch.float32), config)
+        for parameter in adapted.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        adapted.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    biases = adapter("biases", base, target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(
+        UserError, match=f"{biases} cannot be merged: Impossible to merge LoRA with"
+    ):
+        run(base, biases, tmp_path / "merged")
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    read_tokenizer("builtin").save_pretrained(tmp_path / "tied")
+    embedding = adapter("embedding", tmp_path / "tied", target_modules=["embed_tokens"])
+    run(tmp_path / "tied", embedding, tmp_path / "right")
+    monkeypatch.setattr(merging, "_untie", lambda model: None)  # as PEFT merges by itself
+    with pytest.raises(
+        UserError, match="embedding cannot be merged: merged by PEFT, its kind LORA"
+    ):
+        run(tmp_path / "tied", embedding, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_mistakes_leave_nothing_behind(base, tmp_path):
