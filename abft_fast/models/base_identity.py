@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
@@ -21,11 +20,11 @@ from transformers.utils.quantization_config import QuantizationMethod
 from abft_fast.builtin import builtin_model_path
 from abft_fast.core.backbone import backbone, decoder_layers
 from abft_fast.errors import UserError
-from abft_fast.models.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, gguf_file
+from abft_fast.models.files import ADAPTER_CONFIG, check_adapter, gguf_file
 from abft_fast.models.synthetic import is_quantized
 
-METADATA = "abft_fast_base"
-"""The entry in an adapter's safetensors metadata that holds its base as JSON."""
+BASE = "base.json"
+"""The file in an adapter's folder that holds its base."""
 
 _NUMBERS = 16  # of each weight
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -71,13 +70,15 @@ def base_of_adapter(folder: Path) -> dict[str, Any]:
     """Return the base that an adapter records; without a record, what PEFT's config says of it.
 
     Raises:
-        UserError: the folder holds no adapter that changes weights.
+        UserError: the folder holds no adapter that changes weights, or the record is damaged.
     """
     check_adapter(folder)
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="np") as file:
-        record = (file.metadata() or {}).get(METADATA)
-    if record is not None:
-        return json.loads(record)
+    path = folder / BASE
+    if path.is_file():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"{path} is not JSON: copy the adapter again") from None
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     known = _full_name(name) if isinstance(name, str) and name else None

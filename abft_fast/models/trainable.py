@@ -39,7 +39,7 @@ from abft_fast.core.backbone import (
     without_peft,
 )
 from abft_fast.errors import UserError
-from abft_fast.models.base_identity import METADATA
+from abft_fast.models.base_identity import BASE
 from abft_fast.models.files import ADAPTER_WEIGHTS, check_adapter
 
 logger = logging.getLogger(__name__)
@@ -210,8 +210,9 @@ def save_adapter(
         for key, tensor in module.state_dict().items():
             tensors[f"base_model.model.{names[id(module)]}.{key}"] = tensor
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt"} | ({} if base is None else {METADATA: json.dumps(base)})
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata=metadata)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    if base is not None:
+        (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(

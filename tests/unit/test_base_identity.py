@@ -105,6 +105,9 @@ def test_an_adapter_carries_its_base(trainable, tmp_path):
     base = describe_base(model, "builtin")
     save_adapter(set_trained(model, trainable, 4), tmp_path, base)
     assert base_of_adapter(tmp_path) == base
+    (tmp_path / "base.json").write_text("{")
+    with pytest.raises(UserError, match=r"base.json is not JSON: copy the adapter again"):
+        base_of_adapter(tmp_path)
 
 
 def test_of_an_adapter_from_elsewhere_only_the_name_is_compared(copied, tmp_path):
