@@ -33,7 +33,7 @@ def write_reviews(path, header="text,label"):
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     """The guide's two commands, with little to train on; their folder and results."""
-    commands, template = re.findall(r"```(?:bash|yaml)\n(.*?)```", PAGE, re.DOTALL)
+    commands, template, *_ = re.findall(r"```(?:bash|yaml)\n(.*?)```", PAGE, re.DOTALL)
     folder = tmp_path_factory.mktemp("own")
     write_reviews(folder / "reviews.csv")
     (folder / "reviews.yaml").write_text(template)
