@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from abft_fast import builtin_model_path
 from abft_fast.models import loading
 from benchmarks.record import DEVICE
+from tests.real import fetch
 
-REAL = ("gemma-3-270m", "qwen2.5-coder-0.5b-instruct", "qwen2.5-coder-1.5b-instruct")
+REAL = tuple(fetch.MODELS)
 BUILTIN = "builtin"
 
 
@@ -21,9 +22,7 @@ def is_stored(model: str) -> bool:
 
 def path_of(model: str) -> Path:
     """Where a model's weights are, or would be."""
-    if model == BUILTIN:
-        return Path(builtin_model_path())
-    return Path(__file__).parents[1] / ".models" / f"{model}.gguf"
+    return Path(builtin_model_path()) if model == BUILTIN else fetch.path_of(model)
 
 
 def skip_if_missing(model: str) -> None:
