@@ -96,4 +96,6 @@ def _prompt_lengths(
     prompts = training_prompts(config, dataset, encoder).prompts
     lengths = [len(prompt) for prompt in prompts]
     show_data(progress, dataset, encoder, lengths)
-    return lengths, dataset.name
+    names = config.training_dataset_names
+    several = names != [config.dataset] and names
+    return lengths, ", ".join(names) if several else dataset.name

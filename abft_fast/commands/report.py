@@ -19,6 +19,12 @@ _PERCENTAGES = {
     "true_label_likelihood": "true-label likelihood (%)",
     "expected_calibration_error": "expected calibration error (%)",
     "consistency": "consistency (%)",
+    "own": "accuracy, own label words (%)",
+    "rotated": "accuracy, label words rotated (%)",
+    "symbols": "accuracy, new label words (%)",
+    "override_rate": "known queries answered by rotated labels (%)",
+    "prior_rate": "known queries answered by own labels though rotated (%)",
+    "one_label_share": "prompts whose demonstrations have one label (%)",
 }
 _ATTENTION = {
     "induction_heads": "induction heads a prompt",
@@ -72,7 +78,12 @@ def _rows(metrics: dict[str, dict], attention: dict[str, dict]) -> dict[str, str
     for dataset, scores in metrics.items():
         start = "" if len(metrics) == 1 else f"{dataset}: "
         for name, value in scores.items():
+            if name.endswith(("_low", "_high")):  # stands beside its share
+                continue
             title, text = _figure(name, value)
+            low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
+            if low is not None and high is not None:
+                text += f" ({_percent(low)} to {_percent(high)})"
             rows[start + title] = text
         heads = attention[dataset]
         rows[start + _ATTENTION["induction_heads"]] = f"{heads['induction_heads']:.2f}"

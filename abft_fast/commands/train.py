@@ -152,6 +152,9 @@ class TrainSession(Session):
     def encode_training(self) -> list[EncodedPrompt]:
         """Return the training prompts of the method; say how many were too long."""
         encoded = training_prompts(self.config, self.dataset, self.encoder)
+        if self.config.training_labels == "symbols":
+            size = len(self.encoder.symbols.training)
+            self.progress.say(f"label words of training prompts are drawn from {size:,} words")
         self.say_too_long(encoded, "training", TRAINING_METHODS[self.config.method].shortened)
         return encoded.prompts
 

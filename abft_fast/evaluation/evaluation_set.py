@@ -12,6 +12,7 @@ from abft_fast.data import Dataset
 from abft_fast.errors import UserError
 from abft_fast.evaluation.behavior import Behavior, BehaviorMean
 from abft_fast.evaluation.calibration import Calibration
+from abft_fast.evaluation.label_following import LabelFollowing
 from abft_fast.evaluation.protocols import Protocol
 from abft_fast.options import Options
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
@@ -33,7 +34,12 @@ class EvaluationSet:
     def __init__(self, options: Options, dataset: Dataset, encoder: PromptEncoder):
         self.dataset = dataset.name
         form = options.prompt_form
-        self._protocol = Protocol.of(options.test_type, dataset, options.k, form)
+        self._protocol: Protocol | LabelFollowing
+        if options.test_type == "LabelFollowing":
+            words = encoder.symbols.test
+            self._protocol = LabelFollowing(dataset, options.k, form, words)
+        else:
+            self._protocol = Protocol.of(options.test_type, dataset, options.k, form)
         self._calibration = Calibration(
             options.calibration, self._protocol.triplet, options.k, options.calibration_samples
         )
@@ -41,7 +47,7 @@ class EvaluationSet:
         if self._calibration.call is not None:
             calls.append(self._calibration.call)
         self._sizes = [len(call.prompts) for call in calls]
-        self._has_labels = [call.has_labels for call in calls]
+        self._measures = [call.measures_behavior for call in calls]
         self.encoded = [encoder.encode(call.prompts, call.template) for call in calls]
         self._check_all_kept(options)
 
@@ -58,10 +64,8 @@ class EvaluationSet:
     def run(self, predict: Predict) -> tuple[dict[str, float | None], Behavior]:
         """Return the metrics, and the heads' behavior on prompts whose query has a label."""
         predictions, behavior = [], BehaviorMean()
-        for encoded, size, has_labels in zip(
-            self.encoded, self._sizes, self._has_labels, strict=True
-        ):
-            logits, heads = predict(encoded, has_labels)
+        for encoded, size, measures in zip(self.encoded, self._sizes, self._measures, strict=True):
+            logits, heads = predict(encoded, measures)
             behavior.join(heads)
             rows: list[list[float]] = [[] for _ in range(size)]
             for i, row in zip(encoded.kept, logits.tolist(), strict=True):

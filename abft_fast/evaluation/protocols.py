@@ -16,10 +16,9 @@ from typing import Any
 from StaICC.util import experimentor, functional
 from StaICC.util.experimentor import single_experimentor
 
-from abft_fast.data import Dataset, Prompt
+from abft_fast.data import Dataset, Example, Prompt
 from abft_fast.errors import UserError
 from abft_fast.evaluation.staicc_adapter import Triplet, install, quiet
-from abft_fast.options import TestType
 from abft_fast.prompts import Template
 
 Probabilities = Sequence[Sequence[float]]
@@ -33,15 +32,24 @@ _MOST_DRAWS = 10**7  # 2 minutes
 
 @dataclass(frozen=True)
 class Call:
-    """Prompts of one template, which are predicted together."""
+    """Prompts of one template, which are predicted together.
+
+    Attributes:
+        template: how they are written.
+        prompts: the prompts.
+        shows_behavior: whether attention on their labels counts as the model's behavior, if they
+            have labels.
+    """
 
     template: Template
     prompts: list[Prompt]
+    shows_behavior: bool = True
 
     @property
-    def has_labels(self) -> bool:
-        """Return whether queries have labels; those that only show a model's bias have none."""
-        return any(prompt.query.label != prompt.query.NO_LABEL for prompt in self.prompts)
+    def measures_behavior(self) -> bool:
+        """Return whether heads are looked at; queries that only show a bias have no labels."""
+        labels = (prompt.query.label for prompt in self.prompts)
+        return self.shows_behavior and any(label != Example.NO_LABEL for label in labels)
 
 
 @dataclass
@@ -84,7 +92,7 @@ class Protocol:
         self.calls = [call for part in parts for call in part.calls]
 
     @classmethod
-    def of(cls, test_type: TestType, dataset: Dataset, k: int, form: str = "ours") -> Protocol:
+    def of(cls, test_type: str, dataset: Dataset, k: int, form: str = "ours") -> Protocol:
         """Draw the prompts of a test.
 
         Args:
@@ -236,7 +244,7 @@ def _triplet_bias(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> P
     )
 
 
-_MAKERS: dict[TestType, Callable[[type[Protocol], Dataset, int, str], Protocol]] = {
+_MAKERS: dict[str, Callable[[type[Protocol], Dataset, int, str], Protocol]] = {
     "Normal": _normal,
     "UnseenLabel": functools.partial(_normal, unseen=True),
     "GLER": _gler,

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
-_NAMES_OR_PATHS = ("model", "dataset", "meta_datasets", "adapter", "mauve_model")
+_NAMES_OR_PATHS = (
+    "model", "dataset", "meta_datasets", "training_datasets", "adapter", "mauve_model",
+)  # fmt: skip
 """Options of type `str` that may name files or folders."""
 
 _TILDE = re.compile(r"(^|,\s*)(~[^,]*)")

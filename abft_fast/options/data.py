@@ -13,7 +13,13 @@ from abft_fast.errors import UserError
 from abft_fast.options.model import ModelOptions
 
 TestType = Literal[
-    "Normal", "TempSensitivity", "DemoSensitivity", "GLER", "TripletBias", "UnseenLabel"
+    "Normal",
+    "TempSensitivity",
+    "DemoSensitivity",
+    "GLER",
+    "TripletBias",
+    "UnseenLabel",
+    "LabelFollowing",
 ]
 CalibrationType = Literal["none", "contextual", "domain", "batch"]
 
@@ -102,7 +108,8 @@ class SamplingOptions(ModelOptions):
         description="Test of StaICC. Normal: accuracy. TempSensitivity, DemoSensitivity: "
         "consistency of predictions under other templates or demonstrations. GLER: accuracy when "
         "labels of the demonstrations are wrong. TripletBias: bias. UnseenLabel: accuracy when "
-        "no demonstration has the query's label (paper, A.4).",
+        "no demonstration has the query's label (paper, A.4). LabelFollowing, which is not "
+        "StaICC's: accuracy when the label words change places, and with new words.",
     )
     generalization_test: bool = Field(
         False,

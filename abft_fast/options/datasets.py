@@ -55,12 +55,18 @@ def own_by_options(options: Options) -> OwnDataset:
     )
 
 
-def meta_dataset(config: TrainConfig, name: str) -> Dataset:
-    """Load one of the datasets that MetaICL trains on, with the options of the run.
+def to_train_on(config: TrainConfig, name: str) -> Dataset:
+    """Load one of the datasets that the training prompts come from, with the options of the run.
+
+    Args:
+        config: the run's options.
+        name: one of `config.training_dataset_names`.
 
     Raises:
         UserError: as `by_options`.
     """
+    if name == config.dataset:
+        return by_options(config)
     return by_options(config.model_copy(update={"dataset": name, "test_file": None}))
 
 
@@ -94,9 +100,9 @@ def file_hashes(options: Options) -> dict[str, str]:
     """
     hashes = dict(by_options(options).files) if options.data_are_own else {}
     if isinstance(options, TrainConfig):
-        for name in options.meta_dataset_names if options.trains_on_meta_datasets else ():
-            if name not in data.DATASETS:
-                hashes |= meta_dataset(options, name).files
+        for name in options.training_dataset_names:
+            if name not in data.DATASETS and name != options.dataset:
+                hashes |= to_train_on(options, name).files
         for path in (options.plain_text, options.mauve_prefix):
             if path is not None and again(path).is_file():  # else a later reader says what is wrong
                 hashes[tables.place_to_save(path)] = sha256(path)

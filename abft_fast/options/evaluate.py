@@ -75,7 +75,12 @@ class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
                 f"--test-type TempSensitivity: {self.dataset} has no alternate templates; use "
                 "another --test-type"
             )
-        if self.test_type in ("GLER", "DemoSensitivity") and self.k == 0:
+        if self.test_type == "LabelFollowing" and self.calibration != "none":
+            raise ValueError(
+                f"--calibration {self.calibration} is for the dataset's own label words, but "
+                "LabelFollowing tests others, too: leave --calibration out"
+            )
+        if self.test_type in ("GLER", "DemoSensitivity", "LabelFollowing") and self.k == 0:
             raise ValueError(
                 f"--k 0: {self.test_type} changes demonstrations, so it needs at least one of them"
             )

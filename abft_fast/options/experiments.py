@@ -66,21 +66,24 @@ class TableConfig(CommandOptions):
         description="Folder of a sweep or a run, or a folder above them.",
         json_schema_extra=POSITIONAL,
     )
-    layout: Literal["1", "2", "3", "4"] = Field(
+    layout: Literal["1", "2", "3", "4", "labels"] = Field(
         "1",
         description="Table of the paper. 1: methods by dataset. 2: cost, and accuracy out of "
-        "domain. 3: consistency. 4: settings.",
+        "domain. 3: consistency. 4: settings. labels, which is not the paper's: accuracy when "
+        "label words change, by --test-type LabelFollowing.",
     )
     metric: Literal[
         "accuracy", "macro_f1", "true_label_likelihood", "expected_calibration_error"
-    ] = Field("accuracy", description="Metric to show; layout 3 always shows consistency.")
+    ] = Field("accuracy", description="Metric to show in layouts 1, 2 and 4.")
     format: Literal["markdown", "latex"] = Field("markdown", description="Format of the table.")
     output: Path | None = Field(None, description="File to write. Unset: standard output.")
 
     @model_validator(mode="after")
     def _check_metric(self) -> Self:
-        if self.layout == "3" and "metric" in self.model_fields_set:
+        shown = {"3": "consistency", "labels": "its own metrics"}.get(self.layout)
+        if shown and "metric" in self.model_fields_set:
             raise ValueError(
-                f"--metric {self.metric}: layout 3 always shows consistency: leave --metric out"
+                f"--metric {self.metric}: layout {self.layout} always shows {shown}: leave "
+                "--metric out"
             )
         return self

@@ -9,23 +9,14 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from abft_fast import data
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.data.tables import place_to_save
-from abft_fast.errors import UserError
 from abft_fast.options.base import flag, name_or_count
-from abft_fast.options.data import absolute_place, dataset_or_file
-from abft_fast.options.evaluate import Options
-from abft_fast.options.methods import METHODS, MethodName, Trainable
+from abft_fast.options.methods import METHODS, Trainable
+from abft_fast.options.training_data import TrainingDataOptions, spelled_method
 from abft_fast.options.without_effect import TRAINING, Rule
 
 _PAPER_LEARNING_RATES = {"lora": 1e-4, "full": 2e-5, "model": 1e-5}
-
-
-def spelled_method(value: Any) -> Any:
-    """Return a method's name as `METHODS` spells it, or a value that names no method as it is."""
-    names = {name.lower(): name for name in METHODS}
-    return names.get(str(value).lower(), value)
 
 
 def default_training(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,29 +72,11 @@ def _is_zero(value: Any) -> bool:
         return False
 
 
-class TrainConfig(Options):
+class TrainConfig(TrainingDataOptions):
     """Options of `abft-fast train`; the defaults are the paper's (section 4.1)."""
 
     _rules_of_effect: ClassVar[tuple[Rule, ...]] = TRAINING
 
-    k: int = Field(4, ge=1, description="Demonstrations in a prompt.")
-    method: MethodName = Field(
-        "ABFT",
-        description="What the loss is. ABFT: attention behavior. E2E: cross-entropy of the "
-        "query's label. MetaICL: the same on other datasets (Min et al. 2022). PICL: a language "
-        "model's loss on retrieved plain text (Gu et al. 2023).",
-    )
-    meta_datasets: str | None = Field(
-        None,
-        description="Datasets that MetaICL trains on: names or files as for --dataset, "
-        "separated by commas. Unset: all datasets of StaICC that are not tested.",
-    )
-    plain_text: Path | None = Field(
-        None,
-        description="File of the paragraphs that PICL trains on, one a line. Unset: StaICC's "
-        "texts, without labels and without test texts.",
-    )
-    train_samples: int = Field(512, ge=1, description="Number of training prompts.")
     epochs: int = Field(2, ge=1, description="Passes over the training prompts.")
     pseudo_batch_size: int = Field(
         32, ge=1, description="Prompts that one optimizer step averages."
@@ -227,34 +200,13 @@ class TrainConfig(Options):
     def _check_gradient(cls, value: Any) -> str | int:
         return name_or_count(value, ("full", "local"), "full, local or a number of layers from 1")
 
-    @field_validator("method", mode="before")
-    @classmethod
-    def _check_method(cls, value: Any) -> Any:
-        return spelled_method(value)
-
     @field_validator("adaptation", mode="before")
     @classmethod
     def _check_adaptation(cls, value: Any) -> Any:
         return "none" if value is None else str(value).lower()
 
-    @field_validator("meta_datasets")
-    @classmethod
-    def _check_meta_datasets(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        names = [dataset_or_file(name.strip()) for name in value.split(",")]
-        places = [absolute_place(name) for name in names]
-        for name, place in zip(names, places, strict=True):
-            if places.count(place) > 1:
-                raise ValueError(f"{name} is named twice")
-        return ",".join(names)
-
-    @field_serializer("meta_datasets", when_used="json")
-    def _save_absolute_paths(self, value: str | None) -> str | None:
-        return None if value is None else ",".join(map(absolute_place, value.split(",")))
-
-    @field_serializer("plain_text", "mauve_prefix", when_used="json")
-    def _save_absolute_text_path(self, value: Path | None) -> str | None:
+    @field_serializer("mauve_prefix", when_used="json")
+    def _save_absolute_prefix_path(self, value: Path | None) -> str | None:
         return None if value is None else place_to_save(value)
 
     @model_validator(mode="after")
@@ -274,82 +226,14 @@ class TrainConfig(Options):
         return self
 
     @model_validator(mode="after")
-    def _check_tested_apart(self) -> Self:
-        if self.trains_on_meta_datasets:
-            _ = self.meta_dataset_names
-        return self
-
-    @model_validator(mode="after")
-    def _check_inputs(self) -> Self:
-        needed = {
-            method.data_option: f"--method {method.name}"
-            for method in METHODS.values()
-            if method.data_option is not None
-        }
-        needed |= dict.fromkeys(("mauve_prefix", "mauve_model"), "--mauve-test")
-        there = {f"--method {self.method}", "--mauve-test" if self.mauve_test else ""}
-        for name, option in needed.items():
-            if getattr(self, name) is not None and option not in there:
+    def _check_mauve(self) -> Self:
+        for name in ("mauve_prefix", "mauve_model"):
+            if getattr(self, name) is not None and not self.mauve_test:
                 raise ValueError(
-                    f"{flag(name)} works with {option} only: add {option}, or leave "
+                    f"{flag(name)} works with --mauve-test only: add --mauve-test, or leave "
                     f"{flag(name)} out"
                 )
         return self
-
-    def moved_from(self, before: Mapping[str, Any]) -> Self:
-        """Return the options with the names that the datasets had in a run's recorded options.
-
-        Raises:
-            UserError: `meta_datasets` names another number of datasets.
-        """
-        pairs = [(before["dataset"], self.dataset)]
-        if self.meta_datasets is not None:
-            old, new = (text.split(",") for text in (before["meta_datasets"], self.meta_datasets))
-            if len(old) != len(new):
-                raise UserError(f"--meta-datasets: the run has {len(old)} of them, not {len(new)}")
-            pairs += zip(old, new, strict=True)
-        names = {
-            place: self.model_copy(update={"dataset": was}).dataset_name
-            for was, place in pairs
-            if place != was
-        }
-        if replaced := set(names.values()) & set(data.DATASETS):
-            raise UserError(f"--meta-datasets: {min(replaced)} is StaICC's, which no file replaces")
-        moved = self.model_copy()
-        moved._names = names
-        return moved
-
-    @property
-    def reads_own_data(self) -> bool:
-        """Return whether any dataset of the run, tested or trained on, is a file or folder."""
-        names = self.meta_datasets.split(",") if self.meta_datasets else ()
-        return self.data_are_own or not set(names) <= set(data.DATASETS)
-
-    @property
-    def trains_on_meta_datasets(self) -> bool:
-        """Return whether the training prompts come from `meta_dataset_names`."""
-        return METHODS[self.method].data_option == "meta_datasets"
-
-    @property
-    def meta_dataset_names(self) -> list[str]:
-        """Return the names or paths of the datasets that MetaICL trains on.
-
-        Raises:
-            UserError: one of the datasets is tested, too.
-        """
-        tested = {
-            absolute_place(self.dataset),
-            *({absolute_place(str(self.test_file))} if self.test_file else ()),
-        }
-        if self.generalization_test:
-            tested.update(data.PAPER_DATASETS)
-        if self.meta_datasets is None:
-            return [name for name in data.DATASETS if name not in tested]
-        names = self.meta_datasets.split(",")
-        for name in names:
-            if tested & {absolute_place(name), *map(str, Path(absolute_place(name)).parents)}:
-                raise UserError(f"--meta-datasets holds {name}, which is tested: leave {name} out")
-        return names
 
     @property
     def proportional_factor(self) -> float:

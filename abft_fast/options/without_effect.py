@@ -42,6 +42,12 @@ EVALUATION = (
 TRAINING = (
     *EVALUATION,
     Rule("evaluations", _TESTS, lambda run: not run.sides),
+    Rule(
+        "--training-labels mixed",
+        ("own_labels_share",),
+        lambda run: run.training_labels != "mixed",
+    ),
+    Rule("several --training-datasets", ("mixture",), lambda run: run.training_datasets is None),
     Rule("checkpoints", ("save_steps",), lambda run: run.no_save),
     Rule("--trainable lora", ("lora_r",), lambda run: run.trainable != "lora"),
     Rule("--adaptation pid", ("pid_i", "pid_d"), lambda run: run.adaptation != "pid"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +13,7 @@ from abft_fast.data import DATASETS, Dataset, Prompt
 from abft_fast.errors import UserError
 from abft_fast.options import PromptOptions, flag
 from abft_fast.prompts.label_tokens import LabelsAlikeError, LabelTokens, settings_that_help
+from abft_fast.prompts.symbols import Symbols, candidate_words, divide
 from abft_fast.prompts.template import Template
 from abft_fast.prompts.text_tokens import TextTokens, overlapping
 
@@ -119,6 +121,44 @@ class PromptEncoder:
             name_flags=True,
         )
 
+    def with_label_words(self, words: Sequence[str]) -> PromptEncoder:
+        """Return an encoder of the same dataset with other label words, of any number.
+
+        Raises:
+            UserError: as the class.
+        """
+        words = tuple(words)
+        return PromptEncoder(
+            self.tokenizer,
+            replace(self._data, label_words=words, staicc_label_words=words),
+            form=self.template.form,
+            max_length=self.max_length,
+            on_long_prompt=self.on_long_prompt,
+            vocabulary=self.vocabulary,
+            name_flags=self._name_flags,
+        )
+
+    @functools.cached_property
+    def symbols(self) -> Symbols:
+        """Return words that may stand for labels though they mean nothing here."""
+        template = self.template
+        written = (*template.label_words, template.input_prefix, template.label_prefix)
+        words = candidate_words(self.tokenizer, written, self.vocabulary)
+        template = replace(self.template, label_words=tuple(words))
+        labels = replace(self._labels, template=template)
+        tokens = zip(words, labels.in_demonstrations(), labels.at_query(), strict=True)
+        same_token = template.form == "ours"
+        return divide(
+            [
+                word
+                for word, ids, query_ids in tokens
+                if len(ids) == 1
+                and query_ids is not None
+                and len(query_ids) == 1
+                and (not same_token or ids == query_ids)
+            ]
+        )
+
     def special_token_in(self, text: str) -> str | None:
         """Return a special token of the model that a text's own characters become; None if none."""
         return self._text.special_token_in(text)
@@ -218,17 +258,22 @@ class PromptEncoder:
             prompts, rendered, self._text.with_offsets([text for text, _ in rendered]), strict=True
         ):
             positions = [overlapping(offsets, span)[0] for span in spans]
-            for position, demonstration in zip(positions, prompt.demonstrations, strict=True):
-                expected = self._demonstration_ids[demonstration.label]
-                if ids[position] != expected and template == self.template:
-                    word = self.template.label_words[demonstration.label]
-                    raise UserError(
-                        f"{self.dataset}: label word {word!r} is token {expected} in one "
-                        f"prompt and {ids[position]} in another; this tokenizer is not supported"
-                    )
+            if template == self.template:
+                self._check_demonstrations(prompt, [ids[position] for position in positions])
             correct = [d.label == prompt.query.label for d in prompt.demonstrations]
             encoded.append(EncodedPrompt(ids, positions, correct))
         return encoded
+
+    def _check_demonstrations(self, prompt: Prompt, tokens: Sequence[int]) -> None:
+        """Refuse a label word that is another token in this prompt than in the one tried first."""
+        for demonstration, token in zip(prompt.demonstrations, tokens, strict=True):
+            expected = self._demonstration_ids[demonstration.label]
+            if token != expected:
+                word = self.template.label_words[demonstration.label]
+                raise UserError(
+                    f"{self.dataset}: label word {word!r} is token {expected} in one "
+                    f"prompt and {token} in another; this tokenizer is not supported"
+                )
 
     def _refuse_outside(
         self, prompt: Prompt, encoded: EncodedPrompt, query_place: str | None

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from abft_fast.core.language_model_loss import every_token, label_target
 from abft_fast.data import Dataset
 from abft_fast.options import TrainConfig, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
+from abft_fast.training.label_words import encode_with_drawn_labels
 from abft_fast.training.picl import intrinsic_tasks, paragraphs
 
 
 def attention_behavior(
     config: TrainConfig, dataset: Dataset, encoder: PromptEncoder
 ) -> EncodedPrompts:
-    """Return prompts of the dataset, with their label positions and no target."""
-    return _encode(config, dataset, encoder, config.train_samples)
+    """Return prompts of the training datasets, with their label positions and no target."""
+    return _of_all_datasets(config, dataset, encoder, _encode)
 
 
-def end_to_end(config: TrainConfig, dataset: Dataset, encoder: PromptEncoder) -> EncodedPrompts:
-    """Return prompts of the dataset whose target is the query's label."""
-    return _encode_with_labels(config, dataset, encoder, config.train_samples)
+def with_labels(config: TrainConfig, dataset: Dataset, encoder: PromptEncoder) -> EncodedPrompts:
+    """Return prompts of the training datasets whose target is the query's label.
 
-
-def meta_learning(config: TrainConfig, _: Dataset, encoder: PromptEncoder) -> EncodedPrompts:
-    """Return as many prompts of each other dataset (MetaICL: Min et al. 2022, section 3.1).
-
-    The only target is the label of the query, given the whole concatenation, as in the paper.
+    MetaICL's only target is the label of the query, given the whole concatenation, as in its paper
+    (Min et al. 2022, section 3.1).
     """
-    names = config.meta_dataset_names
-    together = EncodedPrompts()
-    for i, name in enumerate(names):
-        count = config.train_samples // len(names) + (i < config.train_samples % len(names))
-        if not count:
-            continue
-        dataset = datasets.meta_dataset(config, name)
-        its = PromptEncoder.by_options(
-            config, encoder.tokenizer, dataset, encoder.max_length, encoder.vocabulary
-        )
-        part = _encode_with_labels(config, dataset, its, count)
-        together.prompts += part.prompts
-        together.labels += part.labels
-        together.dropped += part.dropped
-        together.shortened += part.shortened
-    return together
+    return _of_all_datasets(config, dataset, encoder, _encode_with_labels)
 
 
 def plain_text(config: TrainConfig, _: Dataset, encoder: PromptEncoder) -> EncodedPrompts:
@@ -64,10 +48,52 @@ def plain_text(config: TrainConfig, _: Dataset, encoder: PromptEncoder) -> Encod
     return encoded
 
 
+def _of_all_datasets(
+    config: TrainConfig,
+    dataset: Dataset,
+    encoder: PromptEncoder,
+    encode: Callable[[TrainConfig, Dataset, PromptEncoder, int], EncodedPrompts],
+) -> EncodedPrompts:
+    """Join the prompts of all training datasets; `dataset` and `encoder` are the tested one's."""
+    names = config.training_dataset_names
+    loaded = [dataset if n == config.dataset else datasets.to_train_on(config, n) for n in names]
+    sizes = [len(each.training) for each in loaded]
+    weights = sizes if config.mixture == "proportional" else [1] * len(sizes)
+    joined = EncodedPrompts()
+    for each, count in zip(loaded, shares(config.train_samples, weights), strict=True):
+        if not count:
+            continue
+        its = encoder
+        if each is not dataset:
+            its = PromptEncoder.by_options(
+                config, encoder.tokenizer, each, encoder.max_length, encoder.vocabulary
+            )
+        part = encode(config, each, its, count)
+        joined.prompts += part.prompts
+        joined.labels += part.labels
+        joined.dropped += part.dropped
+        joined.shortened += part.shortened
+    return joined
+
+
+def shares(total: int, weights: Sequence[int]) -> list[int]:
+    """Divide a number by weights, as evenly as whole numbers allow.
+
+    Example: `shares(10, [1, 1, 1])` is [4, 3, 3].
+    """
+    whole = [total * weight // sum(weights) for weight in weights]
+    remainders = [total * weight % sum(weights) for weight in weights]
+    largest = sorted(range(len(weights)), key=lambda i: -remainders[i])
+    for i in largest[: total - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
 def _encode(
     config: TrainConfig, dataset: Dataset, encoder: PromptEncoder, count: int
 ) -> EncodedPrompts:
-    return encoder.encode(dataset.training_prompts(config.k, count, config.seed))
+    prompts = dataset.training_prompts(config.k, count, config.seed)
+    return encode_with_drawn_labels(config, dataset, encoder, prompts)
 
 
 def _encode_with_labels(
@@ -75,7 +101,7 @@ def _encode_with_labels(
 ) -> EncodedPrompts:
     encoded = _encode(config, dataset, encoder, count)
     encoded.prompts = [
-        label_target(prompt, encoder.label_ids[label])
+        label_target(prompt, encoded.label_ids[label])
         for prompt, label in zip(encoded.prompts, encoded.labels, strict=True)
     ]
     return encoded

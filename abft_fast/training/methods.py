@@ -129,8 +129,8 @@ TRAINING_METHODS = {
     "ABFT": TrainingMethod(
         method_prompts.attention_behavior, _attention_loss, lambda prompt: prompt
     ),
-    "E2E": TrainingMethod(method_prompts.end_to_end, _output_loss, _label_0),
-    "MetaICL": TrainingMethod(method_prompts.meta_learning, _output_loss, _label_0),
+    "E2E": TrainingMethod(method_prompts.with_labels, _output_loss, _label_0),
+    "MetaICL": TrainingMethod(method_prompts.with_labels, _output_loss, _label_0),
     "PICL": TrainingMethod(
         method_prompts.plain_text,
         _output_loss,

@@ -22,6 +22,7 @@ from abft_fast.errors import UserError
 from abft_fast.options import TrainConfig, flag
 from abft_fast.options.base import shell_command
 from abft_fast.options.resolve import read_yaml, resolve, write_yaml
+from abft_fast.options.training_data import DATASET_LISTS, listed_names
 from abft_fast.runtime.files import (
     check_output_folder,
     final_name,
@@ -34,10 +35,8 @@ from abft_fast.runtime.lock import LOCK, FolderLock, check_free
 OF_THIS_CALL = ("device", "device_map")
 """Options that a resumed run may be given anew, beside `force`, which no run keeps."""
 
-MOVABLE = ("dataset", "test_file", "template", "meta_datasets", "plain_text", "mauve_prefix")
+MOVABLE = ("dataset", "test_file", "template", *DATASET_LISTS, "plain_text", "mauve_prefix")
 """Options that name the user's files, which may have moved when a run is resumed."""
-
-_LISTS = ("meta_datasets",)
 
 
 class RunFolder:
@@ -332,7 +331,8 @@ def _check_place(folder: Path, name: str, recorded: str | None, given: str | Non
         recorded: its value in the run.
         given: its new value, if one is given.
     """
-    places = [] if recorded is None else recorded.split(",") if name in _LISTS else [recorded]
+    is_list = name in DATASET_LISTS
+    places = listed_names(recorded) if is_list else [recorded] if recorded else []
     files = [place for place in places if place not in DATASETS]
     if given is not None:
         if not files:

@@ -224,8 +224,8 @@ def test_moved_files_do_not_take_each_others_place(reviews):
     config = resolve(TrainConfig, {**given, "output_dir": "run"})
     RunFolder.reserve(config).create(config, 0, datasets.file_hashes(config), {})
     Path("more.csv").rename("moved.csv")
-    assert resume(meta_datasets="moved.csv,trec").meta_dataset_names == ["moved.csv", "trec"]
-    dataset = datasets.meta_dataset(resume(meta_datasets="moved.csv,trec"), "moved.csv")
+    assert resume(meta_datasets="moved.csv,trec").training_dataset_names == ["moved.csv", "trec"]
+    dataset = datasets.to_train_on(resume(meta_datasets="moved.csv,trec"), "moved.csv")
     assert dataset.name == "more"
     with pytest.raises(UserError, match="--meta-datasets: the run has 2 of them, not 1"):
         resume(meta_datasets="moved.csv")

@@ -116,3 +116,42 @@ def test_picl_predicts_every_token(tmp_path):
         prompts_of(method="PICL", plain_text=file)
     with pytest.raises(UserError, match="No such file"):
         prompts_of(method="PICL", plain_text=tmp_path / "nowhere.txt")
+
+
+def prefixes_of(**options):
+    found, _ = prompts_of(**options)
+    return [TOKENIZER.decode(p.input_ids).strip().split(":")[0] for p in found]
+
+
+@pytest.mark.parametrize("method", ["ABFT", "E2E"])
+def test_several_datasets_give_one_training_set(method, tmp_path):
+    names = prefixes_of(dataset="trec", method=method, training_datasets="trec,mr,agnews")
+    assert (names.count("question"), names.count("review"), names.count("news")) == (4, 4, 4)
+    file = tmp_path / "mails.csv"
+    file.write_text("text,label\n" + "good news,negative\nbad news,positive\n" * 256)
+    options = {"dataset": "trec", "training_datasets": f"trec,{file}", "k": 2}
+    assert prefixes_of(**options).count("question") == 6
+    by_size = prefixes_of(**options, mixture="proportional")  # 1,024 examples and 409
+    assert by_size.count("question") == 9
+
+
+def test_others_leaves_the_tested_dataset_out():
+    config = resolve(TrainConfig, {"dataset": "subj", "training_datasets": "others"})
+    assert config.training_dataset_names == [n for n in data.PAPER_DATASETS if n != "subj"]
+    with pytest.raises(UserError, match="no dataset is left"):
+        prompts_of(dataset="subj", training_datasets="others", generalization_test=True)
+
+
+def test_training_datasets_are_for_methods_that_have_no_list_of_their_own():
+    with pytest.raises(UserError, match="works with ABFT and E2E, not MetaICL: use --meta-data"):
+        prompts_of(dataset="subj", method="MetaICL", training_datasets="mr")
+
+
+def test_a_file_of_tests_is_not_trained_on(tmp_path):
+    rows = "text,label\n" + "good news,negative\nbad news,positive\n" * 8
+    files = {name: tmp_path / name for name in ("mails.csv", "tests.csv")}
+    for file in files.values():
+        file.write_text(rows)
+    options = {"dataset": str(files["mails.csv"]), "test_file": str(files["tests.csv"])}
+    with pytest.raises(UserError, match=r"tests.csv, which is tested"):
+        resolve(TrainConfig, options | {"training_datasets": f"mr,{files['tests.csv']}"})

@@ -1,8 +1,8 @@
-"""The layouts of the paper's tables 1 to 4."""
+"""The layouts of the paper's tables 1 to 4, and of the tests of label following."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from abft_fast.data import DATASETS
 from abft_fast.errors import UserError
@@ -21,6 +21,13 @@ from abft_fast.experiments.tables.types import Entry, MethodRuns, Table
 from abft_fast.options import EvalConfig, TableConfig
 
 _LESS_IS_BETTER = ("expected_calibration_error",)
+_LABEL_METRICS = {
+    "own": "Own",
+    "rotated": "Rotated",
+    "symbols": "New words",
+    "override_rate": "Follows rotation",
+    "prior_rate": "Keeps own label",
+}
 _CONSISTENCY_TESTS = {"Template": "TempSensitivity", "Demonstration": "DemoSensitivity"}
 
 
@@ -30,6 +37,8 @@ def make_table(config: TableConfig, records: Iterable[Record]) -> Table:
     Raises:
         UserError: no run has the scores that this layout shows, or runs contradict one another.
     """
+    if config.layout == "labels":
+        return label_following(config, list(records))
     metric = "consistency" if config.layout == "3" else config.metric
     methods = collect(records, metric)
     if not any(runs.scores for runs in methods):
@@ -133,6 +142,29 @@ def settings(methods: list[MethodRuns]) -> Table:
         for runs in methods
     ]
     return Table(["Model", "Method", "Seeds", "Time", "Average"], lines)
+
+
+def label_following(config: TableConfig, records: Sequence[Record]) -> Table:
+    """Lay out the tests of label following: a line a method, means over datasets.
+
+    Raises:
+        UserError: no run was tested so.
+    """
+    lines: dict[tuple[str, str], list[str | Entry]] = {}
+    for column, metric in enumerate(_LABEL_METRICS):
+        methods = collect(records, metric)
+        datasets = _datasets(methods)
+        for runs in methods:
+            blank = [Entry()] * len(_LABEL_METRICS)
+            start: list[str | Entry] = [runs.model, runs.name, runs.seeds, *blank]
+            line = lines.setdefault((runs.model, runs.name), start)
+            line[3 + column] = _in_domain_average(runs, datasets)
+    if not lines:
+        raise UserError(
+            f"layout labels: no run below {config.folder} was evaluated by --test-type "
+            "LabelFollowing"
+        )
+    return Table(["Model", "Method", "Seeds", *_LABEL_METRICS.values()], list(lines.values()))
 
 
 def _in_domain_average(runs: MethodRuns, datasets: list[str]) -> Entry:
