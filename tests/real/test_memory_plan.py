@@ -1,0 +1,76 @@
+"""The plan of memory against a fresh process that trains a real model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.real.fetch import MODELS, path_of
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+STEP = """
+import sys
+
+import torch
+from accelerate import Accelerator
+from abft_fast import data
+from abft_fast.memory.measure import step_memory
+from abft_fast.memory.types import Arithmetic, Flow
+from abft_fast.models import loading, trainable
+from abft_fast.options import TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.prompts import PromptEncoder
+from abft_fast.runtime.freed_memory import give_back_at_once
+from abft_fast.training.loop import backward
+from abft_fast.training.methods import training_prompts
+from benchmarks.peak_memory import high_water_mark, reset_high_water_mark
+
+assert give_back_at_once()
+path, gradient, checkpointing = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
+given = {"model": path, "dataset": "sst2", "gradient": gradient, "checkpointing": checkpointing}
+config = resolve(TrainConfig, given)
+flow = Flow(config.gradient, config.checkpointing)
+dataset = data.load("sst2")
+encoder = PromptEncoder.by_options(config, loading.read_tokenizer(path), dataset, 4096)
+prompts = training_prompts(config, dataset, encoder).prompts[:24]
+tokens = sum(map(len, prompts))
+shape = loading.read_config(path)
+step = step_memory(shape, config, Arithmetic("cpu", False), flow, tokens // len(prompts))
+model = loading.load(path, torch.device("cpu"), torch.float32, None)
+model = trainable.set_trained(model, config.trainable, config.lora_r, False).eval()
+if checkpointing:
+    trainable.enable_checkpointing(model)
+accelerator = Accelerator(cpu=True)
+backward(model, prompts[:1], config, 0.5, accelerator, 10**6)
+reset_high_water_mark("cpu")
+before = high_water_mark("cpu")
+backward(model, prompts, config, 0.5, accelerator, 10**6)
+print(step.at(tokens) / (high_water_mark("cpu") - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's own high-water mark")
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("gradient", "checkpointing"),
+    [("full", False), ("full", True), (2, False), ("local", False)],
+    ids=["full", "checkpointed", "blocks of 2", "local"],
+)
+def test_a_step_takes_what_was_planned(name, gradient, checkpointing):
+    path = path_of(name)
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there: make real-models")
+    run = subprocess.run(
+        [sys.executable, "-c", STEP, str(path), str(gradient), str(checkpointing)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    ratio = float(run.stdout.split()[-1])
+    most = 1.35 if gradient == "local" else 1.15  # of local, too much is planned
+    assert 1 / 1.15 <= ratio <= most, ratio
