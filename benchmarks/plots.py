@@ -1,14 +1,8 @@
-"""Rows as SVG: for light and dark backgrounds, the same bytes from the same rows.
-
-Text stays text. Nothing is placed by matplotlib's tight or constrained layout, and axes, legends
-and labels stand at fixed places, so fonts of the machine have no say.
-"""
+"""Rows as SVG, in the style of every picture."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -16,33 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from abft_fast.plots import style
+from abft_fast.plots.style import COLORS, GREY, MARKERS
 from benchmarks.rows import Row, distinct, group, natural
 from benchmarks.tables import EAGER, STEPS, exponent, main_heads, of, slope_of, whole
-
-GREY = "#797979"  # as far from white as from GitHub's #0d1117
-COLORS = ("#2f7ed8", "#c8571b", "#1e8e5a", "#a45cc9", "#d0405f", "#8f7a1a")
-MARKERS = ("", *"s^Dvp")
-STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8,
-    "svg.fonttype": "none", "svg.hashsalt": "abft-fast", "path.simplify": False,
-    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
-    "xtick.color": GREY, "ytick.color": GREY, "grid.color": GREY, "grid.alpha": 0.3,
-    "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
-    "xtick.bottom": False, "ytick.left": False,
-    "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "legend.handlelength": 1.6,
-}  # fmt: skip
-_IDLE = re.compile(rb'(?<=\n) +| transform="rotate\(-0 [^)]*\)"')  # a third of the bytes
 
 
 def draw(plot: Callable[[list[Row]], Figure], rows: list[Row]) -> bytes:
     """A plot's file."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        file = io.BytesIO()
-        plot(rows).savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-        return _IDLE.sub(b"", file.getvalue())
+    with style.applied():
+        return style.svg(plot(rows)).encode()
 
 
 def _plain(value: float, _: int = 0) -> str:

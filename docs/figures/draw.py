@@ -23,7 +23,7 @@ LAYERS = (
     ("evaluation", "StaICC's tests, calibration"),
     ("prompts", "text → token ids and label positions"),
     ("models   ·   options", "reads and adapts a model   ·   every option once"),
-    ("builtin", "the small model in the box"),
+    ("builtin   ·   plots", "the small model in the box   ·   the style of pictures"),
     ("core   ·   data   ·   runtime", "packing and the loss   ·   datasets   ·   files, processes"),
     ("errors", "one line for the user"),
     ("abft_kernels", "one layer's attention and loss; torch and triton alone"),
