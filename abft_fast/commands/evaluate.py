@@ -14,7 +14,7 @@ from abft_fast.commands.session import Session, check_same_data
 from abft_fast.core.label_logits import keep_label_rows
 from abft_fast.evaluation import inference
 from abft_fast.evaluation.behavior import BehaviorMean
-from abft_fast.evaluation.evaluation_set import EvaluationSet
+from abft_fast.evaluation.evaluation_set import EvaluationSet, Outcome
 from abft_fast.options import EvalConfig
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.runtime import processes
@@ -49,7 +49,7 @@ def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
                 session.load_adapter(config.adapter)
             keep_rows_of_labels(session, tests)
             session.check_attention(tests[0].prompts)
-        metrics, attention = run_tests(session, tests, "evaluating")
+        metrics, attention, _ = run_tests(session, tests, "evaluating")
         if config.output is not None:
             processes.run_on_main(write_json, config.output, metrics)
     return metrics, attention
@@ -88,7 +88,7 @@ def keep_rows_of_labels(session: Session, tests: Sequence[EvaluationSet]) -> Non
 
 def run_tests(
     session: Session, tests: Sequence[EvaluationSet], title: str
-) -> tuple[Scores, Scores]:
+) -> tuple[Scores, Scores, list[Outcome]]:
     """Test the session's model in its current state.
 
     Args:
@@ -97,18 +97,19 @@ def run_tests(
         title: the title of the progress bar.
 
     Returns:
-        Metrics and attention behavior.
+        Metrics and attention behavior, by dataset, and the outcome of each test.
     """
-    metrics, attention = {}, {}
+    metrics, attention, outcomes = {}, {}, []
     for test in tests:
         lengths = ([len(prompt) for prompt in encoded.prompts] for encoded in test.encoded)
         own = [each[i] for each in lengths for i in processes.own_share(each)]
         bar_title = title if len(tests) == 1 else f"{title}, {test.dataset}"
         with session.progress.bar(bar_title, len(own), sum(own)) as advance:
-            scores, behavior = test.run(functools.partial(_predict, session, advance))
-        metrics[test.dataset] = scores
-        attention[test.dataset] = dataclasses.asdict(behavior)
-    return metrics, attention
+            outcome = test.run(functools.partial(_predict, session, advance))
+        metrics[test.dataset] = outcome.metrics
+        attention[test.dataset] = dataclasses.asdict(outcome.behavior.result())
+        outcomes.append(outcome)
+    return metrics, attention, outcomes
 
 
 def _predict(

@@ -29,6 +29,7 @@ _PERCENTAGES = {
 _ATTENTION = {
     "induction_heads": "induction heads a prompt",
     "correct_share_above_chance": "label mass on correct labels, above chance (%)",
+    "label_mass": "label mass, mean of all heads (%)",
 }
 
 
@@ -41,7 +42,7 @@ def print_run(run: RunFolder) -> None:
     metrics, attention = run.evaluation, run.attention
     sides = [when for when in ("before", "after") if when in metrics]
     rows = [_rows(metrics[when], attention[when]) for when in sides]
-    for title in rows[0] if rows else ():
+    for title in dict.fromkeys(title for side in rows for title in side):
         values = {when: side[title] for when, side in zip(sides, rows, strict=True)}
         table.add_row(title, values.get("before", ""), values.get("after", ""))
     steps = run.metrics()
@@ -89,6 +90,8 @@ def _rows(metrics: dict[str, dict], attention: dict[str, dict]) -> dict[str, str
         rows[start + _ATTENTION["induction_heads"]] = f"{heads['induction_heads']:.2f}"
         share = heads["correct_share_above_chance"]
         rows[start + _ATTENTION["correct_share_above_chance"]] = _percent(share, "+")
+        if share is None and "label_mass" in heads:
+            rows[start + _ATTENTION["label_mass"]] = _percent(heads["label_mass"])
     inside, *outside = metrics.values()
     if outside:
         for name in inside:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
@@ -12,7 +14,9 @@ from abft_fast.commands.evaluate import keep_rows_of_labels, prepare_tests, run_
 from abft_fast.commands.session import Session, check_same_data
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import Interrupted, UserError
-from abft_fast.evaluation.evaluation_set import EvaluationSet
+from abft_fast.evaluation.details import describe_test
+from abft_fast.evaluation.evaluation_set import EvaluationSet, Outcome
+from abft_fast.evaluation.last_rows import mean_last_row
 from abft_fast.memory.plan import available_memory, make_plan, what_to_change
 from abft_fast.memory.simulation import CannotCount
 from abft_fast.memory.types import Flow
@@ -70,8 +74,13 @@ def _train(config: TrainConfig, run: RunFolder, progress: Progress) -> None:
 
     def evaluate_once(side: str) -> None:
         if side in config.sides and processes.from_main(side not in run.evaluation):
-            scores = run_tests(session, tests, f"evaluating {side}")
-            processes.run_on_main(run.record_evaluation, side, *scores)
+            metrics, attention, outcomes = run_tests(session, tests, f"evaluating {side}")
+
+            def record() -> None:
+                details = details_of(session, tests[0], outcomes[0])
+                run.record_evaluation(side, metrics, attention, details)
+
+            processes.run_on_main(record)
 
     evaluate_once("before")
     if config.mauve_test:
@@ -197,6 +206,18 @@ class TrainSession(Session):
                 "memory is short: freed memory goes back to the system at once, which makes steps "
                 "slower"
             )
+
+
+def details_of(session: TrainSession, test: EvaluationSet, outcome: Outcome) -> dict[str, Any]:
+    """Return what a report shows of a test beyond its metrics; it runs ten prompts again."""
+    session.model.eval()
+    row = functools.partial(
+        mean_last_row,
+        session.model,
+        autocast=session.accelerator.autocast,
+        attention=session.config.attention_backend,
+    )
+    return describe_test(test, outcome, session.encoder.tokenizer, row)
 
 
 def to_train(session: TrainSession, run: RunFolder, prompts: list[EncodedPrompt]) -> Training:

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from abft_fast.core.packed_forward import LossComplete, PackedForward
+from abft_fast.core.packed_forward import LastQueries, LossComplete, PackedForward
 from abft_fast.errors import UnsupportedModel
 
 NAME = "abft"
@@ -88,6 +88,12 @@ def packed_attention(
         "window": sliding_window,
         "sinks": s_aux,
     }
+    if abft.keep is not None:
+        abft.keep[module.layer_idx] = key, value
+    if abft.queries is not None:
+        abft.queries[module.layer_idx] = LastQueries(
+            query[packed.cu_seqlens[1:].long() - 1], Scores(scale, softcap, sliding_window), s_aux
+        )
     if abft.prefix is not None:
         out = attention_after_prefix(
             query,
@@ -102,8 +108,6 @@ def packed_attention(
         )
         abft.store(module.layer_idx, None)
         return out[None], None
-    if abft.keep is not None:
-        abft.keep[module.layer_idx] = key, value
     options = {**scores, **abft.loss_options_on(query.device)}
     labels = packed.label_positions, packed.label_offsets, packed.label_is_correct
     if abft.ends_in(module.layer_idx):

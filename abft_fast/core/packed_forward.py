@@ -7,10 +7,10 @@ checkpointing's second run of a layer sees the same object.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from abft_kernels import LastRowLoss
+from abft_kernels import LastRowLoss, Scores
 from torch import Tensor, nn
 
 from abft_fast.core.behavior import AttentionBehavior, LayerResults
@@ -19,6 +19,20 @@ from abft_fast.core.packing import PackedPrompts
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 """Each layer's keys and values, (T, Hkv, D), by layer index."""
+
+
+class LastQueries(NamedTuple):
+    """What one layer's last rows ask of its keys.
+
+    Attributes:
+        query: (R, Hq, D), one row a prompt, after RoPE.
+        scores: how a query and a key become a score.
+        sinks: (Hq,) attention sinks, or None.
+    """
+
+    query: Tensor
+    scores: Scores
+    sinks: Tensor | None
 
 
 class LossComplete(Exception):  # noqa: N818 - no error
@@ -48,6 +62,7 @@ class PackedForward:
         block: layers that a gradient may cross; None for all of them.
         stop_after: layer whose attention ends the forward; None runs the forward to its end.
         keep: where it is given, each layer's keys and values are stored in it.
+        queries: where it is given, the queries of each layer's last rows are stored in it.
         prefix: keys and values that an earlier forward kept of the beginning of all these prompts.
             Positions of `packed` continue after the prefix; the batch has no labels, and no loss is
             computed.
@@ -62,6 +77,7 @@ class PackedForward:
     block: int | None = None
     stop_after: int | None = None
     keep: KeysAndValues | None = None
+    queries: dict[int, LastQueries] | None = None
     prefix: KeysAndValues | None = None
     attentions: dict[tuple[str, str], str] = field(default_factory=dict)
 

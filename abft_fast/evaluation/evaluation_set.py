@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from StaICC.util import functional
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.data import Dataset
 from abft_fast.errors import UserError
-from abft_fast.evaluation.behavior import Behavior, BehaviorMean
+from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.evaluation.calibration import Calibration
 from abft_fast.evaluation.label_following import LabelFollowing
 from abft_fast.evaluation.protocols import Protocol
@@ -21,10 +22,28 @@ Predict = Callable[[EncodedPrompts, bool], tuple[Tensor, BehaviorMean]]
 """Logits of the label words, (prompts, labels), and, where asked for, what heads do."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of a test found.
+
+    Attributes:
+        metrics: metrics by name; None where one is undefined.
+        behavior: what the heads did on prompts whose query has a label.
+        labels: the true label of each prompt of the test's first part.
+        probabilities: what was predicted for them, after calibration; empty for a prompt left out.
+    """
+
+    metrics: dict[str, float | None]
+    behavior: BehaviorMean
+    labels: list[int]
+    probabilities: list[list[float]]
+
+
 class EvaluationSet:
     """A dataset's test prompts, by the protocol and the calibration of the options.
 
     Attributes:
+        label_words: the words of its labels, by label.
         encoded: its prompts, tokenized, as they are to be predicted, those of the test first.
 
     Raises:
@@ -40,12 +59,14 @@ class EvaluationSet:
             self._protocol = LabelFollowing(dataset, options.k, form, words)
         else:
             self._protocol = Protocol.of(options.test_type, dataset, options.k, form)
+        self.label_words = list(self._protocol.triplet.template.label_words)
         self._calibration = Calibration(
             options.calibration, self._protocol.triplet, options.k, options.calibration_samples
         )
         calls = list(self._protocol.calls)
         if self._calibration.call is not None:
             calls.append(self._calibration.call)
+        self._labels = [prompt.query.label for prompt in calls[0].prompts]
         self._sizes = [len(call.prompts) for call in calls]
         self._measures = [call.measures_behavior for call in calls]
         self.encoded = [encoder.encode(call.prompts, call.template) for call in calls]
@@ -61,8 +82,8 @@ class EvaluationSet:
         """Return the tokens of all its label words."""
         return {token for encoded in self.encoded for token in encoded.label_ids}
 
-    def run(self, predict: Predict) -> tuple[dict[str, float | None], Behavior]:
-        """Return the metrics, and the heads' behavior on prompts whose query has a label."""
+    def run(self, predict: Predict) -> Outcome:
+        """Predict every prompt and score the predictions."""
         predictions, behavior = [], BehaviorMean()
         for encoded, size, measures in zip(self.encoded, self._sizes, self._measures, strict=True):
             logits, heads = predict(encoded, measures)
@@ -72,8 +93,9 @@ class EvaluationSet:
                 rows[i] = functional.softmax(row)
             predictions.append(rows)
         learnt_from = predictions.pop() if self._calibration.call is not None else None
-        calibrated = self._calibration.calibrate(predictions, learnt_from)
-        return self._protocol.score(calibrated), behavior.result()
+        calibrated = list(self._calibration.calibrate(predictions, learnt_from))
+        first = [[float(value) for value in row] for row in calibrated[0]]
+        return Outcome(self._protocol.score(calibrated), behavior, self._labels, first)
 
     def _check_all_kept(self, options: Options) -> None:
         """Refuse dropped prompts where StaICC needs every one."""

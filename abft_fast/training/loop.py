@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.errors import RunError
-from abft_fast.evaluation.behavior import Behavior, BehaviorMean
+from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.models import trainable
 from abft_fast.options import TrainConfig
 from abft_fast.options.methods import METHODS
@@ -111,7 +111,8 @@ def train_step(
     """
     started = time.perf_counter()
     penalty = state.controller.penalty
-    loss, behavior = _pseudo_batch_gradient(training, state, batch)
+    loss, heads = _pseudo_batch_gradient(training, state, batch)
+    behavior = heads.result()
     gradients = [p.grad for p in state.trained.values() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients).item()
     check_step(training.config, step, loss, norm, behavior.induction_heads)
@@ -125,6 +126,7 @@ def train_step(
         "penalty": penalty,
         "induction_heads": behavior.induction_heads,
         "correct_share_above_chance": behavior.correct_share_above_chance,
+        "attention_loss": heads.attention_loss(training.config.penalty, training.config.reward),
         "gradient_norm": norm,
         "learning_rate": training.config.lr,
         "tokens_per_second": sum(map(len, batch)) / seconds,
@@ -174,7 +176,7 @@ def backward(
 
 def _pseudo_batch_gradient(
     training: Training, state: TrainState, batch: list[EncodedPrompt]
-) -> tuple[float, Behavior]:
+) -> tuple[float, BehaviorMean]:
     """Compute the gradient of a pseudo-batch on all processes; return its loss and behavior."""
     accelerator, penalty = training.accelerator, state.controller.penalty
     share = [batch[i] for i in processes.own_share([len(prompt) for prompt in batch])]
@@ -195,7 +197,7 @@ def _pseudo_batch_gradient(
     everyone = BehaviorMean()
     for part in behaviors:
         everyone.join(part)
-    return sum(losses), everyone.result()
+    return sum(losses), everyone
 
 
 def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: float) -> None:

@@ -246,15 +246,26 @@ class RunFolder:
         """Return attention behavior by side and dataset."""
         return _read_json(self._attention)
 
-    def record_evaluation(self, when: str, metrics: dict, attention: dict) -> None:
-        """Record one side, by dataset.
+    def record_evaluation(
+        self, when: str, metrics: dict, attention: dict, details: dict | None = None
+    ) -> None:
+        """Record one side, by dataset, and the details of its first dataset.
 
         evaluation.json is written last, because it tells a resumed run that the side is done.
         """
+        if details is not None:
+            write_text(self._details(when), json.dumps(details) + "\n")
         for path, by_dataset in ((self._attention, attention), (self._evaluation, metrics)):
             content = _read_json(path)
             content[when] = by_dataset
             write_json(path, content)
+
+    def details(self, when: str) -> dict[str, Any]:
+        """Return every prediction of one side and more, by `evaluation.details`; empty if none."""
+        return _read_json(self._details(when))
+
+    def _details(self, when: str) -> Path:
+        return self.folder / f"details-{when}.json"
 
     @property
     def token_budget(self) -> int | None:
@@ -313,6 +324,7 @@ class RunFolder:
 _ENTRIES = {
     "config.yaml", "environment.json", "run.log", "metrics.jsonl", "evaluation.json",
     "attention.json", "token_budget.json", "checkpoints", "adapter", "model", "abft-fast",
+    "details-before.json", "details-after.json", "report.html",
     "texts-before.json", "texts-before-again.json", "texts-after.json", "mauve.json",
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from abft_kernels import reference
 from abft_kernels.attention.registry import choose_attention
-from abft_kernels.attention.separate import explicit_attention
+from abft_kernels.attention.separate import explicit_attention, visible_keys
 from abft_kernels.checks import check_options
 from abft_kernels.fused import flash_attention_with_last_row_loss
 from abft_kernels.loss import choose_backend, last_row_loss
@@ -20,4 +20,5 @@ __all__ = [
     "flash_attention_with_last_row_loss",
     "last_row_loss",
     "reference",
+    "visible_keys",
 ]

@@ -38,14 +38,37 @@ def test_the_run_folder(run):
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert {
         "loss", "penalty", "induction_heads", "correct_share_above_chance", "gradient_norm",
+        "attention_loss",
         "learning_rate", "tokens_per_second", "peak_memory_bytes",
     } <= set(rows[0])  # fmt: skip
     assert all(row["induction_heads"] > 0 and row["gradient_norm"] > 0 for row in rows)
+    # At step 1 the penalty is still A0, so that both are the same loss of the same prompts.
+    assert rows[0]["attention_loss"] == pytest.approx(rows[0]["loss"], rel=1e-4)
     versions = json.loads((folder / "environment.json").read_text())["versions"]
     assert versions["torch"] and versions["transformers"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["k"] == 2
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".log", ".yaml", ".safetensors"}
+
+
+def test_details_agree_with_the_metrics(run):
+    folder, _ = run
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    attention = json.loads((folder / "attention.json").read_text())
+    for side in ("before", "after"):
+        details = json.loads((folder / f"details-{side}.json").read_text())
+        rows = zip(details["labels"], details["probabilities"], strict=True)
+        right = [max(row) == row[label] for label, row in rows]
+        assert len(right) == 1024 and details["dataset"] == "trec"
+        accuracy = evaluation[side]["trec"]["accuracy"]
+        assert sum(right) / 1024 == pytest.approx(accuracy, abs=2 / 1024)  # rounded ties
+        heads = attention[side]["trec"]["induction_heads"]
+        assert sum(details["layers"]["induction_heads"]) == pytest.approx(heads)
+        assert len(details["prompts"]) == 10
+        for prompt in details["prompts"]:
+            assert len(prompt["attention"]) == len(prompt["tokens"])
+            assert sum(prompt["attention"]) == pytest.approx(1, abs=1e-3)
+            assert len(prompt["label_positions"]) == 2
 
 
 def test_the_log_says_what_is_done_in_order(run):

@@ -8,6 +8,7 @@ from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path
 from abft_fast.core.label_logits import label_logits
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.evaluation.inference import predict_labels
+from abft_fast.evaluation.last_rows import mean_last_row
 from abft_fast.evaluation.protocols import Protocol
 from abft_fast.prompts import PromptEncoder
 from tests.staicc_reference import staicc_probabilities
@@ -71,28 +72,76 @@ def test_label_logits_are_the_familys_own(family):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_behavior_mean_by_hand():
-    model = tiny_model("llama")
-    prompts = [
-        EncodedPrompt(
-            torch.randint(3, 97, (12,)).tolist(), [2, 5, 7, 9], [True, False, False, True]
-        )
-        for _ in range(6)
+def random_prompts(kinds, labels=(2, 5, 7, 9)):
+    return [
+        EncodedPrompt(torch.randint(3, 97, (12,)).tolist(), list(labels), [c == "+" for c in kind])
+        for kind in kinds
     ]
-    packed = pack(prompts)
+
+
+def test_behavior_mean_by_hand():
+    """A prompt whose labels are all of one kind has heads, but no correct share."""
+    model = tiny_model("llama")
+    kinds = ["+--+", "++++", "-+--", "----", "+++-", "+--+"]
+    packed = pack(random_prompts(kinds))
     behavior = attention_behavior_loss(model, packed)
     mean = BehaviorMean()
     mean.add(behavior, packed)
-    heads, shares = 0, []
-    for r in range(6):
+    shares = []
+    for r, kind in enumerate(kinds):
         found = behavior.is_induction[:, r]
-        heads += int(found.sum())
-        if found.any():
+        if found.any() and len(set(kind)) == 2:
             correct = behavior.correct_mass[:, r][found].sum()
-            shares.append((correct / behavior.label_mass[:, r][found].sum() - 0.5).item())
-    assert len(shares) > 0
-    assert mean.result().induction_heads == pytest.approx(heads / 6)
-    assert mean.result().correct_share_above_chance == pytest.approx(sum(shares) / len(shares))
+            share = correct / behavior.label_mass[:, r][found].sum()
+            shares.append(share.item() - kind.count("+") / 4)
+    assert len(shares) > 1
+    result = mean.result()
+    assert result.induction_heads == pytest.approx(behavior.is_induction.sum().item() / 6)
+    assert result.correct_share_above_chance == pytest.approx(sum(shares) / len(shares))
+    assert result.label_mass == pytest.approx(behavior.label_mass.mean().item())
+    layers = mean.layers()
+    for name in ("label_mass", "correct_mass"):
+        expected = getattr(behavior, name).mean(dim=(1, 2)).tolist()
+        assert layers[name] == pytest.approx(expected)
+    assert sum(layers["induction_heads"]) == pytest.approx(result.induction_heads)
+
+
+@pytest.mark.parametrize("kind", ["++++", "----"])
+def test_without_both_kinds_of_labels_there_is_no_share(kind):
+    model = tiny_model("llama")
+    packed = pack(random_prompts([kind] * 4))
+    mean = BehaviorMean()
+    mean.add(attention_behavior_loss(model, packed), packed)
+    assert mean.result().induction_heads > 0 and mean.result().label_mass > 0
+    assert mean.result().correct_share_above_chance is None
+
+
+@pytest.mark.parametrize("factors", [(0.5, 1.0), (2.0, 0.3)])
+def test_the_attention_loss_of_a_mean_is_the_papers(factors):
+    """From the masses that any method observes; batches joined are one batch."""
+    model = tiny_model("llama")
+    prompts = [*random_prompts(["+--+", "++++", "-+--", "----"]), EncodedPrompt([5, 6], [], [])]
+    penalty, reward = factors
+    loss = attention_behavior_loss(model, pack(prompts), penalty=penalty, reward=reward).loss
+    mean = BehaviorMean()
+    for part in (prompts[:3], prompts[3:]):
+        packed = pack(part)
+        mean.add(attention_behavior_loss(model, packed), packed)
+    assert mean.attention_loss(penalty, reward) == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_oss"])
+def test_the_mean_last_row_is_that_of_eager_attention(family):
+    model, eager = tiny_model(family), tiny_model(family)
+    eager.set_attn_implementation("eager")
+    [prompt] = random_prompts(["+--+"])
+    found = mean_last_row(model, prompt)
+    output = eager(torch.tensor([prompt.input_ids]), output_attentions=True)
+    rows = torch.stack([layer[0, :, -1] for layer in output.attentions])
+    rows = rows[..., : len(prompt)]  # GPT-OSS has a sink
+    chosen = attention_behavior_loss(model, pack([prompt])).is_induction[:, 0]
+    assert chosen.any() and not chosen.all()
+    torch.testing.assert_close(torch.tensor(found), rows[chosen].mean(dim=0), rtol=1e-4, atol=1e-6)
 
 
 def test_without_induction_heads_there_is_no_share():

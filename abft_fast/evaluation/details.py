@@ -1,0 +1,57 @@
+"""What a test leaves for its report: every prediction, attention by layer, and ten prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from abft_fast.core.packing import EncodedPrompt
+from abft_fast.evaluation.evaluation_set import EvaluationSet, Outcome
+
+_SHOWN = 10  # prompts of which tokens and attention are kept
+
+
+def describe_test(
+    test: EvaluationSet,
+    outcome: Outcome,
+    tokenizer: PreTrainedTokenizerBase,
+    last_row: Callable[[EncodedPrompt], list[float]],
+) -> dict[str, Any]:
+    """Return the details of one run of a test, as JSON has them.
+
+    Args:
+        test: the test.
+        outcome: what it found.
+        tokenizer: turns tokens into text.
+        last_row: returns what the last token of a prompt attends to.
+
+    Returns:
+        `dataset`, `label_words`; `labels` and `probabilities` by prompt, an empty list for a prompt
+        left out; `layers`, by `BehaviorMean.layers`; `prompts`, each with its `index`, `tokens`,
+        `attention`, `label_positions` and `label_is_correct`.
+    """
+    encoded = test.encoded[0]
+    count = min(_SHOWN, len(encoded.prompts))
+    shown = [i * len(encoded.prompts) // count for i in range(count)]
+    prompts = []
+    for i in shown:
+        prompt = encoded.prompts[i]
+        prompts.append(
+            {
+                "index": encoded.kept[i],
+                "tokens": [tokenizer.decode([token]) for token in prompt.input_ids],
+                "attention": [round(value, 6) for value in last_row(prompt)],
+                "label_positions": list(prompt.label_positions),
+                "label_is_correct": list(map(bool, prompt.label_is_correct)),
+            }
+        )
+    return {
+        "dataset": test.dataset,
+        "label_words": test.label_words,
+        "labels": outcome.labels,
+        "probabilities": [[round(value, 6) for value in row] for row in outcome.probabilities],
+        "layers": outcome.behavior.layers(),
+        "prompts": prompts,
+    }
