@@ -23,6 +23,7 @@ QUICK = [
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     [f"abft_fast.commands.{name}" for name in ("train", "plan", "predict", "merge", "doctor")]
+    + [f"abft_fast.commands.analyze.{name}" for name in ("attention", "restrict", "show")]
     + ["abft_fast.experiments.sweep", "transformers.models.smollm3.modeling_smollm3"]
 )
 

@@ -49,7 +49,7 @@ app = typer.Typer(
 )
 
 
-def _command(config_class: type[CommandOptions]) -> Callable:
+def command_with(config_class: type[CommandOptions], parent: typer.Typer = app) -> Callable:
     """Register a function as a command that takes every option of a config class."""
 
     def decorate(function: Callable[[dict[str, Any]], None]) -> Callable:
@@ -69,7 +69,7 @@ def _command(config_class: type[CommandOptions]) -> Callable:
                 for name, field in config_class.model_fields.items()
             ]
         )
-        return app.command()(command)
+        return parent.command()(command)
 
     return decorate
 
@@ -106,7 +106,7 @@ def _kind_text(kind: Any) -> str:
     return "TEXT" if kind is str else kind.__name__.upper()
 
 
-@_command(TrainConfig)
+@command_with(TrainConfig)
 def train(flags: dict[str, Any]) -> None:
     """Fine-tune attention behavior on a dataset, and evaluate before and after."""
     config, run = checks.check_train(flags)
@@ -117,7 +117,7 @@ def train(flags: dict[str, Any]) -> None:
         report.print_run(run)
 
 
-@_command(EvalConfig)
+@command_with(EvalConfig)
 def eval_(flags: dict[str, Any]) -> None:
     """Evaluate a model, with or without an adapter, on a dataset's test prompts."""
     config = resolve(EvalConfig, flags)
@@ -131,7 +131,7 @@ def eval_(flags: dict[str, Any]) -> None:
         report.print_evaluation(metrics, attention)
 
 
-@_command(PlanConfig)
+@command_with(PlanConfig)
 def plan(flags: dict[str, Any]) -> None:
     """Tell how much memory `train` takes with these options, without loading weights."""
     config = resolve(PlanConfig, flags)
@@ -142,7 +142,7 @@ def plan(flags: dict[str, Any]) -> None:
     report.print_plan(config.model, *plan(config, Progress()))
 
 
-@_command(PredictConfig)
+@command_with(PredictConfig)
 def predict(flags: dict[str, Any]) -> None:
     """Label the texts of a file, with demonstrations from another file."""
     config = resolve(PredictConfig, flags)
@@ -153,7 +153,7 @@ def predict(flags: dict[str, Any]) -> None:
         predict(config, dataset, writer, Progress())
 
 
-@_command(MergeConfig)
+@command_with(MergeConfig)
 def merge(flags: dict[str, Any]) -> None:
     """Merge adapters into their model's weights, each with a coefficient."""
     config = resolve(MergeConfig, flags)
@@ -164,7 +164,7 @@ def merge(flags: dict[str, Any]) -> None:
     print(f"merged model: {config.output_dir}")
 
 
-@_command(SweepConfig)
+@command_with(SweepConfig)
 def sweep(flags: dict[str, Any]) -> None:
     """Run a grid of models, datasets, methods, seeds and settings, or continue it."""
     config = resolve(SweepConfig, flags)
@@ -181,7 +181,7 @@ def sweep(flags: dict[str, Any]) -> None:
     print(f"results: {folder / 'results.csv'}; `{table_of_them}` makes a table of them")
 
 
-@_command(TableConfig)
+@command_with(TableConfig)
 def table(flags: dict[str, Any]) -> None:
     """Make a table of the paper from the runs below a folder."""
     config = resolve(TableConfig, flags)

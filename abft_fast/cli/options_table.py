@@ -10,11 +10,17 @@ from pydantic.fields import FieldInfo
 
 from abft_fast.cli.app import default_text, values_text
 from abft_fast.options import (
+    AttentionConfig,
+    CmapConfig,
     CommandOptions,
     EvalConfig,
     MergeConfig,
     PlanConfig,
+    PlaneConfig,
     PredictConfig,
+    RestrictConfig,
+    ShiftConfig,
+    ShowConfig,
     SweepConfig,
     TableConfig,
     TrainConfig,
@@ -30,6 +36,12 @@ _VERBS: dict[str, type[CommandOptions]] = {
     "merge": MergeConfig,
     "sweep": SweepConfig,
     "table": TableConfig,
+    "analyze attention": AttentionConfig,
+    "analyze show": ShowConfig,
+    "analyze shift": ShiftConfig,
+    "analyze cmap": CmapConfig,
+    "analyze restrict": RestrictConfig,
+    "analyze plane": PlaneConfig,
 }
 _BEGIN, _END = "<!-- options: begin -->", "<!-- options: end -->"
 

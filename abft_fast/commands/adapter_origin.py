@@ -7,11 +7,19 @@ from typing import Any
 
 from abft_fast import data
 from abft_fast.errors import UserError
-from abft_fast.options import EvalConfig, Options, PredictConfig, datasets, flag
+from abft_fast.options import (
+    ComparedOnPromptsOptions,
+    DrawnPromptOptions,
+    EvalConfig,
+    Options,
+    PredictConfig,
+    datasets,
+    flag,
+)
 from abft_fast.training.run_folder import RunFolder
 
 
-def differences(config: EvalConfig | PredictConfig) -> list[str]:
+def differences(config: EvalConfig | PredictConfig | ComparedOnPromptsOptions) -> list[str]:
     """Return a line if prompts or weights differ from those of the adapter's run."""
     if config.adapter is None or (run := _run_of(config.adapter)) is None:
         return []
@@ -28,15 +36,15 @@ def differences(config: EvalConfig | PredictConfig) -> list[str]:
     return [f"adapter {config.adapter} was trained with {', '.join(others)}"] if others else []
 
 
-def check_tested_apart(config: EvalConfig) -> None:
+def check_tested_apart(config: DrawnPromptOptions, adapter: Path) -> None:
     """Refuse a split of the user's data that tests on rows that trained the adapter.
 
     Raises:
         UserError: the split differs from that of the adapter's run, or the data have changed.
     """
-    if config.adapter is None or not config.data_are_own:
+    if not config.data_are_own:
         return
-    run = _run_of(config.adapter)
+    run = _run_of(adapter)
     if run is None:
         return
     options = run.options
@@ -47,7 +55,7 @@ def check_tested_apart(config: EvalConfig) -> None:
     same_content = dataset.files[0][1] in run.data.values()
     if options["dataset"] != now["dataset"] and not same_content:
         return
-    what = f"adapter {config.adapter} was trained on rows of {config.dataset} that are to be tested"
+    what = f"adapter {adapter} was trained on rows of {config.dataset} that are to be tested"
     if not same_content:
         raise UserError(
             f"{what}, because the file has changed since: restore the file, or give --test-file"

@@ -10,16 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from abft_fast import plots
 from abft_fast.commands import adapter_origin, prediction_files
 from abft_fast.data import Dataset, mauve_prefixes
 from abft_fast.errors import UserError
 from abft_fast.models.files import check_adapter, check_model, check_model_folder
 from abft_fast.options import (
+    DrawnPromptOptions,
     EvalConfig,
     MergeConfig,
-    Options,
+    OutputOptions,
     PlanConfig,
     PredictConfig,
+    PromptOptions,
+    ReadPromptOptions,
     TrainConfig,
     datasets,
     flag,
@@ -85,7 +89,7 @@ def check_evaluate(config: EvalConfig) -> None:
     check_model(config.model)
     _check_data(config)
     if config.adapter is not None:
-        adapter_origin.check_tested_apart(config)
+        adapter_origin.check_tested_apart(config, config.adapter)
     _check_device(config)
 
 
@@ -130,6 +134,37 @@ def check_merge(config: MergeConfig) -> None:
     check_model(config.model)
 
 
+def check_analyze(config: OutputOptions) -> None:
+    """Check the models and the output folder of an analysis, and that pictures can be drawn.
+
+    Raises:
+        UserError: one of them cannot be used, or a launcher started several processes.
+    """
+    if launch.process_count() > 1:
+        raise UserError("analyze runs in one process: start it without a launcher")
+    plots.check_installed("abft-fast analyze")
+    if config.output_dir is not None:
+        check_output_folder(config.output_dir)
+    for adapter in config.adapter_folders:
+        check_adapter(adapter)
+    check_model(config.model)
+    for model in config.other_models:
+        check_model(model)
+    _check_device(config)
+
+
+def check_analyze_prompts(config: ReadPromptOptions) -> None:
+    """Check an analysis that reads prompts, with its data.
+
+    Raises:
+        UserError: as `check_analyze`, or the data cannot be used.
+    """
+    check_analyze(config)
+    _check_data(config)
+    for adapter in config.adapter_folders:
+        adapter_origin.check_tested_apart(config, adapter)
+
+
 def check_train_data(config: TrainConfig) -> None:
     """Check the files that only training reads.
 
@@ -144,7 +179,7 @@ def check_train_data(config: TrainConfig) -> None:
         mauve_prefixes.check_installed()
 
 
-def _check_data(config: Options) -> None:
+def _check_data(config: DrawnPromptOptions) -> None:
     """Check that the user's own data allow `--k` demonstrations."""
     if launch.process_count() > 1:
         datasets.refuse_streams(config, "every process")
@@ -155,7 +190,7 @@ def _check_data(config: Options) -> None:
         dataset.check_test(config.k)
 
 
-def _check_device(config: Options) -> None:
+def _check_device(config: PromptOptions) -> None:
     """Refuse `--device cuda` without a GPU; this needs torch, but nothing slower."""
     from abft_fast.runtime.environment import uses_cpu
 

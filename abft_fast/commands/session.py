@@ -17,7 +17,7 @@ from abft_fast.models.base_identity import base_of_adapter, compare_bases, descr
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.preflight import check_attention
 from abft_fast.models.trainable import load_adapter
-from abft_fast.options import Options, PromptOptions, datasets
+from abft_fast.options import DrawnPromptOptions, Options, PromptOptions, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.runtime import processes
 from abft_fast.runtime.environment import uses_cpu
@@ -75,17 +75,22 @@ class ModelOnDevice:
         self.model = load_adapter(self.model, folder, self.progress.say)
 
 
-class Session(ModelOnDevice):
-    """Add a dataset and its encoder: what training and evaluation share.
+class PromptSession(ModelOnDevice):
+    """Add a dataset and its encoder: what training, evaluation and analyses share.
 
     Attributes:
         dataset: the dataset that `--dataset` names.
         encoder: its encoder for the model.
     """
 
-    config: Options
+    config: DrawnPromptOptions
 
-    def __init__(self, config: Options, progress: Progress, tracker_folder: Path | None = None):
+    def __init__(
+        self,
+        config: DrawnPromptOptions,
+        progress: Progress,
+        tracker_folder: Path | None = None,
+    ):
         super().__init__(config, progress, tracker_folder)
         self.dataset = datasets.by_options(config)
         self.encoder = PromptEncoder.by_options(
@@ -124,6 +129,15 @@ class Session(ModelOnDevice):
             self.progress.say(f"attention: {name}, its loss: {backend}")
             if name == "separate":
                 self.progress.say(f"one prompt at a time, keys read twice: {reasons}")
+
+
+class Session(PromptSession):
+    """Hold the options of a training run or an evaluation, too."""
+
+    config: Options
+
+    def __init__(self, config: Options, progress: Progress, tracker_folder: Path | None = None):
+        super().__init__(config, progress, tracker_folder)
 
 
 def check_same_data(config: Options) -> None:

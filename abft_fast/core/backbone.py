@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # Attention modules by the names of their projections; every fused one also holds V.
 _SEPARATE = ("q_proj", "k_proj")
 _FUSED = ("c_attn", "qkv_proj", "query_key_value")
+_OUTPUT = ("o_proj", "c_proj", "dense")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,24 @@ def query_key_projections(model: PreTrainedModel) -> list[Projection]:
             f"(looked for {'+'.join(_SEPARATE)}, {', '.join(_FUSED)})"
         )
     return projections
+
+
+def output_projections(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Return the projection of each layer whose input is the outputs of its heads, side by side.
+
+    Raises:
+        UnsupportedModel: the family keeps it under an unknown name.
+    """
+    found = {}
+    for layer, module in attention_layers(model).items():
+        name = next((name for name in _OUTPUT if hasattr(module, name)), None)
+        if name is None:
+            raise UnsupportedModel(
+                f"{backbone(model).config.model_type}: no output projection of attention found "
+                f"(looked for {', '.join(_OUTPUT)})"
+            )
+        found[layer] = getattr(module, name)
+    return found
 
 
 def _query_key_rows(config: PreTrainedConfig) -> Tensor:

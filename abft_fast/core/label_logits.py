@@ -15,17 +15,25 @@ from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
 from abft_fast.core.run_packed import run_packed
 
 
-def keep_label_rows(model: PreTrainedModel, label_ids: Sequence[int]) -> None:
+def keep_label_rows(
+    model: PreTrainedModel, label_ids: Sequence[int], *, untie: bool = False
+) -> None:
     """Free all rows of the LM head but the label words': 2 GB of a 70B model.
 
     Afterwards the model's logits are the label words' alone; its scale and soft-cap of logits stay.
     A head stays whole if it shares its weight with the input embedding, or is quantized, adapted or
     offloaded.
+
+    Args:
+        model: a decoder with LM head.
+        label_ids: the label words' tokens.
+        untie: give a head that shares its weight a copy of these rows, which saves time, not
+            memory.
     """
     head = without_peft(model).get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.is_meta or hasattr(head, "label_ids"):
         return
-    if head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr():
+    if head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr() and not untie:
         return
     for name, parameter in list(head.named_parameters()):
         rows = parameter.data[list(label_ids)]

@@ -39,6 +39,36 @@ def add_adapters(
         UserError: an adapter does not fit the model, or PEFT cannot put it into weights.
     """
     tied = _is_tied(model)
+    model, changes = changes_of(model, adapters, say)
+    untie(model)
+    for name, change in changes.items():
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data + change
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    _tie(model, tied and torch.equal(head.weight, embedding.weight))
+    return model
+
+
+def changes_of(
+    model: PreTrainedModel,
+    adapters: Iterable[tuple[Path, float]],
+    say: Callable[[str], object],
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Return the model with its own weights, and what adapters add to them, by weight.
+
+    Args:
+        model: the base, in float32. Only weights that an adapter changes are held twice.
+        adapters: folders and coefficients.
+        say: gets a line for each adapter.
+
+    Returns:
+        The base, and the sum of coefficient * (base with one adapter - base). An LM head that
+        shares the embedding's weight has an entry of its own.
+
+    Raises:
+        UserError: as `add_adapters`.
+    """
+    tied = _is_tied(model)
     base = dict(model.state_dict())
     changes: dict[str, Tensor] = {}
     for folder, coefficient in adapters:
@@ -58,12 +88,7 @@ def add_adapters(
                 parameter.data = base[name]
         _tie(model, tied)
         say(f"merged {folder}, times {coefficient:g}")
-    _untie(model)
-    for name, change in changes.items():
-        model.get_parameter(name).data = base[name] + change
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    _tie(model, tied and torch.equal(head.weight, embedding.weight))
-    return model
+    return model, changes
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
@@ -77,7 +102,7 @@ def _tie(model: PreTrainedModel, tied: bool) -> None:
     model.config.tie_word_embeddings = tied
 
 
-def _untie(model: nn.Module) -> None:
+def untie(model: nn.Module) -> None:
     """Give each module parameters of its own; those that were shared still share memory."""
     seen: set[nn.Parameter] = set()
     for module in model.modules():
@@ -101,7 +126,7 @@ def _merged(adapted: PeftModel, folder: Path) -> PreTrainedModel:
     adapted.eval()
     ids = torch.arange(_PROBE, device=adapted.device)[None] % adapted.config.vocab_size
     expected = adapted(input_ids=ids, use_cache=False).logits
-    _untie(adapted)  # else what is merged into the embedding would be in the LM head too
+    untie(adapted)  # else what is merged into the embedding would be in the LM head too
     try:
         model = adapted.merge_and_unload(safe_merge=True)
     except Exception as error:  # of whatever kind the adapter is

@@ -1,8 +1,21 @@
 """Every option of the command line: its default, its help and its validation, once."""
 
+from abft_fast.options.analyze import (
+    AnalyzeOptions,
+    AttentionConfig,
+    CmapConfig,
+    ComparedOnPromptsOptions,
+    ComparedOptions,
+    OutputOptions,
+    PlaneConfig,
+    ReadPromptOptions,
+    RestrictConfig,
+    ShiftConfig,
+    ShowConfig,
+)
 from abft_fast.options.base import CommandOptions, flag, is_positional
 from abft_fast.options.data import CalibrationType, TestType
-from abft_fast.options.evaluate import EvalConfig, Options
+from abft_fast.options.evaluate import DrawnPromptOptions, EvalConfig, Options
 from abft_fast.options.experiments import SweepConfig, TableConfig
 from abft_fast.options.merge import MergeConfig
 from abft_fast.options.model import PromptOptions
@@ -10,14 +23,26 @@ from abft_fast.options.predict import PredictConfig
 from abft_fast.options.train import PlanConfig, TrainConfig
 
 __all__ = [
+    "AnalyzeOptions",
+    "AttentionConfig",
     "CalibrationType",
+    "CmapConfig",
     "CommandOptions",
+    "ComparedOnPromptsOptions",
+    "ComparedOptions",
+    "DrawnPromptOptions",
     "EvalConfig",
     "MergeConfig",
     "Options",
+    "OutputOptions",
     "PlanConfig",
+    "PlaneConfig",
     "PredictConfig",
     "PromptOptions",
+    "ReadPromptOptions",
+    "RestrictConfig",
+    "ShiftConfig",
+    "ShowConfig",
     "SweepConfig",
     "TableConfig",
     "TestType",

@@ -111,6 +111,11 @@ class SamplingOptions(ModelOptions):
         "no demonstration has the query's label (paper, A.4). LabelFollowing, which is not "
         "StaICC's: accuracy when the label words change places, and with new words.",
     )
+
+
+class ScoringOptions(ModelOptions):
+    """Options that say on which datasets a test is scored, and after which calibration."""
+
     generalization_test: bool = Field(
         False,
         description="Test on all 8 datasets of the paper; --dataset is the in-domain one "

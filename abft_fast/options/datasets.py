@@ -10,11 +10,11 @@ from abft_fast.data.own import OwnDataset, OwnSource, load_own, sha256
 from abft_fast.data.reading import again, is_stream
 from abft_fast.errors import UserError
 from abft_fast.options.base import flag
-from abft_fast.options.evaluate import Options
+from abft_fast.options.evaluate import DrawnPromptOptions
 from abft_fast.options.train import TrainConfig
 
 
-def by_options(options: Options) -> Dataset:
+def by_options(options: DrawnPromptOptions) -> Dataset:
     """Load the dataset of a run: a StaICC dataset by its name, or the user's own data.
 
     Raises:
@@ -23,7 +23,7 @@ def by_options(options: Options) -> Dataset:
     return own_by_options(options) if options.data_are_own else data.load(options.dataset)
 
 
-def own_by_options(options: Options) -> OwnDataset:
+def own_by_options(options: DrawnPromptOptions) -> OwnDataset:
     """Load the user's own data that `--dataset` names.
 
     Raises:
@@ -35,7 +35,10 @@ def own_by_options(options: Options) -> OwnDataset:
         raise UserError(f"{path} has no part `train`; its parts are {', '.join(parts)}")
     test = options.test_file or parts.get("test")
     for name in ("test_share", "split_seed"):
-        if test is not None and getattr(options, name) != Options.model_fields[name].default:
+        if (
+            test is not None
+            and getattr(options, name) != DrawnPromptOptions.model_fields[name].default
+        ):
             raise UserError(
                 f"{flag(name)}: {path} has a part `test`, so nothing is split: leave this option "
                 "out"
@@ -70,13 +73,13 @@ def to_train_on(config: TrainConfig, name: str) -> Dataset:
     return by_options(config.model_copy(update={"dataset": name, "test_file": None}))
 
 
-def paths(options: Options) -> list[Path]:
+def paths(options: DrawnPromptOptions) -> list[Path]:
     """Return the user's files and folders that the tested dataset is read from."""
     named = (options.dataset if options.data_are_own else None, options.test_file, options.template)
     return [Path(path) for path in named if path is not None]
 
 
-def refuse_streams(options: Options, readers: str) -> None:
+def refuse_streams(options: DrawnPromptOptions, readers: str) -> None:
     """Refuse data that can be read only once, where several processes read them.
 
     Args:
@@ -92,7 +95,7 @@ def refuse_streams(options: Options, readers: str) -> None:
             raise UserError(f"{path} can be read once, but {readers} reads it: name a file")
 
 
-def file_hashes(options: Options) -> dict[str, str]:
+def file_hashes(options: DrawnPromptOptions) -> dict[str, str]:
     """Return the SHA-256 of each of the user's files that the results depend on, by path.
 
     Raises:

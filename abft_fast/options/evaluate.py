@@ -1,4 +1,4 @@
-"""Options of `abft-fast eval`, and the options that it shares with `train`."""
+"""Options of `abft-fast eval`, and those that it shares with `train` and `analyze`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from pydantic import Field, PrivateAttr, field_serializer, model_validator
 from abft_fast import data
 from abft_fast.data import tables
 from abft_fast.options.base import flag
-from abft_fast.options.data import ColumnOptions, DatasetOptions, SamplingOptions, absolute_place
+from abft_fast.options.data import (
+    ColumnOptions,
+    DatasetOptions,
+    SamplingOptions,
+    ScoringOptions,
+    absolute_place,
+)
 from abft_fast.options.model import PromptOptions
 from abft_fast.options.without_effect import EVALUATION, Rule, lines_without_effect
 
 
-class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
-    """Options that `train` and `eval` share; help lists the base classes from last to first."""
-
-    _rules_of_effect: ClassVar[tuple[Rule, ...]] = EVALUATION
+class DrawnPromptOptions(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
+    """Options that say which prompts a model is tested on; help lists the last base class first."""
 
     @property
     def data_are_own(self) -> bool:
@@ -51,7 +55,7 @@ class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
 
     @model_validator(mode="after")
     def _check_own_data(self) -> Self:
-        fields = Options.model_fields
+        fields = DrawnPromptOptions.model_fields
         own = ("text_column", "label_column", "delimiter", "template", "test_file")
         split = ("test_share", "split_seed")
         given = [n for n in (*own, *split) if getattr(self, n) != fields[n].default]
@@ -85,6 +89,12 @@ class Options(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
                 f"--k 0: {self.test_type} changes demonstrations, so it needs at least one of them"
             )
         return self
+
+
+class Options(ScoringOptions, DrawnPromptOptions):
+    """Options that `train` and `eval` share."""
+
+    _rules_of_effect: ClassVar[tuple[Rule, ...]] = EVALUATION
 
     @property
     def without_effect(self) -> list[str]:

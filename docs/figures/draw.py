@@ -19,7 +19,7 @@ LAYERS = (
     ("cli", "parses options and calls a command"),
     ("commands   ·   experiments", "one module a verb   ·   sweeps and tables"),
     ("memory", "plans what fits, without weights"),
-    ("training", "the loop, the methods, checkpoints"),
+    ("training   ·   analysis", "the loop, the methods   ·   what training did to heads"),
     ("evaluation", "StaICC's tests, calibration"),
     ("prompts", "text → token ids and label positions"),
     ("models   ·   options", "reads and adapts a model   ·   every option once"),

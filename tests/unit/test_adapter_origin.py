@@ -35,13 +35,13 @@ def evaluation(adapter, **options):
 
 def test_its_own_split_and_other_data_are_tested(trained, tmp_path):
     adapter = trained(split_seed=3)
-    check_tested_apart(evaluation(adapter, split_seed=3))
-    check_tested_apart(evaluation(adapter, test_file="other.csv"))
-    check_tested_apart(evaluation(adapter, dataset="other.csv"))
-    check_tested_apart(evaluation(adapter, dataset="sst2"))
+    check(evaluation(adapter, split_seed=3))
+    check(evaluation(adapter, test_file="other.csv"))
+    check(evaluation(adapter, dataset="other.csv"))
+    check(evaluation(adapter, dataset="sst2"))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run/adapter").rename(tmp_path / "elsewhere/adapter")
-    check_tested_apart(evaluation("elsewhere/adapter"))  # nothing is known of it
+    check(evaluation("elsewhere/adapter"))  # nothing is known of it
 
 
 @pytest.mark.parametrize(
@@ -57,10 +57,10 @@ def test_another_split_is_refused(trained, tmp_path, run, now, message):
     with pytest.raises(
         UserError, match=f"own.csv that are to be tested: the adapter's run had {message}"
     ):
-        check_tested_apart(evaluation(adapter, **now))
+        check(evaluation(adapter, **now))
     (tmp_path / "own.csv").rename(tmp_path / "moved.csv")
     with pytest.raises(UserError, match=message):
-        check_tested_apart(evaluation(adapter, dataset="moved.csv", **now))
+        check(evaluation(adapter, dataset="moved.csv", **now))
 
 
 def test_changed_data_are_refused(trained, tmp_path):
@@ -68,8 +68,8 @@ def test_changed_data_are_refused(trained, tmp_path):
     with (tmp_path / "own.csv").open("a") as file:
         file.write("one more,good\n")
     with pytest.raises(UserError, match="has changed since: restore the file, or give --test-file"):
-        check_tested_apart(evaluation(adapter))
-    check_tested_apart(evaluation(adapter, test_file="other.csv"))
+        check(evaluation(adapter))
+    check(evaluation(adapter, test_file="other.csv"))
 
 
 def test_other_prompts_are_said(trained, tmp_path):
@@ -87,3 +87,7 @@ def test_other_prompts_are_said(trained, tmp_path):
     assert line.endswith("with --prompt-form staicc")
     (line,) = differences(resolve(PredictConfig, predicted))
     assert line.endswith(f"--prompt-form staicc, --template {tmp_path}/t.yaml")
+
+
+def check(config):
+    check_tested_apart(config, config.adapter)

@@ -181,7 +181,7 @@ def test_what_peft_cannot_merge_is_refused(base, tmp_path, monkeypatch):
     read_tokenizer("builtin").save_pretrained(tmp_path / "tied")
     embedding = adapter("embedding", tmp_path / "tied", target_modules=["embed_tokens"])
     run(tmp_path / "tied", embedding, tmp_path / "right")
-    monkeypatch.setattr(merging, "_untie", lambda model: None)  # as PEFT merges by itself
+    monkeypatch.setattr(merging, "untie", lambda model: None)  # as PEFT merges by itself
     with pytest.raises(
         UserError, match="embedding cannot be merged: merged by PEFT, its kind LORA"
     ):

@@ -1,0 +1,145 @@
+"""What a model does at a prompt's last row: queries, attention, head outputs and label logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from abft_kernels import explicit_attention, visible_keys
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from abft_fast.core.backbone import output_projections
+from abft_fast.core.label_logits import label_columns
+from abft_fast.core.packed_forward import KeysAndValues, LastQueries, PackedForward
+from abft_fast.core.packing import EncodedPrompt, pack
+from abft_fast.core.run_packed import run_packed
+
+
+@dataclass(frozen=True)
+class LastRow:
+    """One model's forward on one prompt of n tokens, seen from its last token.
+
+    Attributes:
+        logits: (labels,) logits of the label words.
+        outputs: (layers, Hq, D) outputs of the heads, the input of the output projection.
+        kept: every token's keys and values by layer index, (n, Hkv, D) each.
+        queries: the last token's queries by layer index.
+    """
+
+    logits: Tensor
+    outputs: Tensor
+    kept: KeysAndValues
+    queries: dict[int, LastQueries]
+
+    @property
+    def layers(self) -> list[int]:
+        """Return the indices of the layers, in the order of `outputs`."""
+        return sorted(self.kept)
+
+    def attention(self) -> Tensor:
+        """Return the last row of every head's attention, (layers, Hq, n)."""
+        rows = [attention_rows(self.queries[i], self.kept[i][0])[0] for i in self.layers]
+        return torch.stack(rows)
+
+    def values(self) -> Tensor:
+        """Return the values that each query head reads, (layers, Hq, n, D)."""
+        heads = self.outputs.shape[1]
+        return torch.stack([_by_query_head(self.kept[i][1], heads) for i in self.layers])
+
+    def before_last(self) -> KeysAndValues:
+        """Return the keys and values of all tokens but the last one."""
+        return {i: (key[:-1], value[:-1]) for i, (key, value) in self.kept.items()}
+
+
+def attention_rows(queries: LastQueries, key: Tensor) -> Tensor:
+    """Return the attention of R query rows, each the last one of all n keys, (R, Hq, n).
+
+    Sinks take their part of the softmax and have no column.
+    """
+    query = queries.query
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    visible = visible_keys(len(key), queries.scores.window, key.device, rows=1)
+    heads_first = key.to(dtype).transpose(0, 1)[None].expand(len(query), -1, -1, -1)
+    _, alpha = explicit_attention(
+        query.to(dtype)[:, :, None], heads_first, heads_first, visible, queries.scores,
+        queries.sinks,
+    )  # fmt: skip
+    return alpha[:, :, 0]
+
+
+def _by_query_head(value: Tensor, heads: int) -> Tensor:
+    """Return (n, Hkv, D) as (Hq, n, D): query heads of a group share keys and values."""
+    return value.transpose(0, 1).repeat_interleave(heads // value.shape[1], dim=0)
+
+
+@torch.no_grad()
+def run_prompt(
+    model: PreTrainedModel, prompt: EncodedPrompt, label_ids: Sequence[int], attention: str = "auto"
+) -> LastRow:
+    """Run a model on one whole prompt.
+
+    Raises:
+        UnsupportedModel: the family is outside this library.
+    """
+    forward = PackedForward(
+        pack([EncodedPrompt(prompt.input_ids, [], [])]), attention=attention, keep={}, queries={}
+    )
+    with head_outputs(model) as outputs:
+        logits = run_packed(model, forward, logits_to_keep=1).logits
+    assert forward.keep is not None and forward.queries is not None
+    heads = next(iter(forward.queries.values())).query.shape[1]
+    stacked = torch.stack([outputs[i][0, -1].view(heads, -1) for i in sorted(outputs)])
+    columns = label_columns(model, label_ids)
+    return LastRow(logits[0, -1, columns], stacked, forward.keep, forward.queries)
+
+
+@torch.no_grad()
+def run_rows(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    position: int,
+    prefix: KeysAndValues,
+    attention: str = "auto",
+) -> tuple[Tensor, PackedForward]:
+    """Run one-token rows, each after the same prefix.
+
+    Args:
+        model: a decoder with LM head, with hooks that make the rows differ.
+        tokens: the token of each of R rows.
+        position: where all rows are in the prompt.
+        prefix: keys and values of the tokens before it.
+        attention: which attention runs.
+
+    Returns:
+        The logits that the LM head has kept, (R, columns), and the forward with each row's keys,
+        values and queries.
+    """
+    packed = pack([EncodedPrompt([token], [], []) for token in tokens])
+    packed = replace(packed, position_ids=packed.position_ids + position)
+    forward = PackedForward(packed, attention=attention, keep={}, queries={}, prefix=prefix)
+    return run_packed(model, forward).logits[0], forward
+
+
+@contextmanager
+def head_outputs(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
+    """Collect the input of each layer's output projection, (1, T, Hq * D), for the block."""
+    outputs: dict[int, Tensor] = {}
+
+    def collect(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            outputs[layer] = inputs[0]
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(collect(layer))
+        for layer, module in output_projections(model).items()
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

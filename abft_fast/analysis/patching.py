@@ -1,0 +1,108 @@
+"""Put head outputs of one forward into another at a prompt's last row, many ways at once.
+
+A head's output at the last row changes nothing before that row. So every earlier key and value is
+computed once, and each way to patch costs one token. Source: cross-model activation patching of
+Prakash et al. 2024, "Fine-tuning enhances existing mechanisms".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from abft_fast.analysis.last_row import LastRow, run_rows
+from abft_fast.core.backbone import backbone, must_run_alone, output_projections, prepare
+from abft_fast.core.label_logits import label_columns
+from abft_fast.core.packing import EncodedPrompt
+from abft_fast.errors import UserError
+
+
+def check_can_patch(model: PreTrainedModel, longest: int) -> None:
+    """Refuse a model whose earlier keys depend on more than the tokens before them.
+
+    Raises:
+        UserError: the model is such a one.
+    """
+    if must_run_alone(prepare(model), longest):
+        raise UserError(
+            f"{backbone(model).config.model_type}: keys depend on the whole prompt (layers without "
+            "attention, or RoPE that depends on length), so its last row cannot be patched alone"
+        )
+
+
+def replacement(source: LastRow, target: LastRow, what: str) -> Tensor:
+    """Return what is put into the target's heads, (layers, Hq, D).
+
+    Args:
+        source: the forward that gives.
+        target: the forward that receives.
+        what: `output`, the source's head outputs; `pattern`, the source's attention over the
+            target's values; `values`, the target's attention over the source's values.
+    """
+    if what == "output":
+        return source.outputs
+    rows, values = (source, target) if what == "pattern" else (target, source)
+    mixed = torch.einsum(
+        "lhn,lhnd->lhd", rows.attention().to(values.outputs.dtype), values.values()
+    )
+    return mixed.to(target.outputs.dtype)
+
+
+def patched_logits(
+    model: PreTrainedModel,
+    prompt: EncodedPrompt,
+    target: LastRow,
+    outputs: Tensor,
+    masks: Tensor,
+    label_ids: Sequence[int],
+    attention: str = "auto",
+) -> Tensor:
+    """Return the label words' logits with head outputs replaced, a row for each mask.
+
+    Args:
+        model: the model that receives.
+        prompt: the prompt.
+        target: the model's own forward on the prompt, which has its keys and values.
+        outputs: (layers, Hq, D), or (R, layers, Hq, D) where rows get different ones.
+        masks: (R, layers, Hq) bool, which heads each row replaces.
+        label_ids: the label words' tokens.
+        attention: which attention runs.
+
+    Returns:
+        (R, labels).
+    """
+    tokens = [prompt.input_ids[-1]] * len(masks)
+    with replaced(model, outputs, masks):
+        logits, _ = run_rows(model, tokens, len(prompt) - 1, target.before_last(), attention)
+    return logits[:, label_columns(model, label_ids)]
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, outputs: Tensor, masks: Tensor) -> Iterator[None]:
+    """Replace head outputs of R one-token rows for the block; arguments as in `patched_logits`."""
+    rows, _, heads = masks.shape
+    new = outputs if outputs.ndim == 4 else outputs[None]
+
+    def put(index: int) -> Callable[..., tuple[Tensor, ...]]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            own = inputs[0].view(rows, heads, -1)
+            mask = masks[:, index, :, None].to(own.device)
+            mixed = torch.where(mask, new[:, index].to(own), own)
+            return mixed.view_as(inputs[0]), *inputs[1:]
+
+        return hook
+
+    projections = output_projections(model)
+    handles = [
+        projections[layer].register_forward_pre_hook(put(index))
+        for index, layer in enumerate(sorted(projections))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,184 @@
+"""Load what analyses share: a base with its tuned model, or what training added to its weights."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from abft_fast.analysis.pair import ModelPair
+from abft_fast.commands import adapter_origin
+from abft_fast.commands.session import ModelOnDevice, PromptSession
+from abft_fast.data import Dataset, Prompt
+from abft_fast.evaluation.protocols import Protocol
+from abft_fast.models import loading
+from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
+from abft_fast.models.merging import changes_of, untie
+from abft_fast.options import (
+    AnalyzeOptions,
+    ComparedOnPromptsOptions,
+    ComparedOptions,
+    DrawnPromptOptions,
+    PlaneConfig,
+)
+from abft_fast.prompts import EncodedPrompts, Template
+from abft_fast.runtime.progress import Progress
+from abft_fast.runtime.token_budget import CPU_TOKENS
+
+
+class MovableModel(ModelOnDevice):
+    """Load a base whose weights are moved, and what trained models add to them."""
+
+    def load_movable(self) -> None:
+        """Read the base in float; quantized weights are dequantized.
+
+        Adapters of a quantized base were trained on its rounded values.
+        """
+        self.load()
+        if getattr(self.model.config, "quantization_config", None) is not None:
+            self.model = self.model.dequantize()
+
+    def changes_of_adapter(self, folder: Path) -> dict[str, Tensor]:
+        """Return what an adapter adds to the base's weights, by name.
+
+        The LM head gets a parameter of its own, so that each weight can be moved alone.
+
+        Raises:
+            UserError: the adapter has another base, or PEFT cannot put it into weights.
+        """
+        base = describe_base(self.model, self.config.model)
+        for line in compare_bases(base_of_adapter(folder), base, f"adapter {folder}"):
+            self.progress.say(line)
+        self.model, changes = changes_of(self.model, [(folder, 1.0)], lambda line: None)
+        untie(self.model)
+        return changes
+
+    def changes_of_model(self, name: str) -> dict[str, Tensor]:
+        """Return what another model's weights have more than the base's, by name.
+
+        Raises:
+            UserError: the model cannot be loaded, or has another shape.
+        """
+        tuned = self.load_other(name)
+        ModelPair(self.model, tuned)  # it compares shapes
+        untie(self.model)
+        return _difference(self.model, tuned)
+
+    def load_other(self, name: str) -> PreTrainedModel:
+        """Return another model, as it is stored.
+
+        Raises:
+            UserError: the model cannot be loaded.
+        """
+        self.progress.say(f"loading {name}")
+        device, dtype = self.accelerator.device, self.arithmetic.dtype
+        return loading.load(name, device, dtype, None, self.placement)
+
+
+class ComparedModels(MovableModel):
+    """Load the base and the tuned model."""
+
+    config: ComparedOptions
+
+    def pair(self) -> ModelPair:
+        """Return the two models; without a tuned one the base is both.
+
+        Raises:
+            UserError: a model cannot be loaded, or the two do not fit each other.
+        """
+        self.load()
+        if self.config.adapter is not None:
+            self.load_adapter(self.config.adapter)
+        tuned = None if self.config.tuned is None else self.load_other(self.config.tuned)
+        return ModelPair(self.model, tuned)
+
+    def changes(self) -> dict[str, Tensor]:
+        """Load the base; return what training adds to its weights, by name.
+
+        Raises:
+            UserError: as `pair`, or PEFT cannot put the adapter into weights.
+        """
+        self.load_movable()
+        if self.config.tuned is not None:
+            return self.changes_of_model(self.config.tuned)
+        assert self.config.adapter is not None  # the options are checked
+        return self.changes_of_adapter(self.config.adapter)
+
+
+class DrawnPrompts(PromptSession):
+    """Add prompts that are drawn from a dataset's test.
+
+    Attributes:
+        encoded: the prompts, tokenized.
+    """
+
+    config: AnalyzeOptions
+
+    def __init__(self, config: AnalyzeOptions, progress: Progress):
+        super().__init__(config, progress)
+        self.encoded = self._draw()
+        self.show_data(self.encoded.prompts)
+
+    @property
+    def token_budget(self) -> int:
+        """Return how many tokens a packed batch may have."""
+        budget = self.config.token_budget
+        return budget if isinstance(budget, int) else CPU_TOKENS
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest prompt."""
+        return max(map(len, self.encoded.prompts))
+
+    def _draw(self) -> EncodedPrompts:
+        prompts, template = prompts_of_test(self.config, self.dataset)
+        count = min(self.config.prompts, len(prompts))
+        chosen = sorted(random.Random("analyze").sample(range(len(prompts)), count))
+        encoded = self.encoder.encode([prompts[i] for i in chosen], template)
+        self.say_too_long(encoded, "test", "with fewer demonstrations")
+        return encoded
+
+
+class AnalysisSession(DrawnPrompts, ComparedModels):
+    """Hold prompts and the two models that are compared on them."""
+
+    config: ComparedOnPromptsOptions
+
+    def __init__(self, config: ComparedOnPromptsOptions, progress: Progress):
+        super().__init__(config, progress)
+        for line in adapter_origin.differences(config):
+            progress.say(line)
+
+
+class PlaneSession(DrawnPrompts, MovableModel):
+    """Hold prompts and a base whose weights are moved."""
+
+    config: PlaneConfig
+
+    def __init__(self, config: PlaneConfig, progress: Progress):
+        super().__init__(config, progress)
+
+
+def prompts_of_test(config: DrawnPromptOptions, dataset: Dataset) -> tuple[list[Prompt], Template]:
+    """Return all prompts of the test that the options name, and their template.
+
+    Raises:
+        UserError: the dataset does not allow the test.
+    """
+    (call,) = Protocol.of(config.test_type, dataset, config.k, config.prompt_form).calls
+    return call.prompts, call.template
+
+
+def _difference(base: PreTrainedModel, tuned: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what the tuned model has more than the base, of every weight that differs."""
+    others = dict(tuned.named_parameters(remove_duplicate=False))
+    changes = {}
+    with torch.no_grad():
+        for name, weight in base.named_parameters(remove_duplicate=False):
+            change = others[name].to(weight) - weight
+            if change.any():
+                changes[name] = change
+    return changes

@@ -1,0 +1,216 @@
+"""Patched heads are exact: against plain hooks on whole prompts, in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from abft_fast import EncodedPrompt
+from abft_fast.analysis.cmap import Patcher, curve_ways, halves, is_induction, ways_of
+from abft_fast.analysis.effects import recovered
+from abft_fast.analysis.last_row import run_prompt
+from abft_fast.analysis.pair import ModelPair
+from abft_fast.analysis.patching import check_can_patch, patched_logits, replacement
+from abft_fast.core.backbone import output_projections, without_peft
+from abft_fast.errors import UserError
+from abft_fast.models.trainable import train_lora
+from abft_fast.prompts import EncodedPrompts
+from tests.families.test_families import tiny_hybrid
+from tests.tiny_models import FAMILIES, tiny_model
+
+pytestmark = pytest.mark.unit
+
+LABELS = [7, 11, 90]
+SOME = ("llama", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "phi3", "olmo2")
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def tiny_pair(family="llama", size=0.3):
+    """A float64 model with an adapter of this size; gpt_oss's experts need float32."""
+    dtype = torch.float32 if family == "gpt_oss" else torch.float64
+    model = train_lora(tiny_model(family), rank=4)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=size)
+    return ModelPair(model.to(dtype))
+
+
+def prompts(*lengths):
+    """Prompts of the three labels, each twice, with labels at 2 and 5."""
+    torch.manual_seed(2)
+    encoded = EncodedPrompts(label_ids=LABELS)
+    for i, n in enumerate(lengths):
+        ids = torch.randint(3, 97, (n,)).tolist()
+        encoded.prompts.append(EncodedPrompt(ids, [2, 5], [True, False]))
+        encoded.labels.append(i % 3)
+    return encoded
+
+
+def by_hooks(model, ids, edit=None):
+    """Logits of the labels and the last row's head outputs, by transformers on the whole prompt."""
+    seen = {}
+
+    def hook(layer):
+        def change(module, inputs):
+            if edit is not None:
+                inputs = (edit(layer, inputs[0].clone()), *inputs[1:])
+            seen[layer] = inputs[0][0, -1]
+            return inputs
+
+        return change
+
+    handles = [
+        module.register_forward_pre_hook(hook(layer))
+        for layer, module in output_projections(model).items()
+    ]
+    with torch.no_grad():
+        logits = without_peft(model)(torch.tensor([ids]), use_cache=False).logits[0, -1, LABELS]
+    for handle in handles:
+        handle.remove()
+    return logits, torch.stack([seen[layer] for layer in sorted(seen)])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("family", SOME)
+def test_every_head_against_hooks(family, reverse):
+    pair = tiny_pair(family)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if family == "gpt_oss" else CLOSE
+    encoded = prompts(23)  # beyond the window of 7
+    (prompt,) = encoded.prompts
+    ways = ways_of(["head", "layer"], len(pair.layers), pair.heads)
+    receives, gives = (pair.tuned, pair.base) if reverse else (pair.base, pair.tuned)
+    patcher = Patcher(pair, reverse=reverse)
+    _, _, logits, masks = patcher._patch(prompt, ways, LABELS)
+    with gives() as model:
+        given_logits, given = by_hooks(model, prompt.input_ids)
+    width = given.shape[1] // pair.heads
+    with receives() as model:
+        for row, way in zip(logits, ways, strict=True):
+
+            def edit(layer, x, heads=way.heads):
+                for index, head in heads:
+                    if pair.layers[index] == layer:
+                        part = slice(head * width, (head + 1) * width)
+                        x[0, -1, part] = given[index, part]
+                return x
+
+            torch.testing.assert_close(row, by_hooks(model, prompt.input_ids, edit)[0], **tolerance)
+        own, _ = by_hooks(model, prompt.input_ids)
+    torch.testing.assert_close(logits[0], own, **tolerance)  # no head: the receiving model
+    torch.testing.assert_close(logits[1], given_logits, **tolerance)  # every head: the giving one
+    assert (own - given_logits).abs().max() > 1e-2
+    assert masks.sum(dim=(1, 2)).tolist() == [len(way.heads) for way in ways]
+
+
+@pytest.mark.parametrize("what", ["pattern", "values"])
+def test_pattern_and_values_against_whole_matrices(what):
+    pair = tiny_pair("gemma3_text")
+    (prompt,) = prompts(17).prompts
+    rows = []
+    for side in (pair.tuned, pair.base):
+        with side() as model:
+            rows.append(run_prompt(model, prompt, LABELS))
+    giver, receiver = rows
+    mixed = replacement(giver, receiver, what)
+    attention, values = (giver, receiver) if what == "pattern" else (receiver, giver)
+    for index, layer in enumerate(pair.layers):
+        for head in range(pair.heads):
+            value = values.kept[layer][1][:, head // 2]
+            expected = attention.attention()[index, head] @ value
+            torch.testing.assert_close(mixed[index, head], expected, **CLOSE)
+    torch.testing.assert_close(replacement(receiver, receiver, what), receiver.outputs, **CLOSE)
+    assert (mixed - receiver.outputs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_rows_are_those_that_ran(family):
+    """The rows give the heads' outputs again; with GPT-OSS's sinks and Gemma's soft-cap too."""
+    (prompt,) = prompts(19).prompts
+    row = run_prompt(tiny_model(family), prompt, LABELS)
+    mixed = torch.einsum("lhn,lhnd->lhd", row.attention(), row.values())
+    torch.testing.assert_close(mixed, row.outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_zeros_recovers_nothing():
+    pair = tiny_pair(size=0.0)
+    encoded = prompts(12, 15, 9)
+    ways = ways_of(["head", "induction", "other"], len(pair.layers), pair.heads)
+    effects = Patcher(pair).measure(encoded, ways)
+    np.testing.assert_allclose(
+        effects.log_odds, effects.receiver[:, :1].repeat(len(ways), axis=1), rtol=1e-9
+    )
+    assert {share for pair in effects.recovered() for share in pair} == {(None, None, None)}
+
+
+def test_induction_and_other_heads_are_all_heads():
+    pair = tiny_pair(size=1.0)
+    encoded = prompts(12, 15)
+    ways = ways_of(["induction", "other"], len(pair.layers), pair.heads)
+    effects = Patcher(pair).measure(encoded, ways)
+    total = len(pair.layers) * pair.heads
+    assert (effects.heads[:, 2] + effects.heads[:, 3] == total).all()
+    assert 0 < effects.heads[:, 2].min() < total
+    with pair.base() as model:
+        row = run_prompt(model, encoded.prompts[0], LABELS)
+    mass = row.attention()[..., [2, 5]].sum(-1)
+    assert torch.equal(is_induction(row, encoded.prompts[0]), mass > 2 / (2 + np.log(12)))
+
+
+def test_rows_may_get_different_outputs():
+    pair = tiny_pair()
+    (prompt,) = prompts(11).prompts
+    with pair.base() as model:
+        row = run_prompt(model, prompt, LABELS)
+        outputs = torch.randn(3, *row.outputs.shape, dtype=torch.float64)
+        masks = torch.rand(3, *row.outputs.shape[:2]) < 0.4
+        together = patched_logits(model, prompt, row, outputs, masks, LABELS)
+        for i in range(3):
+            alone = patched_logits(model, prompt, row, outputs[i], masks[i : i + 1], LABELS)
+            torch.testing.assert_close(together[i], alone[0], **CLOSE)
+
+
+def test_recovered_is_a_ratio_of_means_with_an_interval():
+    generator = np.random.default_rng(0)
+    before, gain = generator.normal(size=400), generator.normal(2, 1, size=400)
+    patched = np.stack([before, before + 0.3 * gain, before + gain], axis=1)
+    none, some, everything = recovered(patched, before, before + gain)
+    assert none == (0, 0, 0)
+    assert np.allclose([*some, *everything], [0.3] * 3 + [1] * 3)
+    noisy = before + 0.5 * gain + generator.normal(size=400)
+    (share,) = recovered(noisy[:, None], before, before + gain)
+    # the ratio's own error: 1 / (2 sqrt(400)) = 0.025
+    assert share.low < 0.5 < share.high and 0.07 < share.high - share.low < 0.13
+
+
+def test_a_curve_has_the_best_heads_and_random_ones():
+    ranking = [(layer, head) for layer in range(3) for head in range(4)]
+    ways = list(curve_ways(ranking, draws=2))
+    tops = [way for way in ways if way.group == "top"]
+    assert [len(way.heads) for way in tops] == [1, 2, 4, 8, 12]
+    assert all(way.heads == set(ranking[: len(way.heads)]) for way in tops)
+    random = [way for way in ways if way.group == "random"]
+    assert sorted(len(way.heads) for way in random) == [1, 1, 2, 2, 4, 4, 8, 8]
+
+
+def test_heads_are_not_ranked_by_the_prompts_that_judge_them():
+    first, second = halves(prompts(9, 10, 11, 12, 13))
+    assert [len(p) for p in first.prompts] == [9, 11, 13]
+    assert [len(p) for p in second.prompts] == [10, 12]
+    assert (first.labels, second.labels) == ([0, 2, 1], [1, 0])
+
+
+def test_the_head_that_carries_the_gain_is_first():
+    pair = tiny_pair()
+    layers, heads = len(pair.layers), pair.heads
+    encoded = prompts(12, 15, 20)
+    effects = Patcher(pair).measure(encoded, ways_of(["head"], layers, heads))
+    best = effects.ranking()[0]
+    singles = effects.log_odds[:, 2:].mean(axis=0).reshape(layers, heads)
+    gains = effects.giver[:, 0].mean() > effects.receiver[:, 0].mean()
+    assert singles[best] == (singles.max() if gains else singles.min())
+
+
+def test_models_whose_keys_depend_on_the_whole_prompt_are_refused():
+    with pytest.raises(UserError, match="cannot be patched alone"):
+        check_can_patch(tiny_hybrid(["linear_attention", "full_attention"] * 2), 20)
