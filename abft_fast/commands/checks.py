@@ -60,7 +60,13 @@ def check_train(flags: dict[str, Any]) -> tuple[TrainConfig, RunFolder]:
         check_train_data(config)
     check_model(config.model)
     _check_device(config)
+    _check_alone(config.stream)
     return config, run
+
+
+def _check_alone(stream: bool) -> None:
+    if stream and launch.process_count() > 1:
+        raise UserError("--stream runs in one process: start it without a launcher")
 
 
 def _resumed(flags: dict[str, Any]) -> tuple[RunFolder, TrainConfig]:
@@ -91,6 +97,7 @@ def check_evaluate(config: EvalConfig) -> None:
     if config.adapter is not None:
         adapter_origin.check_tested_apart(config, config.adapter)
     _check_device(config)
+    _check_alone(config.stream)
 
 
 def check_plan(config: PlanConfig) -> None:
@@ -102,6 +109,8 @@ def check_plan(config: PlanConfig) -> None:
     if config.resume is not None:
         planned = shell_command("plan", "--config", config.resume / "config.yaml")
         raise UserError(f"--resume works with train only: plan a run with `{planned}`")
+    if config.stream:
+        raise UserError("plan counts a whole model, and --stream keeps one block: leave it out")
     check_model_folder(config.model)
     _check_data(config)
     check_train_data(config)

@@ -44,15 +44,26 @@ def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
             session.show_data(tests[0].prompts)
             for line in (*adapter_origin.differences(config), *config.without_effect):
                 progress.say(line)
-            session.load()
-            if config.adapter is not None:
-                session.load_adapter(config.adapter)
-            keep_rows_of_labels(session, tests)
-            session.check_attention(tests[0].prompts)
-        metrics, attention, _ = run_tests(session, tests, "evaluating")
+            if config.stream:
+                from abft_fast.commands.streamed import evaluate_streamed  # it uses this module
+
+                metrics, attention = evaluate_streamed(config, session, tests)
+            else:
+                _load(config, session, tests)
+        if not config.stream:
+            metrics, attention, _ = run_tests(session, tests, "evaluating")
         if config.output is not None:
             processes.run_on_main(write_json, config.output, metrics)
     return metrics, attention
+
+
+def _load(config: EvalConfig, session: Session, tests: Sequence[EvaluationSet]) -> None:
+    """Read the model with its adapter, and check its attention."""
+    session.load()
+    if config.adapter is not None:
+        session.load_adapter(config.adapter)
+    keep_rows_of_labels(session, tests)
+    session.check_attention(tests[0].prompts)
 
 
 def prepare_tests(session: Session) -> list[EvaluationSet]:
@@ -99,17 +110,22 @@ def run_tests(
     Returns:
         Metrics and attention behavior, by dataset, and the outcome of each test.
     """
-    metrics, attention, outcomes = {}, {}, []
+    outcomes = []
     for test in tests:
         lengths = ([len(prompt) for prompt in encoded.prompts] for encoded in test.encoded)
         own = [each[i] for each in lengths for i in processes.own_share(each)]
         bar_title = title if len(tests) == 1 else f"{title}, {test.dataset}"
         with session.progress.bar(bar_title, len(own), sum(own)) as advance:
             outcome = test.run(functools.partial(_predict, session, advance))
-        metrics[test.dataset] = outcome.metrics
-        attention[test.dataset] = dataclasses.asdict(outcome.behavior.result())
-        outcomes.append(outcome)
-    return metrics, attention, outcomes
+        outcomes.append((test, outcome))
+    return *as_scores(outcomes), [outcome for _, outcome in outcomes]
+
+
+def as_scores(outcomes: Sequence[tuple[EvaluationSet, Outcome]]) -> tuple[Scores, Scores]:
+    """Return metrics and attention behavior by dataset, of tests and what they found."""
+    metrics = {test.dataset: outcome.metrics for test, outcome in outcomes}
+    behaviors = ((test.dataset, outcome.behavior.result()) for test, outcome in outcomes)
+    return metrics, {dataset: dataclasses.asdict(behavior) for dataset, behavior in behaviors}
 
 
 def _predict(

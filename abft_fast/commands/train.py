@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate.utils import set_seed
@@ -55,7 +55,12 @@ def train(config: TrainConfig, run: RunFolder, progress: Progress) -> RunFolder:
     with processes.running(uses_cpu(config.device)):
         run = RunFolder(processes.from_main(run.folder))
         try:
-            _train(config, run, progress)
+            if config.stream:
+                from abft_fast.commands.streamed import train_streamed  # it uses this module
+
+                train_streamed(config, run, progress)
+            else:
+                _train(config, run, progress)
         except KeyboardInterrupt:
             if config.no_save or not run.is_begun:
                 raise
@@ -107,25 +112,7 @@ def set_up(
         UserError: as `train`.
     """
     is_new = config.resume is None
-    if not is_new and is_main():
-        run.hold(progress.say)
-    set_seed(config.seed)
-    files = datasets.file_hashes(config)
-    session = TrainSession(config, progress, run.folder)
-    if not is_new and is_main():
-        run.check_data(files)
-    for line in config.without_effect:
-        progress.say(line)
-    prompts = session.encode_training()
-    tests = prepare_tests(session) if config.sides else []
-    session.show_data(prompts, *(test.prompts for test in tests[:1]))
-    if config.mauve_test:
-        mauve.check(config, session.dataset)
-    tested = sum(len(encoded.prompts) for test in tests for encoded in test.encoded)
-    progress.say(
-        f"on {session.accelerator.device.type}: {len(prompts):,} prompts to train on, "
-        f"{tested:,} to test on"
-    )
+    session, prompts, tests = prepare_data(config, run, progress)
     session.check_memory(prompts)
     session.load()
     base = describe_base(session.model, config.model)
@@ -142,12 +129,60 @@ def set_up(
         session.model, config.trainable, config.lora_r, config.train_head
     )
     trained = sum(p.numel() for p in trainable.trained_parameters(session.model).values())
-    if is_new and is_main():
+    begin(session, run, trained, base)
+    return session, prompts, tests
+
+
+def prepare_data(
+    config: TrainConfig, run: RunFolder, progress: Progress
+) -> tuple[TrainSession, list[EncodedPrompt], list[EvaluationSet]]:
+    """Check and tokenize all data of a run; hold the folder of a run that goes on.
+
+    Returns:
+        The session without its model, the training prompts, and the tests.
+
+    Raises:
+        UserError: an option or the data do not allow the run.
+    """
+    is_new = config.resume is None
+    if not is_new and is_main():
+        run.hold(progress.say)
+    set_seed(config.seed)
+    files = datasets.file_hashes(config)
+    session = TrainSession(config, progress, run.folder)
+    session.files = files
+    if not is_new and is_main():
+        run.check_data(files)
+    for line in config.without_effect:
+        progress.say(line)
+    prompts = session.encode_training()
+    tests = prepare_tests(session) if config.sides else []
+    session.show_data(prompts, *(test.prompts for test in tests[:1]))
+    if config.mauve_test:
+        mauve.check(config, session.dataset)
+    tested = sum(len(encoded.prompts) for test in tests for encoded in test.encoded)
+    progress.say(
+        f"on {session.accelerator.device.type}: {len(prompts):,} prompts to train on, "
+        f"{tested:,} to test on"
+    )
+    return session, prompts, tests
+
+
+def begin(session: TrainSession, run: RunFolder, trained: int, base: Mapping[str, Any]) -> None:
+    """Make a new run's folder; keep all messages in its log.
+
+    Args:
+        session: the run's session.
+        run: the folder.
+        trained: number of trained parameters.
+        base: what the run trains, by `base_identity`.
+    """
+    config, progress = session.config, session.progress
+    if config.resume is None and is_main():
         run.hold(progress.say)
         environment = {**describe(), **gguf.identity(config.model), "base": base}
-        run.create(config, trained, files, environment)
+        run.create(config, trained, session.files, environment)
     progress.keep(run.folder / "run.log")
-    return session, prompts, tests
 
 
 class TrainSession(Session):
@@ -155,9 +190,11 @@ class TrainSession(Session):
 
     Attributes:
         planned_tokens: tokens that fit at once, after `check_memory`; None without a plan.
+        files: SHA-256 of the user's own data files, by path.
     """
 
     config: TrainConfig
+    files: Mapping[str, str]
     planned_tokens: int | None = None
 
     def encode_training(self) -> list[EncodedPrompt]:
@@ -220,12 +257,17 @@ def details_of(session: TrainSession, test: EvaluationSet, outcome: Outcome) -> 
     return describe_test(test, outcome, session.encoder.tokenizer, row)
 
 
-def to_train(session: TrainSession, run: RunFolder, prompts: list[EncodedPrompt]) -> Training:
-    """Return what the training loop takes."""
+def to_train(
+    session: TrainSession,
+    run: RunFolder,
+    prompts: list[EncodedPrompt],
+    model: PreTrainedModel | None = None,
+) -> Training:
+    """Return what the training loop takes; `model` is the session's where none is given."""
     return Training(
         config=session.config,
         run=run,
-        model=session.model,
+        model=session.model if model is None else model,
         prompts=prompts,
         accelerator=session.accelerator,
         progress=session.progress,

@@ -188,6 +188,8 @@ def _keep_gradients_through_nf4(inner: PreTrainedModel) -> None:
             continue
         module.support_avx512bf16_for_cpu = False
         weight = module.weight
+        if weight.is_meta:  # it is quantized when it comes
+            continue
         if getattr(weight, "quant_state", None) is None:
             raise UnsupportedModel(
                 "config.json says 4 bits, but the files hold no quantization state"

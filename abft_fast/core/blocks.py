@@ -88,6 +88,25 @@ class _WithGradients(torch.autograd.Function):
         return grad_loss, None, *(g * grad_loss.to(g.device) for g in ctx.gradients)
 
 
+class Away:
+    """Stands for the forward of a decoder layer whose weights are not in memory.
+
+    The model's own forward runs: before the layers that are to run, hidden states pass by; behind
+    them the forward ends. See `PackedForward.part`.
+    """
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __call__(
+        self, hidden_states: Tensor, *args: Any, abft: Any = None, **kwargs: Any
+    ) -> Tensor:
+        """Return the hidden states that the next layer gets."""
+        if abft is None:
+            raise RuntimeError(f"layer {self.index} is away: run this model on packed prompts")
+        return abft.pass_by(self.index, hidden_states)
+
+
 class BlockBoundary:
     """Forward pre-hook of a decoder layer: detach the hidden states that enter a block.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,25 @@ def keep_label_rows(
         return
     if head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr() and not untie:
         return
+    rows = {name: parameter.data[list(label_ids)] for name, parameter in head.named_parameters()}
+    set_label_rows(model, label_ids, rows)
+
+
+def set_label_rows(
+    model: PreTrainedModel, label_ids: Sequence[int], rows: Mapping[str, Tensor]
+) -> None:
+    """Give the LM head the label words' rows alone.
+
+    Args:
+        model: a decoder whose head is a float linear layer.
+        label_ids: tokens of the label words.
+        rows: of the head's weight and bias, by name, in the order of `label_ids`.
+    """
+    head = without_peft(model).get_output_embeddings()
     for name, parameter in list(head.named_parameters()):
-        rows = parameter.data[list(label_ids)]
-        setattr(head, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+        setattr(head, name, nn.Parameter(rows[name], requires_grad=parameter.requires_grad))
     head.out_features = len(label_ids)
-    head.label_ids = tuple(label_ids)  # type: ignore[assignment]  # torch: tensors, modules only
+    head.label_ids = tuple(label_ids)
 
 
 def label_columns(model: PreTrainedModel, label_ids: Sequence[int]) -> list[int]:
@@ -79,6 +93,17 @@ def label_logits(
         alone = [label_logits(model, [prompt], label_ids, attention) for prompt in prompts]
         behaviors = [behavior for _, behavior, _ in alone]
         return torch.cat([rows for rows, _, _ in alone]), mean_over_batches(behaviors), packed
-    last = packed.cu_seqlens[1:].long() - 1
+    return label_logits_of(model, forward, label_ids), forward.behavior(), packed
+
+
+def label_logits_of(
+    model: PreTrainedModel, forward: PackedForward, label_ids: Sequence[int]
+) -> Tensor:
+    """Return the label words' logits after each of R prompts, (R, labels), of one forward.
+
+    Raises:
+        ValueError: as `label_logits`.
+    """
+    last = forward.packed.cu_seqlens[1:].long() - 1
     output = run_packed(model, forward, logits_to_keep=last)
-    return output.logits[0][:, label_columns(model, label_ids)], forward.behavior(), packed
+    return output.logits[0][:, label_columns(model, label_ids)]

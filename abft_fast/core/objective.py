@@ -57,7 +57,7 @@ def attention_behavior_loss(
             checkpointing.
     """
     check_options(penalty, reward, None, None, None)
-    block = _block_size(gradient)
+    block = block_size(gradient)
     options = {"penalty": penalty, "reward": reward, "head_filter": head_filter}
     inner = prepare(model)
     batches = [packed]
@@ -83,7 +83,12 @@ def attention_behavior_loss(
     return behavior
 
 
-def _block_size(gradient: str | int) -> int | None:
+def block_size(gradient: str | int) -> int | None:
+    """Return how many layers a gradient may cross; None for all of them.
+
+    Raises:
+        ValueError: the gradient mode is malformed.
+    """
     if gradient == "full":
         return None
     if gradient == "local":

@@ -36,7 +36,7 @@ class LastQueries(NamedTuple):
 
 
 class LossComplete(Exception):  # noqa: N818 - no error
-    """Raised in the last layer's attention to leave the forward: the loss needs nothing after."""
+    """Raised to leave the forward: in the last layer's attention, or behind the layers to run."""
 
 
 def _no_loss() -> dict[str, Any]:
@@ -66,6 +66,11 @@ class PackedForward:
         prefix: keys and values that an earlier forward kept of the beginning of all these prompts.
             Positions of `packed` continue after the prefix; the batch has no labels, and no loss is
             computed.
+        part: the layers that run, where the others are away; None for all layers.
+        entering: (1, T, width) hidden states that enter the first layer of `part`; None where they
+            are the embedding's.
+        leaving: (1, T, width) hidden states after the last layer of `part`, where it is not the
+            model's last; stored by the layer behind it.
         results: losses and masses by layer, stored by the attention function.
         attentions: which attention ran, stored by the attention function: (attention, backend of
             the loss) -> why no faster attention ran.
@@ -79,6 +84,9 @@ class PackedForward:
     keep: KeysAndValues | None = None
     queries: dict[int, LastQueries] | None = None
     prefix: KeysAndValues | None = None
+    part: range | None = None
+    entering: Tensor | None = None
+    leaving: Tensor | None = field(default=None, init=False)
     attentions: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,10 +118,23 @@ class PackedForward:
 
     def enter_layer(self, index: int, layer: nn.Module) -> bool:
         """Begin a decoder layer; return whether its input is to be detached."""
+        if self.part is not None and index not in self.part:
+            return False
         self._checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
         if self._blocks is None:
             return False
         return self._blocks.enter_layer(index, layer, checkpointed=self._checkpointed)
+
+    def pass_by(self, index: int, hidden_states: Tensor) -> Tensor:
+        """Return what a layer that is away hands on; the layer behind `part` ends the forward."""
+        if self.part is None or index in self.part:
+            raise RuntimeError(f"layer {index} is to run, but its weights are away")
+        if index == self.part.stop:
+            self.leaving = hidden_states.detach()
+            raise LossComplete
+        if index == self.part.start - 1 and self.entering is not None:
+            return self.entering
+        return hidden_states
 
     def ends_in(self, index: int) -> bool:
         """Whether nothing of a layer is needed but the scores of its last rows."""

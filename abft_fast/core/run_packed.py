@@ -34,8 +34,11 @@ def run_packed(model: PreTrainedModel, forward: PackedForward, **kwargs: Any) ->
     if not alone and must_run_alone(inner, forward.context):
         raise ValueError(f"{inner.config.model_type}: prompts must be run one at a time")
     embedding = inner.get_input_embeddings().weight
-    packed = forward.on(embedding.device)
-    if embedding.device.type == "cpu":
+    packed = forward.on(embedding.device if forward.entering is None else forward.entering.device)
+    inputs = {"input_ids": packed.input_ids[None]}
+    if forward.entering is not None:  # the embedding may be away, too
+        inputs = {"inputs_embeds": forward.entering}
+    elif embedding.device.type == "cpu":
         outside = (packed.input_ids < 0) | (packed.input_ids >= len(embedding))
         if outside.any():
             raise ValueError(
@@ -46,7 +49,7 @@ def run_packed(model: PreTrainedModel, forward: PackedForward, **kwargs: Any) ->
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # blocks switch it off and on
             output = without_peft(model)(
-                input_ids=packed.input_ids[None],
+                **inputs,
                 position_ids=packed.position_ids[None],
                 # transformers passes this mask through and builds none; `abft` keeps prompts apart.
                 attention_mask=packed.input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool),
@@ -59,7 +62,10 @@ def run_packed(model: PreTrainedModel, forward: PackedForward, **kwargs: Any) ->
     except BaseException:
         forward.results.clear()
         raise
-    missing = forward.results.missing(attention_layers(inner))
+    expected = attention_layers(inner)
+    if forward.part is not None:
+        expected = {index: expected[index] for index in forward.part if index in expected}
+    missing = forward.results.missing(expected)
     if missing:
         raise UnsupportedModel(
             f"{inner.config.model_type}: attention of layers {missing} does not reach "

@@ -17,7 +17,7 @@ def describe_test(
     test: EvaluationSet,
     outcome: Outcome,
     tokenizer: PreTrainedTokenizerBase,
-    last_row: Callable[[EncodedPrompt], list[float]],
+    last_row: Callable[[EncodedPrompt], list[float]] | None = None,
 ) -> dict[str, Any]:
     """Return the details of one run of a test, as JSON has them.
 
@@ -25,33 +25,43 @@ def describe_test(
         test: the test.
         outcome: what it found.
         tokenizer: turns tokens into text.
-        last_row: returns what the last token of a prompt attends to.
+        last_row: returns what the last token of a prompt attends to; without it, no prompt is
+            shown.
 
     Returns:
         `dataset`, `label_words`; `labels` and `probabilities` by prompt, an empty list for a prompt
         left out; `layers`, by `BehaviorMean.layers`; `prompts`, each with its `index`, `tokens`,
         `attention`, `label_positions` and `label_is_correct`.
     """
-    encoded = test.encoded[0]
-    count = min(_SHOWN, len(encoded.prompts))
-    shown = [i * len(encoded.prompts) // count for i in range(count)]
-    prompts = []
-    for i in shown:
-        prompt = encoded.prompts[i]
-        prompts.append(
-            {
-                "index": encoded.kept[i],
-                "tokens": [tokenizer.decode([token]) for token in prompt.input_ids],
-                "attention": [round(value, 6) for value in last_row(prompt)],
-                "label_positions": list(prompt.label_positions),
-                "label_is_correct": list(map(bool, prompt.label_is_correct)),
-            }
-        )
     return {
         "dataset": test.dataset,
         "label_words": test.label_words,
         "labels": outcome.labels,
         "probabilities": [[round(value, 6) for value in row] for row in outcome.probabilities],
         "layers": outcome.behavior.layers(),
-        "prompts": prompts,
+        "prompts": [] if last_row is None else _shown_prompts(test, tokenizer, last_row),
     }
+
+
+def _shown_prompts(
+    test: EvaluationSet,
+    tokenizer: PreTrainedTokenizerBase,
+    last_row: Callable[[EncodedPrompt], list[float]],
+) -> list[dict[str, Any]]:
+    """Return prompts from all over the test, with the attention of their last tokens."""
+    encoded = test.encoded[0]
+    count = min(_SHOWN, len(encoded.prompts))
+    shown = []
+    for i in range(count):
+        place = i * len(encoded.prompts) // count
+        prompt = encoded.prompts[place]
+        shown.append(
+            {
+                "index": encoded.kept[place],
+                "tokens": [tokenizer.decode([token]) for token in prompt.input_ids],
+                "attention": [round(value, 6) for value in last_row(prompt)],
+                "label_positions": list(prompt.label_positions),
+                "label_is_correct": list(map(bool, prompt.label_is_correct)),
+            }
+        )
+    return shown

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -46,24 +46,47 @@ def describe_base(model: PreTrainedModel, name: str) -> dict[str, Any]:
         no numbers.
     """
     stored = getattr(model.config, "quantization_config", None)
-    numbers: dict[str, dict[str, str]] = {"vectors": {}, "matrices": {}}
+    numbers = no_numbers()
     if stored is None or stored.quant_method == QuantizationMethod.BITS_AND_BYTES:
         layers = decoder_layers(backbone(model))
-        for index in sorted({0, len(layers) // 2, len(layers) - 1}):
+        for index in described_layers(len(layers)):
             for part, module in layers[index].named_modules():
-                for own, parameter in module.named_parameters(recurse=False):
-                    weight: Tensor = parameter
-                    if is_quantized(module) and own == "weight":
-                        weight = dequantize_module_weight(module)
-                    if weight.dtype in _FLOATS:
-                        kind = numbers["vectors" if weight.ndim == 1 else "matrices"]
-                        kind[f"layers.{index}.{part}.{own}"] = _sample(weight)
+                for own, _ in module.named_parameters(recurse=False):
+                    add_numbers(numbers, f"layers.{index}.{part}.{own}", module, own)
+    return {**describe_name(name, stored is not None), **numbers}
+
+
+def describe_name(name: str, quantized: bool) -> dict[str, Any]:
+    """Return what a run records of its base without looking at weights.
+
+    Args:
+        name: as `--model` names it.
+        quantized: whether the model's matrices have few bits; those of GGUF have, anyway.
+    """
     path = gguf_file(name)
     return {
         "model": _full_name(name if path is None else str(path)),
-        "quantized": stored is not None or path is not None,
-        **numbers,
+        "quantized": quantized or path is not None,
     }
+
+
+def no_numbers() -> dict[str, dict[str, str]]:
+    """Return what `add_numbers` adds to."""
+    return {"vectors": {}, "matrices": {}}
+
+
+def described_layers(count: int) -> list[int]:
+    """Return the layers whose numbers identify a model of `count` decoder layers."""
+    return sorted({0, count // 2, count - 1})
+
+
+def add_numbers(numbers: dict[str, dict[str, str]], name: str, module: nn.Module, own: str) -> None:
+    """Add numbers of a module's parameter `own`; `name` is the parameter's in the decoder."""
+    weight: Tensor = module.get_parameter(own)
+    if is_quantized(module) and own == "weight":
+        weight = dequantize_module_weight(module)
+    if weight.dtype in _FLOATS:
+        numbers["vectors" if weight.ndim == 1 else "matrices"][name] = _sample(weight)
 
 
 def base_of_adapter(folder: Path) -> dict[str, Any]:

@@ -132,6 +132,13 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Read, dequantize to float32, and undo llama.cpp's permutation or shift."""
+        return self._read(None)[index]
+
+    def rows(self, indices: list[int]) -> torch.Tensor:
+        """Return some rows of an embedding or an LM head, whose rows llama.cpp leaves in place."""
+        return self._read(indices)
+
+    def _read(self, rows: list[int] | None) -> torch.Tensor:
         from gguf import GGMLQuantizationType, dequantize, quant_shape_to_byte_shape
 
         kind = GGMLQuantizationType(self.stored.type)
@@ -140,17 +147,18 @@ class LazyTensor:
         )
         if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
             weights = data.view(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
-            weights = weights.astype(np.float32).reshape(self.stored.shape)
+            weights = weights.reshape(self.stored.shape)
+            weights = (weights if rows is None else weights[rows]).astype(np.float32)
         else:
             blocks = data.reshape(quant_shape_to_byte_shape(self.stored.shape, kind))
-            weights = dequantize(blocks, kind)
+            weights = dequantize(blocks if rows is None else blocks[rows], kind)
         processed = self.processor.process(
             weights=weights,
             name=self.stored.name,
             tensor_key_mapping=self.names,
             parsed_parameters={},
         )
-        return torch.from_numpy(np.array(processed.weights))[index]
+        return torch.from_numpy(np.array(processed.weights))
 
 
 def _write_metadata(path: Path, folder: Path) -> None:

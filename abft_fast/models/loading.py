@@ -166,6 +166,12 @@ def _read(
         raise UserError(line) from error
 
 
+def files_name(name: str) -> str:
+    """Return the name that a loaded model has: its folder, GGUF file, or id on the hub."""
+    path = gguf_file(name)
+    return _path(name) if path is None else str(path)
+
+
 def context_length(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a prompt may have; None where the config does not say."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

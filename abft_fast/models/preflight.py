@@ -23,7 +23,7 @@ from abft_fast.models.loading import checkpoint_folder
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _QUANTIZED_TOLERANCE = 3e-2  # their products depend on how many rows are multiplied at once
 _GRADIENT_TOLERANCE = 1e-1  # formats that also round inputs; without a backward it is 1
-_LONGEST = 2048  # eager attention keeps n x n scores a head
+LONGEST = 2048  # eager attention keeps n x n scores a head
 
 
 def check_attention(
@@ -49,7 +49,7 @@ def check_attention(
         UnsupportedModel: the packed forward cannot run, as where the attention asked for cannot.
     """
     ordered = sorted(prompts, key=len)
-    longest = next((p for p in reversed(ordered) if len(p) <= _LONGEST), ordered[0])
+    longest = next((p for p in reversed(ordered) if len(p) <= LONGEST), ordered[0])
     inner = prepare(model)
     device = inner.get_input_embeddings().weight.device
     pair = [ordered[0], longest]
@@ -66,7 +66,7 @@ def check_attention(
                 raise UnsupportedModel(str(error)) from error
             packed.append(output.last_hidden_state[0])
             attentions |= forward.attentions
-        arithmetic = _arithmetic(packed[0])
+        dtype = arithmetic(packed[0])
         inner.set_attn_implementation("eager")
         try:
             eager = [
@@ -78,15 +78,20 @@ def check_attention(
     if not expected.isfinite().all():
         raise UserError(
             f"{_where_not_finite(model, pair, autocast)}: the values are not finite: download the "
-            f"file again; if it is whole, the model overflows in {str(arithmetic).split('.')[-1]}"
+            f"file again; if it is whole, the model overflows in {str(dtype).split('.')[-1]}"
         )
-    difference = _relative_error(torch.cat(packed), expected)
-    if not difference <= _tolerance(inner, arithmetic):
-        raise UserError(
-            f"{inner.config.model_type}: packed attention differs from the model's own by "
-            f"{difference:.1%}, so the loss would be wrong; this family is not supported"
-        )
+    difference = relative_error(torch.cat(packed), expected)
+    if not difference <= tolerance(inner, dtype):
+        raise wrong_attention(inner, difference)
     return attentions
+
+
+def wrong_attention(inner: PreTrainedModel, difference: float) -> UserError:
+    """Return the error that says by how much packed attention differs from the model's own."""
+    return UserError(
+        f"{inner.config.model_type}: packed attention differs from the model's own by "
+        f"{difference:.1%}, so the loss would be wrong; this family is not supported"
+    )
 
 
 def shared_prefix_is_exact(
@@ -103,25 +108,27 @@ def shared_prefix_is_exact(
     with torch.no_grad(), autocast():
         continued = shared.hidden_states(pair)
         whole = SharedPrefix(shared.model, [], shared.attention).hidden_states(pair)
-        tolerance = _tolerance(prepare(shared.model), _arithmetic(continued[0]))
+        allowed = tolerance(prepare(shared.model), arithmetic(continued[0]))
     expected = [states[-len(own) :] for states, own in zip(whole, continued, strict=True)]
-    return _relative_error(torch.cat(continued), torch.cat(expected)) <= tolerance
+    return relative_error(torch.cat(continued), torch.cat(expected)) <= allowed
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the distance of hidden states, relative to those expected."""
     return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-def _arithmetic(hidden: Tensor) -> torch.dtype:
+def arithmetic(hidden: Tensor) -> torch.dtype:
     """Return the dtype that products are computed in, given hidden states."""
     kind = hidden.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _tolerance(inner: PreTrainedModel, arithmetic: torch.dtype) -> float:
+def tolerance(inner: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Return the relative error of hidden states that arithmetic explains."""
     if getattr(inner.config, "quantization_config", None) is not None:
-        return max(_TOLERANCE[arithmetic], _QUANTIZED_TOLERANCE)
-    return _TOLERANCE[arithmetic]
+        return max(_TOLERANCE[dtype], _QUANTIZED_TOLERANCE)
+    return _TOLERANCE[dtype]
 
 
 class _LinearLayer(Protocol):

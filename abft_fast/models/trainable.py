@@ -118,11 +118,16 @@ def train_weights(model: PreTrainedModel) -> PreTrainedModel:
     _refuse_quantized(model, "full")
     model.requires_grad_(False)
     for projection in projections:
-        # bfloat16 would round updates of 2e-5 to no change.
-        weight = nn.Parameter(projection.module.get_parameter("weight").data.float())
-        projection.module.weight = weight
-        _train_rows(projection, weight, dim=1 if _is_transposed(projection.module) else 0)
+        train_weight(projection)
     return model
+
+
+def train_weight(projection: Projection) -> None:
+    """Train a projection's own weight, as float32; of a fused one Q's and K's rows only."""
+    # bfloat16 would round updates of 2e-5 to no change.
+    weight = nn.Parameter(projection.module.get_parameter("weight").data.float())
+    projection.module.weight = weight
+    _train_rows(projection, weight, dim=1 if _is_transposed(projection.module) else 0)
 
 
 def train_head(model: PreTrainedModel) -> None:
@@ -216,7 +221,11 @@ def save_adapter(
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: Path, say: Callable[[str], object] = logger.warning
+    model: PreTrainedModel,
+    folder: Path,
+    say: Callable[[str], object] = logger.warning,
+    *,
+    weights_are_away: bool = False,
 ) -> PeftModel:
     """Put a trained adapter on its model.
 
@@ -224,6 +233,8 @@ def load_adapter(
         model: the base.
         folder: of the adapter.
         say: gets a line for each thing that PEFT warns of.
+        weights_are_away: whether the base's weights are read later, so that no adapter's tensor
+            may take their place in memory.
 
     Raises:
         UserError: the folder holds no adapter that changes weights, or it does not fit the model.
@@ -233,7 +244,9 @@ def load_adapter(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             config = PeftConfig.from_pretrained(str(folder))
-            adapted = PeftModel.from_pretrained(model, str(folder), config=config)
+            adapted = PeftModel.from_pretrained(
+                model, str(folder), config=config, low_cpu_mem_usage=weights_are_away
+            )
             saved = load_peft_weights(str(folder), device="cpu")
             held = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         version = Version(str(config.peft_version).partition("@")[0])  # a commit may follow

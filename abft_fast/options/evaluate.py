@@ -79,11 +79,6 @@ class DrawnPromptOptions(PromptOptions, SamplingOptions, ColumnOptions, DatasetO
                 f"--test-type TempSensitivity: {self.dataset} has no alternate templates; use "
                 "another --test-type"
             )
-        if self.test_type == "LabelFollowing" and self.calibration != "none":
-            raise ValueError(
-                f"--calibration {self.calibration} is for the dataset's own label words, but "
-                "LabelFollowing tests others, too: leave --calibration out"
-            )
         if self.test_type in ("GLER", "DemoSensitivity", "LabelFollowing") and self.k == 0:
             raise ValueError(
                 f"--k 0: {self.test_type} changes demonstrations, so it needs at least one of them"
@@ -96,6 +91,15 @@ class Options(ScoringOptions, DrawnPromptOptions):
 
     _rules_of_effect: ClassVar[tuple[Rule, ...]] = EVALUATION
 
+    @model_validator(mode="after")
+    def _check_calibration(self) -> Self:
+        if self.test_type == "LabelFollowing" and self.calibration != "none":
+            raise ValueError(
+                f"--calibration {self.calibration} is for the dataset's own label words, but "
+                "LabelFollowing tests others, too: leave --calibration out"
+            )
+        return self
+
     @property
     def without_effect(self) -> list[str]:
         """Return a line for each option that was changed but does nothing in this run."""
@@ -106,6 +110,20 @@ class EvalConfig(Options):
     """Options of `abft-fast eval`."""
 
     adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
+    stream: bool = Field(
+        False,
+        description="Read the model layer by layer, once, and keep one layer's weights in memory; "
+        "hidden states of all test prompts wait in memory between layers.",
+    )
     output: Path | None = Field(
         None, exclude=True, description="JSON file to write the metrics to."
     )
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Self:
+        if self.stream and self.device_map == "auto":
+            raise ValueError(
+                "--stream and --device-map auto, which keeps all layers on GPUs: leave one of "
+                "them out"
+            )
+        return self

@@ -94,6 +94,18 @@ class TrainConfig(TrainingDataOptions):
         description="How far back the loss of a layer trains, in ABFT. full: all earlier layers "
         "too. local: this layer only. A number N: its block of N layers.",
     )
+    stream: bool = Field(
+        False,
+        description="Train block by block: each block of layers takes all steps before the next "
+        "is read, so that one block's weights are in memory, and are read once a run. Needs "
+        "--gradient local or a number; --save-steps counts blocks. The penalty is controlled for "
+        "each block by its own heads (ours), or not with --adaptation none.",
+    )
+    stream_states: Literal["memory", "disk"] = Field(
+        "memory",
+        description="Where --stream keeps the hidden states of all prompts between blocks. disk: "
+        "in files in the run's folder.",
+    )
     trainable: Trainable = Field(
         None,  # replaced by `default_training`
         validate_default=True,
@@ -223,6 +235,28 @@ class TrainConfig(TrainingDataOptions):
                 f"--gradient {self.gradient} works with ABFT only: the loss of {self.method} is at "
                 "the model's output, so use --gradient full"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Self:
+        if not self.stream:
+            if self.stream_states != "memory":
+                raise ValueError(f"--stream-states {self.stream_states} needs --stream")
+            return self
+        if self.gradient == "full":
+            raise ValueError(
+                "--stream trains one block of layers after the other, and with --gradient full a "
+                "layer's loss trains all earlier layers: use --gradient local or a number of layers"
+            )
+        reasons = {
+            "--checkpointing": (self.checkpointing, "computes layers again in the backward"),
+            "--mauve-test": (self.mauve_test, "writes texts token by token"),
+            "--device-map auto": (self.device_map == "auto", "keeps all layers on GPUs"),
+            "--trainable model": (self.trainable == "model", "trains what is outside the layers"),
+        }
+        for option, (given, why) in reasons.items():
+            if given:
+                raise ValueError(f"--stream and {option}, which {why}: leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -31,7 +31,7 @@ from abft_fast.runtime.launch import is_main
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import CPU_TOKENS, TokenBudget, find_token_budget
 from abft_fast.training import checkpoint
-from abft_fast.training.methods import method_loss
+from abft_fast.training.methods import Loss, method_loss
 from abft_fast.training.penalty import PenaltyController
 from abft_fast.training.run_folder import RunFolder
 
@@ -48,6 +48,9 @@ class Training:
         accelerator: the device, the arithmetic and the tracker.
         progress: prints messages and the bar.
         planned_tokens: tokens that fit in memory at once by the plan; None without a plan.
+        loss: computes the loss of packed prompts.
+        is_part: whether only some layers of the model are trained now, so that a step may well
+            find no induction head.
     """
 
     config: TrainConfig
@@ -57,6 +60,8 @@ class Training:
     accelerator: Accelerator
     progress: Progress
     planned_tokens: int | None = None
+    loss: Loss = method_loss
+    is_part: bool = False
 
 
 @dataclass
@@ -115,7 +120,8 @@ def train_step(
     behavior = heads.result()
     gradients = [p.grad for p in state.trained.values() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients).item()
-    check_step(training.config, step, loss, norm, behavior.induction_heads)
+    check = check_finite if training.is_part else check_step
+    check(training.config, step, loss, norm, behavior.induction_heads)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.controller.update(behavior.induction_heads)
@@ -143,6 +149,7 @@ def backward(
     accelerator: Accelerator,
     tokens: int,
     pseudo_batch: int | None = None,
+    loss_of: Loss = method_loss,
 ) -> tuple[float, BehaviorMean]:
     """Accumulate the gradient of a pseudo-batch's mean loss, micro-batch by micro-batch.
 
@@ -156,6 +163,7 @@ def backward(
         accelerator: the device and the arithmetic.
         tokens: most tokens of a micro-batch.
         pseudo_batch: number of prompts on all processes. Unset: those in `batch`.
+        loss_of: computes the loss of packed prompts.
 
     Returns:
         The loss and what the heads did, both of the prompts in `batch`.
@@ -166,7 +174,7 @@ def backward(
         packed = pack(prompts).to(accelerator.device)
         with fast_float32_linear():
             with accelerator.autocast():
-                result = method_loss(model, prompts, packed, config, penalty)
+                result = loss_of(model, prompts, packed, config, penalty)
             share = result.loss * (len(prompts) / (pseudo_batch or len(batch)))
             accelerator.backward(share)
         loss += share.detach().to(loss.device)
@@ -182,8 +190,9 @@ def _pseudo_batch_gradient(
     share = [batch[i] for i in processes.own_share([len(prompt) for prompt in batch])]
 
     def attempt(tokens: int) -> tuple[float, BehaviorMean]:
+        model, config = training.model, training.config
         return backward(
-            training.model, share, training.config, penalty, accelerator, tokens, len(batch)
+            model, share, config, penalty, accelerator, tokens, len(batch), training.loss
         )
 
     with processes.fail_together():
@@ -207,6 +216,22 @@ def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: 
         RunError: the loss or the gradient is not finite, or at step 1 there is no induction head or
             no gradient.
     """
+    check_finite(config, step, loss, norm, heads)
+    if step == 1 and heads == 0 and config.head_filter and METHODS[config.method].uses_penalty:
+        raise RunError(
+            "the first pseudo-batch has no induction head, so the loss is 0: try "
+            "--no-head-filter, more demonstrations (--k), or another model"
+        )
+    if step == 1 and norm == 0:
+        raise RunError("the gradient is 0 at step 1: nothing would be learnt")
+
+
+def check_finite(config: TrainConfig, step: int, loss: float, norm: float, _: float) -> None:
+    """Stop a run whose numbers overflow; some layers may have no induction head.
+
+    Raises:
+        RunError: the loss or the gradient is not finite.
+    """
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if step == 1 and not is_finite:
         raise RunError(
@@ -219,13 +244,6 @@ def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: 
             f"step {step}: loss {loss} and gradient norm {norm} are not finite: lower --lr "
             f"(now {config.lr:g}) or use another --mixed-precision"
         )
-    if step == 1 and heads == 0 and config.head_filter and METHODS[config.method].uses_penalty:
-        raise RunError(
-            "the first pseudo-batch has no induction head, so the loss is 0: try "
-            "--no-head-filter, more demonstrations (--k), or another model"
-        )
-    if step == 1 and norm == 0:
-        raise RunError("the gradient is 0 at step 1: nothing would be learnt")
 
 
 def pseudo_batches(prompts: int, config: TrainConfig) -> list[list[int]]:

@@ -209,6 +209,10 @@ class RunFolder:
         """Return the base that the run trains, by `models.base_identity`; None if unrecorded."""
         return _read_json(self._environment).get("base")
 
+    def record_base(self, base: Mapping[str, Any]) -> None:
+        """Record the base where its weights were read after the run began."""
+        write_json(self._environment, {**_read_json(self._environment), "base": dict(base)})
+
     def check_data(self, files: Mapping[str, str]) -> None:
         """Refuse the user's own data if their content is not that of the run's beginning.
 

@@ -19,6 +19,7 @@ LAYERS = (
     ("cli", "parses options and calls a command"),
     ("commands   ·   experiments", "one module a verb   ·   sweeps and tables"),
     ("memory", "plans what fits, without weights"),
+    ("streaming", "training and tests, block by block"),
     ("training   ·   analysis", "the loop, the methods   ·   what training did to heads"),
     ("evaluation", "StaICC's tests, calibration"),
     ("prompts", "text → token ids and label positions"),

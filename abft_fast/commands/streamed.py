@@ -1,0 +1,181 @@
+"""Train and evaluate in one walk through the model, which reads each weight once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accelerate.utils import set_seed
+
+from abft_fast.commands.evaluate import Scores, as_scores
+from abft_fast.commands.session import Session
+from abft_fast.commands.train import TrainSession, begin, prepare_data, save_result, to_train
+from abft_fast.core.objective import block_size
+from abft_fast.core.packing import EncodedPrompt
+from abft_fast.evaluation.details import describe_test
+from abft_fast.evaluation.evaluation_set import EvaluationSet
+from abft_fast.models import loading
+from abft_fast.models.base_identity import base_of_adapter
+from abft_fast.options import EvalConfig, TrainConfig
+from abft_fast.runtime.progress import Progress
+from abft_fast.streaming.checkpoint import WalkCheckpoint
+from abft_fast.streaming.model import StreamedModel
+from abft_fast.streaming.stages import AttentionCheck, BaseIdentity, Evaluating, Stage
+from abft_fast.streaming.steps import TrainingSteps, tokens_at_once
+from abft_fast.streaming.walk import Walk
+from abft_fast.training.run_folder import RunFolder
+
+
+def train_streamed(config: TrainConfig, run: RunFolder, progress: Progress) -> None:
+    """Evaluate, train and evaluate again in one walk; see `commands.train.train`.
+
+    Raises:
+        UserError: an option, the data or the model does not allow the run; nothing is written.
+        RunError: training cannot continue.
+    """
+    session, prompts, tests = prepare_data(config, run, progress)
+    if not run.artifact.is_dir():
+        StreamedTraining(session, run, prompts, tests).run()
+
+
+def evaluate_streamed(
+    config: EvalConfig, session: Session, tests: list[EvaluationSet]
+) -> tuple[Scores, Scores]:
+    """Evaluate the model that the options name, with or without an adapter, in one walk.
+
+    Returns:
+        Metrics and attention behavior, by dataset.
+
+    Raises:
+        UserError: the model cannot be streamed, or the adapter does not fit it.
+    """
+    streamed = _streamed_model(session)
+    place = streamed, session.accelerator
+    trained_on = None if config.adapter is None else base_of_adapter(config.adapter)
+    backend = config.attention_backend
+    evaluating = Evaluating(*place, tests, tokens_at_once(config), backend)
+    stages = [
+        BaseIdentity(*place, session.progress, trained_on, f"adapter {config.adapter}"),
+        AttentionCheck(*place, tests[0].prompts, backend, session.progress),
+        evaluating,
+    ]
+    walk = Walk(streamed, stages, size=1)
+    walk.read_outside(_label_ids(tests))
+    if config.adapter is not None:
+        streamed.load_adapter(config.adapter, session.progress.say)
+    walk.run(session.progress, "evaluating")
+    say_read(session, streamed)
+    return as_scores(evaluating.outcomes())
+
+
+def _streamed_model(session: Session) -> StreamedModel:
+    config = session.config
+    for line in loading.left_out(config.model, getattr(config, "adapter", None)):
+        session.progress.say(line)
+    return StreamedModel(
+        config.model,
+        session.shape,
+        session.accelerator.device,
+        session.arithmetic.dtype,
+        config.bits if config.quantized else None,
+    )
+
+
+def _label_ids(tests: Sequence[EvaluationSet]) -> list[int]:
+    return sorted({token for test in tests for token in test.label_ids})
+
+
+def say_read(session: Session, streamed: StreamedModel) -> None:
+    """Say how many bytes of weights were read."""
+    read = sum(streamed.weights.read_bytes.values())
+    session.progress.say(f"weights read: {read / 1e6:,.0f} MB")
+
+
+class StreamedTraining:
+    """A run of streamed training: its model, its stages, and its results.
+
+    Raises:
+        UserError: the model cannot be streamed, or the disk has no room for the hidden states.
+    """
+
+    def __init__(
+        self,
+        session: TrainSession,
+        run: RunFolder,
+        prompts: list[EncodedPrompt],
+        tests: list[EvaluationSet],
+    ):
+        self._session, self._run, config = session, run, session.config
+        self._streamed = _streamed_model(session)
+        training = to_train(session, run, prompts, self._streamed.model)
+        place = self._streamed, session.accelerator
+        self._identity = BaseIdentity(*place, session.progress, run.base, f"run {run.folder}")
+        check = AttentionCheck(*place, prompts, config.attention_backend, session.progress)
+        tokens = tokens_at_once(config)
+        self._tests = {
+            side: Evaluating(*place, tests, tokens, config.attention_backend)
+            for side in config.sides
+        }
+        self._steps = TrainingSteps(self._streamed, training)
+        stages: list[Stage] = [self._identity, check, self._steps]
+        if "before" in self._tests:
+            stages.insert(2, self._tests["before"])
+        if "after" in self._tests:
+            stages.append(self._tests["after"])
+        self._checkpoint = None
+        if not config.no_save:
+            self._checkpoint = WalkCheckpoint(run.checkpoints, config.save_steps)
+        self._walk = Walk(
+            self._streamed,
+            stages,
+            block_size(config.gradient) or self._streamed.layers,
+            run.checkpoints if config.stream_states == "disk" else None,
+            self._checkpoint,
+        )
+        self._walk.read_outside(_label_ids(tests))
+        set_seed(config.seed)
+        self._streamed.set_trained(config.trainable, config.lora_r)
+        training.model = self._streamed.model
+
+    def run(self) -> None:
+        """Walk through the model, from the newest checkpoint on, and write the results.
+
+        Raises:
+            RunError: a step's loss is not finite, or nothing was learnt.
+        """
+        session, config = self._session, self._session.config
+        begin(session, self._run, self._streamed.count_trained(), self._identity.base)
+        if config.tracker != "none":
+            session.accelerator.init_trackers("abft-fast", config.model_dump(mode="json"))
+        if config.adaptation != "none":
+            session.progress.say(
+                "the penalty is controlled for each block by its own induction heads (ours, not "
+                "the paper's); --adaptation none keeps it as it is"
+            )
+        try:
+            self._walk.run(session.progress, "block by block")
+            self._write()
+        finally:
+            if config.no_save:
+                self._walk.remove_files()
+        say_read(session, self._streamed)
+        session.accelerator.end_training()
+
+    def _write(self) -> None:
+        """Write metrics, evaluations and, last, the adapter: a run with an adapter is done."""
+        run, session = self._run, self._session
+        run.forget_metrics_after(0)
+        for row in self._steps.metrics():
+            run.append_metrics(row)
+            known = {name: x for name, x in row.items() if isinstance(x, int | float)}
+            session.accelerator.log(known, step=row["step"])
+        for side, testing in self._tests.items():
+            outcomes = testing.outcomes()
+            details = describe_test(*outcomes[0], session.encoder.tokenizer)
+            run.record_evaluation(side, *as_scores(outcomes), details)
+        run.record_base(self._identity.base)
+        if self._checkpoint is None:
+            return
+        self._checkpoint.put_trained_back(self._streamed, self._walk.blocks)
+        save_result(session.config, run, self._streamed.model)
+        self._walk.remove_files()
+        self._checkpoint.remove()

@@ -1,0 +1,143 @@
+"""Save and restore a walk through a model: what was trained so far, and where all prompts are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from abft_fast.errors import RunError
+from abft_fast.runtime.files import atomic_folder
+from abft_fast.streaming.model import StreamedModel
+from abft_fast.streaming.stages import Stage
+from abft_fast.streaming.states import HiddenStates
+
+_TRAINED, _STATE, _FACTS = "trained.safetensors", "state.safetensors", "state.json"
+
+
+class WalkCheckpoint:
+    """The checkpoints of a walk.
+
+    `block-000003/` has what the third block has learnt, in `trained.safetensors`. The folder of the
+    newest checkpoint also has the state of the walk after that block.
+
+    Args:
+        folder: of the checkpoints.
+        every: blocks between two states of the walk.
+    """
+
+    def __init__(self, folder: Path, every: int):
+        self._folder, self._every = folder, every
+
+    def keep_trained(self, streamed: StreamedModel, block: range, number: int) -> None:
+        """Write what the block has learnt."""
+        with atomic_folder(self._of(number)) as temporary:
+            save_file(_learnt(streamed, block), temporary / _TRAINED)
+
+    def save(self, stages: Sequence[Stage], states: HiddenStates, number: int) -> None:
+        """Write the state of the walk after a block, if one is due."""
+        if number % self._every and not states.on_disk:
+            return
+        tensors, hidden = states.save()
+        for index, stage in enumerate(stages):
+            for place, group in enumerate(stage.groups):
+                for name, mass in group.masses.items():
+                    tensors[f"masses.{index}.{place}.{name}"] = mass
+        facts = {"hidden": hidden, "stages": [stage.facts for stage in stages]}
+        with atomic_folder(self._of(number) / "state") as temporary:
+            save_file(tensors, temporary / _STATE)
+            (temporary / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        for old in range(1, number):
+            shutil.rmtree(self._of(old) / "state", ignore_errors=True)
+
+    def restore(
+        self,
+        streamed: StreamedModel,
+        stages: Sequence[Stage],
+        states: HiddenStates,
+        blocks: Sequence[range],
+    ) -> int:
+        """Load the newest state of the walk; forget what later blocks have learnt.
+
+        Returns:
+            How many blocks are done.
+
+        Raises:
+            RunError: a file is damaged.
+        """
+        counts = range(len(blocks), 0, -1)
+        done = next((n for n in counts if (self._of(n) / "state" / _FACTS).is_file()), 0)
+        for number in range(done + 1, len(blocks) + 1):
+            shutil.rmtree(self._of(number), ignore_errors=True)
+        if not done:
+            return 0
+        folder = self._of(done) / "state"
+        try:
+            tensors = load_file(folder / _STATE)
+            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            states.restore(tensors, facts["hidden"])
+            for index, (stage, known) in enumerate(zip(stages, facts["stages"], strict=True)):
+                stage.facts = known
+                for place, group in enumerate(stage.groups):
+                    start = f"masses.{index}.{place}."
+                    own = {n: tensor for n, tensor in tensors.items() if n.startswith(start)}
+                    group.masses = {n.removeprefix(start): mass for n, mass in own.items()}
+            self._put_lora_back(streamed, blocks[:done])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise RunError(
+                f"checkpoint {folder} cannot be read ({error}): delete {self._folder} to start "
+                "the walk again"
+            ) from error
+        return done
+
+    def put_trained_back(self, streamed: StreamedModel, blocks: Sequence[range]) -> None:
+        """Give the model what all blocks have learnt, to write the adapter."""
+        for number, block in enumerate(blocks, start=1):
+            tensors = load_file(self._of(number) / _TRAINED)
+            for name, module in streamed.trained_modules(block).items():
+                for own_name, _ in list(module.named_parameters(recurse=False)):
+                    weight = nn.Parameter(tensors[f"{name}.{own_name}"], requires_grad=False)
+                    setattr(module, own_name, weight)
+
+    def remove(self) -> None:
+        """Remove all checkpoints: a run with an adapter is done."""
+        for folder in self._folder.glob("block-*"):
+            shutil.rmtree(folder)
+
+    def _put_lora_back(self, streamed: StreamedModel, blocks: Sequence[range]) -> None:
+        for number, block in enumerate(blocks, start=1):
+            with safe_open(self._of(number) / _TRAINED, framework="pt") as file:
+                if streamed.trained_modules(block):  # weights of their own, read at the end
+                    continue
+                parameters: dict[str, Any] = streamed.trained_parameters(block)
+                with torch.no_grad():
+                    for name, parameter in parameters.items():
+                        parameter.copy_(file.get_tensor(name))
+
+    def _of(self, number: int) -> Path:
+        return self._folder / f"block-{number:06d}"
+
+
+def _learnt(streamed: StreamedModel, block: range) -> dict[str, Tensor]:
+    """Return LoRA of a block, or its trained modules with what they have besides the weight."""
+    modules = streamed.trained_modules(block)
+    if not modules:
+        return _on_cpu(streamed.trained_parameters(block))
+    return _on_cpu(
+        {
+            f"{name}.{own_name}": parameter
+            for name, module in modules.items()
+            for own_name, parameter in module.named_parameters(recurse=False)
+        }
+    )
+
+
+def _on_cpu(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach().cpu().contiguous() for name, p in parameters.items()}

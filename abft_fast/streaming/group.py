@@ -1,0 +1,113 @@
+"""Prompts that walk through the model together, a block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abft_fast.core.behavior import AttentionBehavior
+from abft_fast.core.packing import EncodedPrompt, pack
+from abft_fast.evaluation.behavior import BehaviorMean
+from abft_fast.streaming.states import HiddenStates
+
+_FIELDS = ("label_mass", "correct_mass", "is_induction")
+
+
+@dataclass(frozen=True)
+class WalkingPrompt(EncodedPrompt):
+    """A prompt that knows its place in its group; its token ids are rows of the embedding."""
+
+    place: int
+
+
+class PromptGroup:
+    """The prompts of one training step, or of one part of a test.
+
+    Args:
+        prompts: in the order in which their hidden states lie end to end.
+
+    Attributes:
+        prompts: the same prompts, for the embedding's rows after `settle`.
+        lengths: tokens of each prompt.
+        masses: what the heads did, by field and first layer of a block: (layers, R, Hq) each.
+    """
+
+    def __init__(self, prompts: Sequence[EncodedPrompt]):
+        self.prompts: Sequence[EncodedPrompt] = prompts
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.masses: dict[str, Tensor] = {}
+        self._starts = [sum(self.lengths[:place]) for place in range(len(prompts))]
+        self._entering: Tensor | None = None
+        self._leaving: Tensor | None = None
+
+    def settle(self, number: int, states: HiddenStates, rows: dict[int, int]) -> None:
+        """Give the group its hidden states, and its prompts the embedding's rows.
+
+        Args:
+            number: by which `states` knows the group.
+            states: hidden states of all groups.
+            rows: rows of the embedding by token.
+        """
+        self._number, self._states = number, states
+        self.prompts = [
+            WalkingPrompt(
+                [rows[token] for token in prompt.input_ids],
+                prompt.label_positions,
+                prompt.label_is_correct,
+                place,
+            )
+            for place, prompt in enumerate(self.prompts)
+        ]
+
+    def enter(self, block: range) -> None:
+        """Read the hidden states that enter a block; the first block's are the embedding's."""
+        self._entering = self._states.read(self._number) if block.start > 0 else None
+
+    def entering(self, places: Sequence[int], device: torch.device) -> Tensor | None:
+        """Return the hidden states of some prompts that enter the block, (1, T, width)."""
+        if self._entering is None:
+            return None
+        return self._entering[self._rows(places)][None].to(device)
+
+    def store(self, places: Sequence[int], leaving: Tensor | None) -> None:
+        """Store the hidden states of some prompts that leave the block, (1, T, width)."""
+        if leaving is None:
+            return
+        states = leaving[0].cpu()
+        if self._leaving is None:
+            self._leaving = states.new_empty(sum(self.lengths), states.shape[1])
+        self._leaving[self._rows(places)] = states
+
+    def observe(self, block: range, places: Sequence[int], behavior: AttentionBehavior) -> None:
+        """Store what the heads of a block's layers did on some prompts."""
+        for name in _FIELDS:
+            own = getattr(behavior, name).cpu()
+            key = f"{name}.{block.start}"
+            if key not in self.masses:
+                self.masses[key] = own.new_empty(len(own), len(self.prompts), own.shape[2])
+            self.masses[key][:, list(places)] = own
+
+    def leave(self) -> None:
+        """Hand on the hidden states that left the block."""
+        if self._leaving is not None:
+            self._states.write(self._number, self._leaving)
+        self._entering = self._leaving = None
+
+    def behavior(self) -> BehaviorMean:
+        """Return what the heads of all layers did; of no prompt where they were not observed."""
+        mean = BehaviorMean()
+        if self.masses:
+            masses = [torch.cat([self.masses[key] for key in self._keys(name)]) for name in _FIELDS]
+            mean.add(AttentionBehavior(torch.zeros(()), *masses), pack(self.prompts))
+        return mean
+
+    def _keys(self, name: str) -> list[str]:
+        keys = [key for key in self.masses if key.startswith(f"{name}.")]
+        return sorted(keys, key=lambda key: int(key.rpartition(".")[2]))
+
+    def _rows(self, places: Sequence[int]) -> Tensor:
+        spans = ((self._starts[place], self.lengths[place]) for place in places)
+        return torch.cat([torch.arange(start, start + count) for start, count in spans])

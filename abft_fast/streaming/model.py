@@ -1,0 +1,306 @@
+"""A model whose decoder layers are in memory a block at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from abft_fast.core.backbone import (
+    Projection,
+    decoder_layers,
+    must_run_alone,
+    prepare,
+    query_key_projections,
+)
+from abft_fast.core.blocks import Away
+from abft_fast.core.label_logits import set_label_rows
+from abft_fast.errors import UnsupportedModel, UserError
+from abft_fast.models import trainable
+from abft_fast.models.files import ADAPTER_WEIGHTS, check_adapter
+from abft_fast.models.loading import files_name
+from abft_fast.models.synthetic import is_quantized, quantization, skeleton
+from abft_fast.streaming.weights import StoredWeights
+
+
+class _Place(NamedTuple):
+    """A parameter of the model, or a buffer, that is read from the files."""
+
+    name: str  # in the files, whatever wraps its module later
+    module: nn.Module
+    own_name: str
+    empty: Tensor  # without memory
+
+
+class StreamedModel:
+    """A decoder without weights, into which a block's weights are read before its layers run.
+
+    Weights outside the layers are small, but for the embedding and the LM head: of those only the
+    rows are read that prompts and label words use.
+
+    Attributes:
+        name: as `--model` names it.
+        is_quantized: whether weights are quantized as they come.
+        model: the model, of which `bring` makes some layers ready.
+        weights: the model's files.
+        layers: number of decoder layers.
+        embedded: tokens whose rows the embedding has, ascending; prompts name them by place.
+
+    Raises:
+        UserError: a family whose prompts must run alone, or weights that cannot be streamed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: PreTrainedConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        bits: int | None,
+    ):
+        self.name, self._device, self.is_quantized = name, device, bits is not None
+        self.model: PreTrainedModel = skeleton(copy.deepcopy(config), dtype, bits)
+        if bits is not None:
+            self.model.config.quantization_config = quantization(bits, dtype)
+        self.model.name_or_path = self.model.config.name_or_path = files_name(name)
+        self.weights = StoredWeights(name, config, self.model)
+        try:
+            self._inner = prepare(self.model)
+        except UnsupportedModel as error:
+            raise UserError(f"model {name}: {error}") from error
+        if must_run_alone(self._inner, 0):
+            raise UserError(
+                f"model {name}: layers without attention carry state along a batch, so --stream "
+                "cannot pack its prompts: train without --stream"
+            )
+        self._layers = decoder_layers(self._inner)
+        self.layers = len(self._layers)
+        self.embedded: list[int] = []
+        self._layers_name = next(n for n, m in self.model.named_modules() if m is self._layers)
+        self._places = [
+            list(_places(f"{self._layers_name}.{index}", layer))
+            for index, layer in enumerate(self._layers)
+        ]
+        self._trained: dict[int, list[Projection]] = {}
+        for index, layer in enumerate(self._layers):
+            layer.forward = Away(index)
+
+    def check_length(self, longest: int) -> None:
+        """Refuse prompts so long that this family cannot pack them.
+
+        Raises:
+            UserError: RoPE would depend on the batch's longest prompt.
+        """
+        if must_run_alone(self._inner, longest):
+            raise UserError(
+                f"model {self.name}: its RoPE depends on the longest prompt of a batch, so "
+                "--stream cannot pack these prompts: use fewer demonstrations (--k)"
+            )
+
+    def set_trained(self, kind: str, rank: int) -> None:
+        """Train LoRA on W_Q and W_K (`lora`), or W_Q and W_K themselves (`full`).
+
+        LoRA's weights stay in memory. They are drawn as on a model whose weights are all there.
+
+        Raises:
+            UserError: the model does not allow it.
+        """
+        projections = query_key_projections(self.model)
+        if kind == "full":
+            self.model.requires_grad_(False)
+            for projection in projections:
+                self._trained.setdefault(projection.layer, []).append(projection)
+            return
+        with self._without_memory():
+            self.model = trainable.train_lora(self.model, rank).eval()
+
+    def load_adapter(self, folder: Path, say: Callable[[str], object]) -> None:
+        """Put a trained adapter on the layers; it stays in memory.
+
+        Raises:
+            UserError: as `trainable.load_adapter`, or the adapter changes what is outside the
+                layers.
+        """
+        check_adapter(folder)
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="np") as file:
+            names = list(file.keys())
+        own = f"base_model.model.{self._layers_name}."
+        outside = [n.removeprefix("base_model.model.") for n in names if not n.startswith(own)]
+        if outside:
+            raise UserError(
+                f"adapter {folder} changes {outside[0]}, which is outside the decoder layers: "
+                "evaluate it without --stream"
+            )
+        with self._without_memory():
+            self.model = trainable.load_adapter(
+                self.model, folder, say, weights_are_away=True
+            ).eval()
+
+    @contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        """Let PEFT see weights on the CPU, where it puts an adapter: they have one number each."""
+        places = [p for each in self._places for p in each if isinstance(p.empty, nn.Parameter)]
+        for place in places:
+            setattr(place.module, place.own_name, _one_number(place))
+        try:
+            yield
+        finally:
+            for place in places:
+                setattr(place.module, place.own_name, place.empty)
+
+    def read_outside(self, tokens: Iterable[int], label_ids: Sequence[int]) -> None:
+        """Read what is outside the layers; call it before `set_trained` and `load_adapter`.
+
+        Args:
+            tokens: all tokens of all prompts.
+            label_ids: the label words' tokens: the LM head has their rows only; none for no head.
+        """
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        inside = {module for layer in self._layers for module in layer.modules()}
+        names = {module: name for name, module in self.model.named_modules()}
+        for module in self.model.modules():
+            if module not in inside and module is not embedding and module is not head:
+                self._fill(_places_of(names[module], module))
+                self._make_buffers(module)
+        is_tied = "lm_head.weight" in self.model.all_tied_weights_keys or (
+            embedding.weight is head.weight
+        )
+        self.embedded = sorted({*tokens, *(label_ids if is_tied else ())})
+        place = next(iter(_places_of(names[embedding], embedding)))
+        rows = self._read(place, self.embedded)
+        embedding.padding_idx = None  # its row may be another one now
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        self._make_buffers(embedding)
+        if not label_ids:
+            return
+        if is_tied:
+            of_labels = {"weight": rows[[self.embedded.index(token) for token in label_ids]]}
+        else:
+            of_labels = {
+                place.own_name: self._read(place, label_ids)
+                for place in _places_of(names[head], head)
+            }
+        set_label_rows(self.model, label_ids, of_labels)
+
+    def drop_embedding(self) -> None:
+        """Drop the embedding's rows: after the first block nothing reads them."""
+        embedding = self.model.get_input_embeddings()
+        embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
+
+    def bring(self, block: range) -> None:
+        """Read the weights of a block of layers; they run then."""
+        for index in block:
+            layer = self._layers[index]
+            self._fill(self._places[index])
+            for module in layer.modules():
+                self._make_buffers(module)
+                for parameter in module.parameters(recurse=False):  # of adapters
+                    if parameter.device not in (self._device, torch.device("meta")):
+                        parameter.data = parameter.data.to(self._device)
+            for projection in self._trained.get(index, []):
+                trainable.train_weight(projection)
+            del layer.forward
+
+    def drop(self, block: range) -> None:
+        """Drop the weights of a block; hidden states pass its layers by."""
+        for index in block:
+            self._layers[index].forward = Away(index)
+            for place in self._places[index]:
+                setattr(place.module, place.own_name, place.empty)
+
+    def parameters_of(self, index: int) -> Iterator[tuple[str, nn.Module, str]]:
+        """Yield a layer's own parameters: name in the layer, module, name in the module."""
+        for place in self._places[index]:
+            name = place.name.removeprefix(f"{self._layers_name}.{index}.")
+            if isinstance(place.empty, nn.Parameter):
+                yield name, place.module, place.own_name
+
+    def trained_parameters(self, block: range) -> dict[str, nn.Parameter]:
+        """Return the parameters of a block that are trained, by their names in the model."""
+        own = {id(p) for index in block for p in self._layers[index].parameters()}
+        named = trainable.trained_parameters(self.model)
+        return {name: p for name, p in named.items() if id(p) in own}
+
+    def count_trained(self) -> int:
+        """Return how many numbers are trained."""
+        own = [each.module.get_parameter("weight") for p in self._trained.values() for each in p]
+        lora = self.trained_parameters(range(self.layers)).values()
+        return sum(parameter.numel() for parameter in (*own, *lora))
+
+    def trained_modules(self, block: range) -> dict[str, nn.Module]:
+        """Return the modules of a block whose own weights are trained, by name."""
+        return {p.name: p.module for index in block for p in self._trained.get(index, [])}
+
+    def _fill(self, places: Iterable[_Place]) -> None:
+        for place in places:
+            tensor = self._read(place)
+            new = tensor  # of a buffer that the files hold
+            if is_quantized(place.module) and place.own_name == "weight":
+                new = _unquantized(place.empty, tensor.cpu()).to(self._device)  # and quantize it
+            elif isinstance(place.empty, nn.Parameter):
+                new = nn.Parameter(tensor, requires_grad=False)
+            setattr(place.module, place.own_name, new)
+
+    def _read(self, place: _Place, rows: Sequence[int] | None = None) -> Tensor:
+        tensor = self.weights.read(place.name, rows)
+        shape = place.empty.shape if rows is None else (len(rows), *place.empty.shape[1:])
+        if tensor.shape != shape:
+            raise UserError(
+                f"model {self.name}: {place.name} has the shape {tuple(tensor.shape)} in the "
+                f"files and {tuple(shape)} by config.json, which is of another model"
+            )
+        return tensor.to(self._device, self._dtype_of(place))
+
+    def _dtype_of(self, place: _Place) -> torch.dtype:
+        dtype = place.empty.dtype
+        return dtype if dtype.is_floating_point else self.model.dtype
+
+    def _make_buffers(self, module: nn.Module) -> None:
+        """Compute buffers that no file holds, such as RoPE's frequencies, as transformers does."""
+        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.is_meta}
+        if not buffers:
+            return
+        for name, buffer in buffers.items():
+            setattr(module, name, torch.empty_like(buffer, device=self._device))
+        kept = {name: p for name, p in module.named_parameters(recurse=False)}
+        for name, parameter in kept.items():  # `_init_weights` would overwrite them
+            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        self._inner._init_weights(module)
+        for name, parameter in kept.items():
+            setattr(module, name, parameter)
+
+
+def _places(prefix: str, layer: nn.Module) -> Iterator[_Place]:
+    for name, module in layer.named_modules():
+        yield from _places_of(f"{prefix}.{name}" if name else prefix, module)
+
+
+def _places_of(name: str, module: nn.Module) -> Iterator[_Place]:
+    for own_name, parameter in module.named_parameters(recurse=False):
+        yield _Place(f"{name}.{own_name}", module, own_name, parameter)
+    for own_name, buffer in module.named_buffers(recurse=False):
+        if own_name not in module._non_persistent_buffers_set:
+            yield _Place(f"{name}.{own_name}", module, own_name, buffer)
+
+
+def _one_number(place: _Place) -> nn.Parameter:
+    """Return a weight of the right shape and dtype, all of whose numbers are one number."""
+    quantized = is_quantized(place.module) and place.own_name == "weight"
+    dtype = torch.uint8 if quantized else place.empty.dtype
+    one = torch.zeros(1, dtype=dtype).expand(place.empty.shape)
+    if quantized:
+        return _unquantized(place.empty, one)
+    return nn.Parameter(one, requires_grad=False)
+
+
+def _unquantized(empty: Tensor, tensor: Tensor) -> Any:
+    """Return bitsandbytes' parameter of a tensor; it is quantized on its way to a device."""
+    kind: Any = type(empty)
+    return kind(tensor, requires_grad=False, **empty.__dict__)

@@ -1,0 +1,266 @@
+"""What is done on every block besides training: checks of the model, and tests."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from abft_fast.core import attention
+from abft_fast.core.backbone import prepare
+from abft_fast.core.label_logits import label_logits_of
+from abft_fast.core.packed_forward import LossComplete, PackedForward
+from abft_fast.core.packing import EncodedPrompt, pack
+from abft_fast.core.run_packed import run_packed
+from abft_fast.errors import UnsupportedModel
+from abft_fast.evaluation.behavior import BehaviorMean
+from abft_fast.evaluation.evaluation_set import EvaluationSet, Outcome
+from abft_fast.models.base_identity import (
+    add_numbers,
+    compare_bases,
+    describe_name,
+    described_layers,
+    no_numbers,
+)
+from abft_fast.models.preflight import (
+    LONGEST,
+    arithmetic,
+    relative_error,
+    tolerance,
+    wrong_attention,
+)
+from abft_fast.prompts import EncodedPrompts
+from abft_fast.runtime.batching import micro_batches
+from abft_fast.runtime.float32_linear import fast_float32_linear
+from abft_fast.runtime.progress import Progress
+from abft_fast.runtime.token_budget import in_halves
+from abft_fast.streaming.group import PromptGroup
+from abft_fast.streaming.model import StreamedModel
+
+
+class Stage(ABC):
+    """Something that is done on each block, while the block's weights are in memory.
+
+    Attributes:
+        groups: the prompts that it takes along.
+        facts: what a checkpoint keeps of it besides its groups, as JSON.
+    """
+
+    def __init__(self, streamed: StreamedModel, accelerator: Accelerator):
+        self.streamed, self.accelerator = streamed, accelerator
+        self.groups: list[PromptGroup] = []
+        self.facts: dict[str, Any] = {}
+
+    @abstractmethod
+    def run(self, block: range) -> None:
+        """Do it on one block."""
+
+
+class BaseIdentity(Stage):
+    """Take the numbers that identify the base, and compare them with those of an adapter or a run.
+
+    Attributes:
+        base: as `describe_base` describes it, complete after the walk.
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        accelerator: Accelerator,
+        progress: Progress,
+        expected: dict[str, Any] | None = None,
+        what: str = "",
+    ):
+        super().__init__(streamed, accelerator)
+        self.facts = no_numbers()
+        self._progress, self._expected, self._what = progress, expected, what
+        self._said: list[str] = []
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """Return what is known of the base so far."""
+        return {**describe_name(self.streamed.name, self.streamed.is_quantized), **self.facts}
+
+    def run(self, block: range) -> None:
+        """Take the numbers of the block's layers, if they are among those that identify a model."""
+        for index in set(block) & set(described_layers(self.streamed.layers)):
+            for name, module, own in self.streamed.parameters_of(index):
+                add_numbers(self.facts, f"layers.{index}.{name}", module, own)
+            self._compare(f"layers.{index}.")
+
+    def _compare(self, layer: str) -> None:
+        if self._expected is None:
+            return
+        expected = dict(self._expected)
+        for kind in ("vectors", "matrices"):
+            there = expected[kind].items()
+            expected[kind] = {name: row for name, row in there if name.startswith(layer)}
+        for line in compare_bases(expected, self.base, self._what):
+            if line not in self._said:
+                self._progress.say(line)
+                self._said.append(line)
+
+
+class AttentionCheck(Stage):
+    """Compare packed attention with the model's own, block by block, on two prompts.
+
+    See `preflight.check_attention`, which does it on a whole model.
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        accelerator: Accelerator,
+        prompts: Sequence[EncodedPrompt],
+        attention_backend: str,
+        progress: Progress,
+    ):
+        super().__init__(streamed, accelerator)
+        ordered = sorted(prompts, key=len)
+        longest = next((p for p in reversed(ordered) if len(p) <= LONGEST), ordered[0])
+        self.groups = [PromptGroup([ordered[0], longest]) for _ in ("packed", "eager")]
+        self._backend, self._progress = attention_backend, progress
+
+    def run(self, block: range) -> None:
+        """Compare the two after this block.
+
+        Raises:
+            UserError: they differ.
+            UnsupportedModel: the packed forward cannot run.
+        """
+        model, device = self.streamed.model, self.accelerator.device
+        inner = prepare(model)
+        packed, eager = self.groups
+        for group in self.groups:
+            group.enter(block)
+        with torch.no_grad(), fast_float32_linear(), self.accelerator.autocast():
+            both = range(len(packed.prompts))
+            forward = PackedForward(
+                pack(packed.prompts),
+                attention=self._backend,
+                part=block,
+                entering=packed.entering(both, device),
+            )
+            try:
+                output = run_packed(inner, forward)
+            except ValueError as error:  # as where the attention asked for cannot run here
+                raise UnsupportedModel(str(error)) from error
+            left = output.last_hidden_state if forward.leaving is None else forward.leaving
+            packed.store(both, forward.leaving)
+            inner.set_attn_implementation("eager")
+            try:
+                expected = [self._alone(inner, eager, place, block) for place in both]
+            finally:
+                inner.set_attn_implementation(attention.NAME)
+            dtype = arithmetic(left)
+        for group in self.groups:
+            group.leave()
+        difference = relative_error(left[0], torch.cat(expected, dim=1)[0])
+        if not difference <= tolerance(inner, dtype):
+            raise wrong_attention(inner, difference)
+        if block.start == 0:
+            for (name, backend), reasons in forward.attentions.items():
+                self._progress.say(f"attention: {name}, its loss: {backend}")
+                if name == "separate":
+                    self._progress.say(f"one prompt at a time, keys read twice: {reasons}")
+
+    def _alone(self, inner: Any, group: PromptGroup, place: int, block: range) -> Tensor:
+        """Return the hidden states of one prompt after the block, by the model's own attention."""
+        device = self.accelerator.device
+        entering = group.entering([place], device)
+        forward = PackedForward(pack([group.prompts[place]]), part=block, entering=entering)
+        inputs = {"inputs_embeds": entering}
+        if entering is None:
+            inputs = {"input_ids": forward.on(device).input_ids[None]}
+        try:
+            left = inner(**inputs, use_cache=False, abft=forward).last_hidden_state
+        except LossComplete:
+            assert forward.leaving is not None
+            left = forward.leaving
+            group.store([place], left)
+        return left
+
+
+class Evaluating(Stage):
+    """Take the prompts of tests along; afterwards the tests have their predictions.
+
+    Args:
+        streamed: the model.
+        accelerator: the device and the arithmetic.
+        tests: the tests.
+        tokens: most tokens of a packed batch.
+        attention_backend: which attention runs.
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        accelerator: Accelerator,
+        tests: Sequence[EvaluationSet],
+        tokens: int,
+        attention_backend: str,
+    ):
+        super().__init__(streamed, accelerator)
+        self._tests, self._tokens, self._backend = tests, tokens, attention_backend
+        self._parts: dict[int, tuple[PromptGroup, Tensor]] = {}
+        for test in tests:
+            for encoded in test.encoded:
+                group = PromptGroup(encoded.prompts)
+                logits = torch.empty(len(encoded.prompts), len(encoded.label_ids))
+                self.groups.append(group)
+                self._parts[id(encoded)] = group, logits
+
+    @torch.no_grad()
+    def run(self, block: range) -> None:
+        """Run all prompts through the block."""
+        for test in self._tests:
+            for encoded in test.encoded:
+                group, logits = self._parts[id(encoded)]
+                group.enter(block)
+                run = functools.partial(self._forward, block, encoded, group, logits)
+                for places in micro_batches(group.lengths, self._tokens):
+                    in_halves(run, places)
+                group.leave()
+
+    def _forward(
+        self,
+        block: range,
+        encoded: EncodedPrompts,
+        group: PromptGroup,
+        logits: Tensor,
+        places: Sequence[int],
+    ) -> None:
+        forward = PackedForward(
+            pack([group.prompts[place] for place in places]),
+            attention=self._backend,
+            part=block,
+            entering=group.entering(places, self.accelerator.device),
+        )
+        model = self.streamed.model
+        with fast_float32_linear(), self.accelerator.autocast():
+            if block.stop < self.streamed.layers:
+                run_packed(prepare(model), forward)
+            else:
+                rows = label_logits_of(model, forward, encoded.label_ids)
+                logits[list(places)] = rows.float().cpu()
+        group.store(places, forward.leaving)
+        group.observe(block, places, forward.behavior())
+
+    def outcomes(self) -> list[tuple[EvaluationSet, Outcome]]:
+        """Return what each test found, after the last block.
+
+        Raises:
+            FloatingPointError: a label's logit is not finite.
+        """
+        return [(test, test.run(self._predicted)) for test in self._tests]
+
+    def _predicted(self, encoded: EncodedPrompts, behavior: bool) -> tuple[Tensor, BehaviorMean]:
+        group, logits = self._parts[id(encoded)]
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's logits of the label words are not finite")
+        return logits, group.behavior() if behavior else BehaviorMean()

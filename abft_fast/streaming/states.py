@@ -1,0 +1,113 @@
+"""Keep the hidden states between blocks, in memory or in files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abft_fast.errors import UserError
+
+
+class HiddenStates:
+    """Hidden states of parts of all prompts: those that enter a block, and those that leave it.
+
+    A part is read and written as a whole. What was written enters the next block after `turn`.
+
+    Args:
+        tokens: of each part.
+        folder: where files are kept; None keeps the states in memory.
+    """
+
+    def __init__(self, tokens: Sequence[int], folder: Path | None):
+        self._starts = np.cumsum([0, *tokens]).tolist()
+        self._folder = folder
+        self._entering: dict[int, Tensor] = {}
+        self._leaving: dict[int, Tensor] = {}
+        self._side = 0
+        self._width, self._dtype = 0, torch.float32
+
+    @property
+    def on_disk(self) -> bool:
+        """Return whether the states are in files."""
+        return self._folder is not None
+
+    def read(self, part: int) -> Tensor:
+        """Return a part's hidden states that enter the block, (T, width), on the CPU."""
+        if self._folder is None:
+            return self._entering[part]
+        start, end = self._starts[part : part + 2]
+        states = torch.empty(end - start, self._width, dtype=self._dtype)
+        with self._path(self._side).open("rb") as file:
+            file.seek(start * self._width * states.itemsize)
+            taken = file.readinto(states.view(torch.uint8).numpy().data)
+        if taken != states.nbytes:
+            raise EOFError(f"{self._path(self._side)} ends early")
+        return states
+
+    def write(self, part: int, states: Tensor) -> None:
+        """Keep the hidden states of a part that leave the block, (T, width)."""
+        if self._folder is None:
+            self._leaving[part] = states
+            return
+        self._width, self._dtype = states.shape[1], states.dtype
+        path = self._path(1 - self._side)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("r+b" if path.exists() else "x+b") as file:
+            file.seek(self._starts[part] * self._width * states.itemsize)
+            file.write(states.contiguous().view(torch.uint8).numpy().data)
+
+    def turn(self) -> None:
+        """Let what left one block enter the next; files are then on the disk itself."""
+        self._entering, self._leaving = self._leaving, {}
+        self._side = 1 - self._side
+        if self._folder is not None and self._path(self._side).exists():
+            with self._path(self._side).open("rb") as file:
+                os.fsync(file.fileno())
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Return what a checkpoint needs besides the files: tensors, and facts for JSON."""
+        facts = {"side": self._side, "width": self._width, "dtype": str(self._dtype).split(".")[1]}
+        return {f"hidden.{part}": states for part, states in self._entering.items()}, facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict) -> None:
+        """Go on from what `save` returned."""
+        for name, tensor in tensors.items():
+            if name.startswith("hidden."):
+                self._entering[int(name.removeprefix("hidden."))] = tensor
+        self._side, self._width = facts["side"], facts["width"]
+        self._dtype = getattr(torch, facts["dtype"])
+
+    def check_space(self, width: int, itemsize: int) -> None:
+        """Refuse a disk that cannot hold the files.
+
+        Raises:
+            UserError: two files of all hidden states do not fit.
+        """
+        if self._folder is None:
+            return
+        held = sum(path.stat().st_size for path in map(self._path, (0, 1)) if path.exists())
+        there = next(path for path in (self._folder, *self._folder.parents) if path.is_dir())
+        needed = 2 * self._starts[-1] * width * itemsize
+        free = shutil.disk_usage(there).free + held
+        if needed > free:
+            raise UserError(
+                f"{self._folder} has {free / 1e9:.1f} GB free, and the hidden states of all "
+                f"prompts need {needed / 1e9:.1f} GB there: free space, use fewer prompts "
+                "(--train-samples), or another --output-dir"
+            )
+
+    def remove_files(self) -> None:
+        """Remove the files, after the walk."""
+        if self._folder is not None:
+            for side in (0, 1):
+                self._path(side).unlink(missing_ok=True)
+
+    def _path(self, side: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"hidden-{side}.bin"

@@ -1,0 +1,143 @@
+"""Take all steps of training on a block before the next block is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from abft_fast.core.backbone import attention_layers, prepare
+from abft_fast.core.behavior import AttentionBehavior
+from abft_fast.core.objective import block_size
+from abft_fast.core.packed_forward import PackedForward
+from abft_fast.core.packing import EncodedPrompt, PackedPrompts
+from abft_fast.core.run_packed import run_packed
+from abft_fast.models.preflight import check_gradients
+from abft_fast.options import PromptOptions, TrainConfig
+from abft_fast.runtime.token_budget import CPU_TOKENS, TokenBudget
+from abft_fast.streaming.group import PromptGroup, WalkingPrompt
+from abft_fast.streaming.model import StreamedModel
+from abft_fast.streaming.stages import Stage
+from abft_fast.training.loop import Training, TrainState, check_step, pseudo_batches, train_step
+from abft_fast.training.penalty import PenaltyController
+
+
+class TrainingSteps(Stage):
+    """The training of a run, exchanged: for each block all steps.
+
+    With h(b, t) the hidden states that enter block b at step t and θ(b, t) the block's trained
+    weights, h(b + 1, t) is block b of h(b, t) at θ(b, t), and θ(b, t + 1) follows from the block's
+    own loss at h(b, t). So a block needs nothing of the blocks behind it, and the result is that of
+    `optimize`. Each block has its own Adam, and its own penalty A, which follows the induction
+    heads of the block alone (ours: the paper's follows those of all layers).
+
+    Args:
+        streamed: the model.
+        training: what `loop.train_step` takes, with this stage's loss.
+    """
+
+    def __init__(self, streamed: StreamedModel, training: Training):
+        super().__init__(streamed, training.accelerator)
+        self._training = training
+        self._config = training.config
+        self._size = block_size(self._config.gradient)
+        self._budget = TokenBudget(tokens_at_once(self._config), training.progress.say)
+        self.groups = [
+            PromptGroup([training.prompts[i] for i in places])
+            for places in pseudo_batches(len(training.prompts), self._config)
+        ]
+        self.facts = {"rows": []}  # rows of each block, by step
+        training.loss, training.is_part = self._loss, True
+        self._block = range(0)
+
+    def run(self, block: range) -> None:
+        """Take all steps on a block."""
+        self._block = block
+        if block.start == 0:
+            check_gradients(self.streamed.model)
+        state = self._state(block)
+        rows = []
+        for step, group in enumerate(self.groups, start=1):
+            group.enter(block)
+            rows.append(train_step(self._training, state, list(group.prompts), step))
+            group.leave()
+        self.facts["rows"].append(rows)
+
+    def _state(self, block: range) -> TrainState:
+        config, trained = self._config, self.streamed.trained_parameters(block)
+        controller = PenaltyController(
+            config.adaptation,
+            config.penalty,
+            config.proportional_factor,
+            config.pid_i,
+            config.pid_d,
+        )
+        optimizer = torch.optim.Adam(trained.values(), lr=config.lr)
+        return TrainState(trained, optimizer, controller, self._budget)
+
+    def _loss(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[EncodedPrompt],
+        packed: PackedPrompts,
+        config: TrainConfig,
+        penalty: float,
+    ) -> AttentionBehavior:
+        """Return the loss of the block's layers, and take the hidden states behind it along."""
+        places = [cast(WalkingPrompt, prompt).place for prompt in prompts]
+        group = next(g for g in self.groups if g.prompts[places[0]] is prompts[0])
+        forward = PackedForward(
+            packed,
+            {"penalty": penalty, "reward": config.reward, "head_filter": config.head_filter},
+            config.attention_backend,
+            self._size,
+            stop_after=max(attention_layers(prepare(model))),
+            part=self._block,
+            entering=group.entering(places, self.accelerator.device),
+        )
+        run_packed(prepare(model), forward)
+        behavior = forward.behavior()
+        group.store(places, forward.leaving)
+        group.observe(self._block, places, behavior)
+        return behavior
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl, one a step, after the last block.
+
+        Raises:
+            RunError: the first step found no induction head in any block, or no gradient.
+        """
+        rows = []
+        for step, group in enumerate(self.groups, start=1):
+            of_blocks = [rows[step - 1] for rows in self.facts["rows"]]
+            heads = group.behavior()
+            behavior = heads.result()
+            penalties = [row["penalty"] for row in of_blocks]
+            seconds = sum(row["seconds"] for row in of_blocks)
+            row: dict[str, Any] = {
+                "step": step,
+                "loss": sum(row["loss"] for row in of_blocks),
+                "penalty": sum(penalties) / len(penalties),
+                "induction_heads": behavior.induction_heads,
+                "correct_share_above_chance": behavior.correct_share_above_chance,
+                "attention_loss": heads.attention_loss(self._config.penalty, self._config.reward),
+                "gradient_norm": math.hypot(*(row["gradient_norm"] for row in of_blocks)),
+                "learning_rate": self._config.lr,
+                "tokens_per_second": sum(group.lengths) / seconds,
+                "peak_memory_bytes": max(row["peak_memory_bytes"] for row in of_blocks),
+                "seconds": seconds,
+                "penalty_by_block": penalties,
+            }
+            check_step(
+                self._config, step, row["loss"], row["gradient_norm"], row["induction_heads"]
+            )
+            rows.append(row)
+        return rows
+
+
+def tokens_at_once(config: PromptOptions) -> int:
+    """Return the token budget of a run: the one asked for, or a CPU's."""
+    return config.token_budget if isinstance(config.token_budget, int) else CPU_TOKENS

@@ -1,0 +1,90 @@
+"""Walk through a model once, block by block, with all prompts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from abft_fast.runtime.progress import Progress
+from abft_fast.streaming.checkpoint import WalkCheckpoint
+from abft_fast.streaming.model import StreamedModel
+from abft_fast.streaming.stages import Stage
+from abft_fast.streaming.states import HiddenStates
+
+
+class Walk:
+    """Bring each block's weights, do all stages on it, drop the weights, go on.
+
+    Args:
+        streamed: the model.
+        stages: what is done on each block, in order.
+        size: layers of a block.
+        states_folder: where hidden states are kept between blocks; None keeps them in memory.
+        checkpoint: where the walk's state is saved; None for a walk that cannot be continued.
+
+    Raises:
+        UserError: the disk has no room for the hidden states.
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        stages: Sequence[Stage],
+        size: int,
+        states_folder: Path | None = None,
+        checkpoint: WalkCheckpoint | None = None,
+    ):
+        self.streamed, self._stages, self._checkpoint = streamed, stages, checkpoint
+        starts = range(0, streamed.layers, size)
+        self.blocks = [range(start, min(start + size, streamed.layers)) for start in starts]
+        self._groups = [group for stage in stages for group in stage.groups]
+        self._states = HiddenStates([sum(group.lengths) for group in self._groups], states_folder)
+        config = streamed.model.config
+        self._states.check_space(config.hidden_size, streamed.model.dtype.itemsize)
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens each block computes."""
+        return sum(sum(group.lengths) for group in self._groups)
+
+    def read_outside(self, label_ids: Sequence[int]) -> None:
+        """Read the weights outside the layers; of the head, the rows of these tokens.
+
+        Raises:
+            UserError: prompts are so long that the family cannot pack them.
+        """
+        prompts = [prompt for group in self._groups for prompt in group.prompts]
+        self.streamed.check_length(max(map(len, prompts)))
+        tokens = {token for prompt in prompts for token in prompt.input_ids}
+        self.streamed.read_outside(tokens, label_ids)
+
+    def remove_files(self) -> None:
+        """Remove the files of hidden states."""
+        self._states.remove_files()
+
+    def run(self, progress: Progress, title: str) -> None:
+        """Walk from the newest checkpoint, or from the start, to the last block."""
+        rows = {token: row for row, token in enumerate(self.streamed.embedded)}
+        for number, group in enumerate(self._groups):
+            group.settle(number, self._states, rows)
+        done = 0
+        if self._checkpoint is not None:
+            done = self._checkpoint.restore(self.streamed, self._stages, self._states, self.blocks)
+        count, tokens = len(self.blocks), self.tokens
+        with progress.bar(title, count, tokens * (count - done), done) as advance:
+            for number, block in enumerate(self.blocks[done:], start=done + 1):
+                self._walk(number, block)
+                advance(1, tokens, f"block {number} of {count}")
+
+    def _walk(self, number: int, block: range) -> None:
+        self.streamed.bring(block)
+        for stage in self._stages:
+            stage.run(block)
+        if self._checkpoint is not None:
+            self._checkpoint.keep_trained(self.streamed, block, number)
+        self.streamed.drop(block)
+        if block.start == 0:
+            self.streamed.drop_embedding()
+        self._states.turn()
+        if self._checkpoint is not None and number < len(self.blocks):
+            self._checkpoint.save(self._stages, self._states, number)

@@ -1,0 +1,79 @@
+"""`train --stream` as a user runs it."""
+
+import json
+import signal
+
+import pytest
+
+from tests.command_line import QUICK, abft_fast, start
+
+pytestmark = pytest.mark.cli
+
+OPTIONS = [*QUICK, "--gradient", "2", "--pseudo-batch-size", "16"]
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "streamed"
+    result = abft_fast("train", *OPTIONS, "--stream", "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_the_run_has_what_a_run_has(streamed):
+    folder, result = streamed
+    assert "(ours, not the paper's)" in result.stderr
+    assert "weights read: " in result.stderr
+    assert set(read(folder, "evaluation.json")) == {"before", "after"}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_the_figures_are_those_of_an_ordinary_run(tmp_path):
+    control = ["--adaptation", "none"]
+    for name, way in (("ordinary", []), ("streamed", ["--stream", "--stream-states", "disk"])):
+        result = abft_fast("train", *OPTIONS, *control, *way, "--output-dir", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+    ordinary, streamed = tmp_path / "ordinary", tmp_path / "streamed"
+    assert (streamed / ADAPTER).read_bytes() == (ordinary / ADAPTER).read_bytes()
+    assert read(streamed, "adapter/base.json") == read(ordinary, "adapter/base.json")
+    for name in ("evaluation.json", "attention.json"):
+        for side in ("before", "after"):
+            figures, expected = (read(f, name)[side]["trec"] for f in (streamed, ordinary))
+            assert figures == pytest.approx(expected, rel=1e-6)
+
+
+def test_killed_and_resumed(streamed, tmp_path):
+    """SIGKILL behind the first block; nothing of it is computed again."""
+    folder = tmp_path / "run"
+    process = start("train", *OPTIONS, "--stream", "--save-steps", "1", "--output-dir", folder)
+    while not (folder / "checkpoints" / "block-000001" / "state").is_dir():
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "adapter").exists()
+    result = abft_fast("train", "--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert (folder / ADAPTER).read_bytes() == (streamed[0] / ADAPTER).read_bytes()
+    assert read(folder, "evaluation.json") == read(streamed[0], "evaluation.json")
+    again = abft_fast("train", "--resume", folder)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("way", [[], ["--stream"]])
+def test_a_streamed_adapter_is_evaluated_by_eval(way, streamed, tmp_path):
+    folder, _ = streamed
+    output = tmp_path / "out.json"
+    result = abft_fast(
+        "eval", "--dataset", "trec", "--k", "2", "--device", "cpu", "--adapter",
+        folder / "adapter", "--output", output, *way,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    expected = read(folder, "evaluation.json")["after"]["trec"]
+    assert json.loads(output.read_text())["trec"] == pytest.approx(expected, rel=1e-6)

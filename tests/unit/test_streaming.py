@@ -1,0 +1,234 @@
+"""A walk through a model: what is in memory and read, where it goes on, what it refuses."""
+
+import shutil
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+
+from abft_fast.errors import RunError, UserError
+from abft_fast.models import loading, trainable
+from abft_fast.options import TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.streaming.model import StreamedModel
+from abft_fast.streaming.states import HiddenStates
+from tests.families.test_families import tiny_hybrid
+from tests.streamed_runs import (
+    LABELS,
+    Streamed,
+    adapter_bytes,
+    config_of,
+    evaluated,
+    resident,
+    same_figures,
+    saved,
+)
+from tests.tiny_models import tiny_longrope, tiny_model
+
+pytestmark = pytest.mark.unit
+
+
+def test_the_penalty_of_one_block_is_the_papers(tmp_path):
+    config = config_of(saved("llama", tmp_path), gradient=4, epochs=4, adaptation="pid")
+    ordinary = resident(config, tmp_path / "ordinary")
+    assert len({row["penalty"] for row in ordinary[0]}) > 2
+    streamed = Streamed(config, tmp_path / "streamed").run()
+    assert adapter_bytes(tmp_path / "streamed") == adapter_bytes(tmp_path / "ordinary")
+    same_figures(streamed, ordinary)
+
+
+def test_each_block_has_a_penalty_of_its_own(tmp_path):
+    config = config_of(saved("llama", tmp_path), gradient="local", epochs=4, adaptation="pid")
+    rows, *_ = Streamed(config, tmp_path / "streamed").run()
+    assert len(set(rows[-1]["penalty_by_block"])) > 1
+    assert rows[0]["penalty_by_block"] == [config.penalty] * 4
+
+
+def test_quantized_on_the_way_is_quantized_at_once(tmp_path):
+    """NF4 of a block as it arrives is NF4 of the whole model."""
+    pytest.importorskip("bitsandbytes")
+    model = saved("llama", tmp_path, hidden_size=64, intermediate_size=64)
+    config = config_of(model, gradient=2, quantized=True, adaptation="none")
+    ordinary = resident(config, tmp_path / "ordinary")
+    streamed = Streamed(config, tmp_path / "streamed").run()
+    assert adapter_bytes(tmp_path / "streamed") == adapter_bytes(tmp_path / "ordinary")
+    same_figures(streamed, ordinary)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_is_evaluated_layer_by_layer(family, kind, tmp_path):
+    config = config_of(saved(family, tmp_path), gradient=2, trainable=kind)
+    _, _, logits, heads = resident(config, tmp_path / "run")
+    found, found_heads = evaluated(config, tmp_path / "run" / "adapter")
+    torch.testing.assert_close(found, logits, rtol=1e-6, atol=1e-6)
+    assert found_heads.induction_heads == heads.induction_heads
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path):
+    config = config_of(saved("llama", tmp_path), gradient=2)
+    resident(config, tmp_path / "run")
+    tiny_model("llama", seed=1).save_pretrained(config.model)
+    with pytest.raises(UserError, match="other weights"):
+        evaluated(config, tmp_path / "run" / "adapter")
+
+
+def test_an_adapter_of_the_head_is_refused(tmp_path):
+    config = config_of(saved("llama", tmp_path), gradient=2)
+    model = loading.load(config.model, torch.device("cpu"), torch.float32)
+    trainable.train_weights(model)
+    trainable.train_head(model)
+    trainable.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"lm_head.* outside"):
+        evaluated(config, tmp_path / "adapter")
+
+
+def test_one_block_is_in_memory_and_each_tensor_is_read_once(tmp_path):
+    config = config_of(saved("llama", tmp_path), gradient=2, trainable="full", adaptation="none")
+    run = Streamed(config, tmp_path / "run")
+    bring, alive = run.model.bring, []
+
+    def watched(block):
+        assert not [reference for reference in alive if reference() is not None]
+        bring(block)
+        weights = [p for i in block for p in run.model._layers[i].parameters()]
+        assert not any(p.is_meta for p in weights)
+        others = [p for i in set(range(4)) - set(block) for p in run.model._layers[i].parameters()]
+        assert all(p.is_meta for p in others)
+        alive.extend(weakref.ref(p) for p in weights)
+
+    run.model.bring = watched
+    run.run()
+    assert run.model.model.get_input_embeddings().weight.is_meta
+    weights = loading.load(config.model, torch.device("cpu"), torch.float32)
+    outside = {"model.embed_tokens.weight", "lm_head.weight"}
+    expected = {n: p.nbytes for n, p in weights.named_parameters() if n not in outside}
+    read = Counter()
+    for (_, name), count in run.model.weights.read_bytes.items():
+        read[name] += count
+    width = 4 * weights.config.hidden_size
+    assert read.pop("model.embed_tokens.weight") == len(run.model.embedded) * width
+    assert read.pop("lm_head.weight") == len(LABELS) * width
+    assert dict(read) == expected
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("states", ["memory", "disk"])
+@pytest.mark.parametrize("block", [0, 1, 3])
+def test_a_walk_that_ended_in_any_block_goes_on(kind, states, block, tmp_path):
+    config = config_of(saved("llama", tmp_path), gradient="local", trainable=kind, epochs=3)
+    whole = Streamed(config, tmp_path / "whole").run()
+    folder = tmp_path / "ended"
+
+    def start():
+        return Streamed(config, folder, folder / "checkpoints" if states == "disk" else None)
+
+    ended = start()
+    run_steps = ended.steps.run
+
+    def end(layers):
+        run_steps(layers)  # the block's hidden states are written, and its end is not
+        if layers.start == block:
+            raise KeyboardInterrupt
+
+    ended.steps.run = end
+    with pytest.raises(KeyboardInterrupt):
+        ended.run()
+    again = start()
+    same_figures(again.run(), whole)
+    assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole")
+    layers = {name.split(".")[2] for _, name in again.model.weights.read_bytes if "layers" in name}
+    assert layers == {str(index) for index in range(block, 4)}
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    config = config_of(saved("llama", tmp_path), gradient=2)
+    Streamed(config, tmp_path / "run").run()
+    path = tmp_path / "run" / "checkpoints" / "block-000001" / "state" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RunError, match="block-000001"):
+        Streamed(config, tmp_path / "run").run()
+
+
+def test_hidden_states_of_a_full_disk(tmp_path, monkeypatch):
+    states = HiddenStates([10, 20], tmp_path / "deep" / "folder")
+    states.check_space(32, 4)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * 30 * 32 * 4 - 1))
+    with pytest.raises(UserError, match="--train-samples"):
+        states.check_space(32, 4)
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("folder", [None, "states"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_return_as_they_were(folder, dtype, tmp_path):
+    states = HiddenStates([3, 2], None if folder is None else tmp_path / folder)
+    first, second = torch.randn(3, 4).to(dtype), torch.randn(2, 4).to(dtype)
+    for _ in range(3):
+        states.write(1, second)
+        states.write(0, first)
+        states.turn()
+        assert torch.equal(states.read(0), first) and torch.equal(states.read(1), second)
+        first, second = first + 1, second * 2
+
+
+def streamed_model(path):
+    return StreamedModel(path, loading.read_config(path), torch.device("cpu"), torch.float32, None)
+
+
+def test_prompts_that_must_run_alone_are_refused(tmp_path):
+    tiny_longrope(20).save_pretrained(tmp_path)
+    model = streamed_model(str(tmp_path))
+    model.check_length(20)
+    with pytest.raises(UserError, match="longest prompt"):
+        model.check_length(21)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"gradient": "full"}, "--gradient local or a number"),
+        ({"gradient": "local", "checkpointing": True}, "--checkpointing"),
+        ({"gradient": "local", "mauve_test": True}, "--mauve-test"),
+        ({"gradient": "local", "device_map": "auto"}, "--device-map"),
+        ({"gradient": "local", "trainable": "model"}, "--trainable model"),
+        ({"method": "E2E"}, "--gradient"),
+    ],
+)
+def test_options_that_no_walk_can_do(options, says):
+    with pytest.raises(UserError, match=says):
+        resolve(TrainConfig, {"stream": True, **options})
+
+
+def test_states_on_disk_are_of_a_walk():
+    with pytest.raises(UserError, match="needs --stream"):
+        resolve(TrainConfig, {"stream_states": "disk"})
+
+
+def test_a_model_without_files_is_refused():
+    with pytest.raises(UserError, match="has none"):
+        streamed_model("synthetic:llama3-8b")
+
+
+def test_weights_that_are_converted_as_they_are_read_are_refused(tmp_path):
+    """Mixtral's files hold each expert by itself, and transformers stacks them."""
+    model = streamed_model(saved("mixtral", tmp_path, num_local_experts=2, num_key_value_heads=2))
+    with pytest.raises(UserError, match="another form"):
+        model.bring(range(0, 1))
+
+
+def test_layers_that_carry_state_are_refused(tmp_path):
+    tiny_hybrid(["full_attention", "linear_attention"] * 2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="without attention"):
+        streamed_model(str(tmp_path))
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    path = saved("llama", tmp_path)
+    config = loading.read_config(path)
+    config.intermediate_size = 40
+    model = StreamedModel(path, config, torch.device("cpu"), torch.float32, None)
+    with pytest.raises(UserError, match="shape"):
+        model.bring(range(0, 1))
