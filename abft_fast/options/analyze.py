@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from abft_fast.options.base import name_or_count
 from abft_fast.options.evaluate import DrawnPromptOptions
@@ -100,6 +100,14 @@ class AttentionConfig(ComparedOnPromptsOptions):
     """Options of `abft-fast analyze attention`."""
 
     _needs_tuned: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _check_k(self) -> Self:
+        if self.k == 0:
+            raise ValueError(
+                "--k 0: there are no labels to attend to: use one demonstration or more"
+            )
+        return self
 
 
 def _layers(value: Any) -> Any:
@@ -236,6 +244,13 @@ class PlaneConfig(AnalyzeOptions):
         description="Coefficients of both solutions, as LOWEST:HIGHEST:COUNT. Every pair of them "
         "is tested.",
     )
+
+    @field_validator("a", "e")
+    @classmethod
+    def _check_solution(cls, value: Path) -> Path:
+        if not value.is_dir():
+            raise ValueError("there is no such folder: name a run, an adapter or a model")
+        return value
 
     @property
     def coefficients(self) -> list[float]:

@@ -8,7 +8,6 @@ from abft_fast.analysis.attention import HeadMeans, head_means
 from abft_fast.commands.analyze import pictures
 from abft_fast.commands.analyze.models import AnalysisSession
 from abft_fast.commands.analyze.results import Results
-from abft_fast.errors import UserError
 from abft_fast.options import AttentionConfig
 from abft_fast.runtime.progress import Progress
 
@@ -19,8 +18,6 @@ def attention(config: AttentionConfig, progress: Progress) -> Results:
     Raises:
         UserError: the options, the model or the data do not allow it.
     """
-    if config.k == 0:
-        raise UserError("--k 0: there are no labels to attend to: use one demonstration or more")
     session = AnalysisSession(config, progress)
     pair = session.pair()
     session.check_attention(session.encoded.prompts)

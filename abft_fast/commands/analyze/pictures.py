@@ -47,9 +47,9 @@ def attention(layers: Sequence[int], means: Mapping[str, HeadMeans], with_correc
     figures = {"labels": "label_mass", "correct labels": "correct_mass"}
     if not with_correct:
         figures.pop("correct labels")
-    _over_layers(axes[0][0], layers, means, figures, "attention of the last token (%)")
-    others = {"first token (attention)": "first_token", "induction heads (of prompts)": "induction"}
-    _over_layers(axes[0][1], layers, means, others, "share (%)")
+    _over_layers(axes[0][0], layers, means, figures, "attention (%)")
+    others = {"first token": "first_token", "induction heads": "induction"}
+    _over_layers(axes[0][1], layers, means, others, "attention, or prompts (%)")
     side, last = list(means.items())[-1]
     heatmap(
         axes[1][0], layers, 100 * last.above_threshold, f"S - T, {side} (percentage points)",
@@ -288,6 +288,7 @@ def plane(
 ) -> Figure:
     """Draw accuracy over the plane with its three models, and over the path and the ray."""
     figure, axes = grid(2, 2)
+    figure.subplots_adjust(wspace=0.42, right=0.94)
     xs, ys = (sorted({point[i] for point in parts["grid"]}) for i in (0, 1))
     for axis, name, factor, title in (
         (axes[0][0], "accuracy", 100, "accuracy (%)"), (axes[0][1], "loss", 1, "loss (nats)"),
