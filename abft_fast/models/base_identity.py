@@ -86,7 +86,7 @@ def add_numbers(numbers: dict[str, dict[str, str]], name: str, module: nn.Module
     if is_quantized(module) and own == "weight":
         weight = dequantize_module_weight(module)
     if weight.dtype in _FLOATS:
-        numbers["vectors" if weight.ndim == 1 else "matrices"][name] = _sample(weight)
+        numbers["vectors" if weight.ndim == 1 else "matrices"][name] = sample(weight)
 
 
 def base_of_adapter(folder: Path) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def compare_bases(trained_on: dict[str, Any], now: dict[str, Any], what: str) ->
     return [f"{what} names {known} as its base: make sure that {model} is the same model"]
 
 
-def _sample(weight: Tensor) -> str:
+def sample(weight: Tensor) -> str:
     """Return numbers from all over a weight, with 4 digits."""
     flat, count = weight.detach().flatten(), weight.numel()
     places = [count * i // _NUMBERS for i in range(_NUMBERS)]

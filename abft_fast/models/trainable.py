@@ -25,7 +25,6 @@ from peft import (
 )
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -41,6 +40,7 @@ from abft_fast.core.backbone import (
 from abft_fast.errors import UserError
 from abft_fast.models.base_identity import BASE
 from abft_fast.models.files import ADAPTER_WEIGHTS, check_adapter
+from abft_fast.runtime.tensor_file import write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +214,7 @@ def save_adapter(
     for module in modules:
         for key, tensor in module.state_dict().items():
             tensors[f"base_model.model.{names[id(module)]}.{key}"] = tensor
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    write_tensors(tensors, folder / ADAPTER_WEIGHTS)
     if base is not None:
         (folder / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
 

@@ -169,9 +169,8 @@ class StreamedModel:
             if module not in inside and module is not embedding and module is not head:
                 self._fill(_places_of(names[module], module))
                 self._make_buffers(module)
-        is_tied = "lm_head.weight" in self.model.all_tied_weights_keys or (
-            embedding.weight is head.weight
-        )
+        tied = self.model.all_tied_weights_keys
+        is_tied = embedding.weight is head.weight or f"{names[head]}.weight" in tied
         self.embedded = sorted({*tokens, *(label_ids if is_tied else ())})
         place = next(iter(_places_of(names[embedding], embedding)))
         rows = self._read(place, self.embedded)
@@ -221,6 +220,13 @@ class StreamedModel:
             name = place.name.removeprefix(f"{self._layers_name}.{index}.")
             if isinstance(place.empty, nn.Parameter):
                 yield name, place.module, place.own_name
+
+    def vectors_of(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """Yield the vectors of a layer, as norms', from the files; they are small."""
+        for place in self._places[index]:
+            if place.empty.ndim == 1:
+                name = place.name.removeprefix(f"{self._layers_name}.{index}.")
+                yield name, self.weights.read(place.name)
 
     def trained_parameters(self, block: range) -> dict[str, nn.Parameter]:
         """Return the parameters of a block that are trained, by their names in the model."""

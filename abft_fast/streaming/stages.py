@@ -26,6 +26,7 @@ from abft_fast.models.base_identity import (
     describe_name,
     described_layers,
     no_numbers,
+    sample,
 )
 from abft_fast.models.preflight import (
     LONGEST,
@@ -80,6 +81,7 @@ class BaseIdentity(Stage):
         self.facts = no_numbers()
         self._progress, self._expected, self._what = progress, expected, what
         self._said: list[str] = []
+        self._is_first = True
 
     @property
     def base(self) -> dict[str, Any]:
@@ -87,11 +89,26 @@ class BaseIdentity(Stage):
         return {**describe_name(self.streamed.name, self.streamed.is_quantized), **self.facts}
 
     def run(self, block: range) -> None:
-        """Take the numbers of the block's layers, if they are among those that identify a model."""
+        """Take the numbers of the block's layers, if they are among those that identify a model.
+
+        Raises:
+            UserError: the base is another one than expected, or than before the walk went on.
+        """
+        if block.start > 0 and self._is_first:
+            self._compare_with_checkpoint()
+        self._is_first = False
         for index in set(block) & set(described_layers(self.streamed.layers)):
             for name, module, own in self.streamed.parameters_of(index):
                 add_numbers(self.facts, f"layers.{index}.{name}", module, own)
             self._compare(f"layers.{index}.")
+
+    def _compare_with_checkpoint(self) -> None:
+        """Read the vectors of the first layer again, which a checkpoint's walk has read before."""
+        vectors = {f"layers.0.{n}": sample(v) for n, v in self.streamed.vectors_of(0)}
+        known = self.facts["vectors"]
+        before = {name: numbers for name, numbers in known.items() if name in vectors}
+        now = {**self.base, "vectors": vectors, "matrices": {}}
+        compare_bases({**now, "vectors": before}, now, self._what)
 
     def _compare(self, layer: str) -> None:
         if self._expected is None:
@@ -206,33 +223,30 @@ class Evaluating(Stage):
         attention_backend: str,
     ):
         super().__init__(streamed, accelerator)
-        self._tests, self._tokens, self._backend = tests, tokens, attention_backend
-        self._parts: dict[int, tuple[PromptGroup, Tensor]] = {}
+        self._tests, self._backend = tests, attention_backend
+        self._parts: dict[int, _Part] = {}
         for test in tests:
             for encoded in test.encoded:
-                group = PromptGroup(encoded.prompts)
-                logits = torch.empty(len(encoded.prompts), len(encoded.label_ids))
-                self.groups.append(group)
-                self._parts[id(encoded)] = group, logits
+                part = _Part(encoded, tokens)
+                self._parts[id(encoded)] = part
+                self.groups += part.groups
 
     @torch.no_grad()
     def run(self, block: range) -> None:
         """Run all prompts through the block."""
-        for test in self._tests:
-            for encoded in test.encoded:
-                group, logits = self._parts[id(encoded)]
+        for part in self._parts.values():
+            for group, indices in zip(part.groups, part.indices, strict=True):
                 group.enter(block)
-                run = functools.partial(self._forward, block, encoded, group, logits)
-                for places in micro_batches(group.lengths, self._tokens):
-                    in_halves(run, places)
+                run = functools.partial(self._forward, block, part, group, indices)
+                in_halves(run, range(len(indices)))
                 group.leave()
 
     def _forward(
         self,
         block: range,
-        encoded: EncodedPrompts,
+        part: _Part,
         group: PromptGroup,
-        logits: Tensor,
+        indices: Sequence[int],
         places: Sequence[int],
     ) -> None:
         forward = PackedForward(
@@ -246,8 +260,8 @@ class Evaluating(Stage):
             if block.stop < self.streamed.layers:
                 run_packed(prepare(model), forward)
             else:
-                rows = label_logits_of(model, forward, encoded.label_ids)
-                logits[list(places)] = rows.float().cpu()
+                rows = label_logits_of(model, forward, part.label_ids)
+                part.logits[[indices[place] for place in places]] = rows.float().cpu()
         group.store(places, forward.leaving)
         group.observe(block, places, forward.behavior())
 
@@ -260,7 +274,21 @@ class Evaluating(Stage):
         return [(test, test.run(self._predicted)) for test in self._tests]
 
     def _predicted(self, encoded: EncodedPrompts, behavior: bool) -> tuple[Tensor, BehaviorMean]:
-        group, logits = self._parts[id(encoded)]
-        if not logits.isfinite().all():
+        part = self._parts[id(encoded)]
+        if not part.logits.isfinite().all():
             raise FloatingPointError("the model's logits of the label words are not finite")
-        return logits, group.behavior() if behavior else BehaviorMean()
+        heads = BehaviorMean()
+        for group in part.groups if behavior else ():
+            heads.join(group.behavior())
+        return part.logits, heads
+
+
+class _Part:
+    """The prompts of one part of a test: a group for each packed batch, and the predictions."""
+
+    def __init__(self, encoded: EncodedPrompts, tokens: int):
+        lengths = [len(prompt) for prompt in encoded.prompts]
+        self.indices = list(micro_batches(lengths, tokens))
+        self.groups = [PromptGroup([encoded.prompts[i] for i in batch]) for batch in self.indices]
+        self.label_ids = encoded.label_ids
+        self.logits = torch.empty(len(lengths), len(encoded.label_ids))
