@@ -107,10 +107,7 @@ class Streamed:
         self.walk.run(Progress(), "walk")
         self.checkpoint.put_trained_back(self.model, self.walk.blocks)
         trainable.save_adapter(self.model.model, self.folder / "adapter", self.identity.base)
-        (before, _), (after, heads) = (
-            (metrics["questions"], behaviors["questions"])
-            for metrics, behaviors in (test.scores() for test in self.tests)
-        )
+        (before, _), (after, heads) = (test.outcomes()[0][1] for test in self.tests)
         return self.steps.metrics(), before, after, heads
 
 
@@ -127,8 +124,7 @@ def evaluated(config, adapter):
     walk.read_outside(LABELS)
     model.load_adapter(adapter, progress.say)
     walk.run(progress, "evaluating")
-    logits, heads = evaluating.scores()
-    return logits["questions"], heads["questions"]
+    return evaluating.outcomes()[0][1]
 
 
 def adapter_bytes(folder):
