@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from abft_fast.cli import errors
 from abft_fast.cli.original_options import translate
-from abft_fast.commands import checks, report
+from abft_fast.commands import checks, printing
 from abft_fast.commands.prediction_files import open_output
 from abft_fast.errors import RunError
 from abft_fast.options import (
@@ -29,6 +29,7 @@ from abft_fast.options import (
     MergeConfig,
     PlanConfig,
     PredictConfig,
+    ReportConfig,
     SweepConfig,
     TableConfig,
     TrainConfig,
@@ -78,12 +79,21 @@ def _option(name: str, field: FieldInfo) -> Any:
     """Return a typer option; pydantic checks its value, and None means that it is not given."""
     text = f"{field.description} {default_text(field)}".strip()
     if is_positional(field):
-        return Annotated[str, typer.Argument(metavar=name.upper(), help=text, show_default=False)]
+        argument = typer.Argument(metavar=name.upper(), help=text, show_default=False)
+        return Annotated[_given(field), argument]
     if field.annotation is bool:
         names = f"{flag(name)}/--no-{flag(name)[2:]}" if field.default else flag(name)
         return Annotated[bool | None, typer.Option(names, help=text, show_default=False)]
-    option = typer.Option(flag(name), help=text, metavar=values_text(field), show_default=False)
-    return Annotated[(list[str] if get_origin(field.annotation) is list else str) | None, option]
+    short = ["-o"] if name == "output" else []
+    option = typer.Option(
+        flag(name), *short, help=text, metavar=values_text(field), show_default=False
+    )
+    return Annotated[_given(field) | None, option]
+
+
+def _given(field: FieldInfo) -> Any:
+    """Return the type by which typer hands over what is given."""
+    return list[str] if get_origin(field.annotation) is list else str
 
 
 def default_text(field: FieldInfo) -> str:
@@ -114,7 +124,7 @@ def train(flags: dict[str, Any]) -> None:
 
     run = train(config, run, Progress())
     if launch.is_main():
-        report.print_run(run)
+        printing.print_run(run)
 
 
 @command_with(EvalConfig)
@@ -128,7 +138,7 @@ def eval_(flags: dict[str, Any]) -> None:
 
     metrics, attention = evaluate(config, Progress())
     if launch.is_main():
-        report.print_evaluation(metrics, attention)
+        printing.print_evaluation(metrics, attention)
 
 
 @command_with(PlanConfig)
@@ -139,7 +149,7 @@ def plan(flags: dict[str, Any]) -> None:
     checks.check_plan(config)
     from abft_fast.commands.plan import plan
 
-    report.print_plan(config.model, *plan(config, Progress()))
+    printing.print_plan(config.model, *plan(config, Progress()))
 
 
 @command_with(PredictConfig)
@@ -200,6 +210,17 @@ def table(flags: dict[str, Any]) -> None:
         write_text(config.output, text)
 
 
+@command_with(ReportConfig)
+def report(flags: dict[str, Any]) -> None:
+    """Write one HTML page about runs: accuracy, attention, ten prompts, cost and options."""
+    config = resolve(ReportConfig, flags)
+    check_output(config.output)
+    from abft_fast.commands.report import report
+
+    report(config.runs, config.output)
+    print(f"report: {config.output}")
+
+
 @app.command()
 def doctor() -> None:
     """Check versions, device, data and disk, and list what a run would use."""
@@ -208,7 +229,7 @@ def doctor() -> None:
 
     findings, problems = diagnose()
     with streams.stdout_complete():
-        report.print_findings(findings)
+        printing.print_findings(findings)
     if problems:
         raise RunError("; ".join(problems))
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from abft_fast.commands import mauve
 from abft_fast.commands.evaluate import keep_rows_of_labels, prepare_tests, run_tests
+from abft_fast.commands.report import report_of_training
 from abft_fast.commands.session import Session, check_same_data
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import Interrupted, UserError
@@ -98,6 +99,8 @@ def _train(config: TrainConfig, run: RunFolder, progress: Progress) -> None:
         processes.run_on_main(mauve.record_texts, config, run, session, "after")
         processes.run_on_main(mauve.score_texts, config, run, session)
     session.accelerator.end_training()
+    if not config.no_report:
+        processes.run_on_main(report_of_training, run.folder, progress.say)
 
 
 def set_up(

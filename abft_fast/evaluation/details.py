@@ -29,13 +29,14 @@ def describe_test(
             shown.
 
     Returns:
-        `dataset`, `label_words`; `labels` and `probabilities` by prompt, an empty list for a prompt
-        left out; `layers`, by `BehaviorMean.layers`; `prompts`, each with its `index`, `tokens`,
-        `attention`, `label_positions` and `label_is_correct`.
+        `dataset` and `label_words`. By prompt, `queries`, `labels` and `probabilities`, an empty
+        list for a prompt left out. `layers`, by `BehaviorMean.layers`. `prompts`, each with its
+        `index`, `tokens`, `attention`, `label_positions` and `label_is_correct`.
     """
     return {
         "dataset": test.dataset,
         "label_words": test.label_words,
+        "queries": outcome.queries,
         "labels": outcome.labels,
         "probabilities": [[round(value, 6) for value in row] for row in outcome.probabilities],
         "layers": outcome.behavior.layers(),

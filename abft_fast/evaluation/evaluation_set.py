@@ -9,7 +9,7 @@ from StaICC.util import functional
 from torch import Tensor
 
 from abft_fast.core.packing import EncodedPrompt
-from abft_fast.data import Dataset
+from abft_fast.data import Dataset, Example
 from abft_fast.errors import UserError
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.evaluation.calibration import Calibration
@@ -29,12 +29,14 @@ class Outcome:
     Attributes:
         metrics: metrics by name; None where one is undefined.
         behavior: what the heads did on prompts whose query has a label.
-        labels: the true label of each prompt of the test's first part.
+        queries: the number of each prompt's query, in the test's first part.
+        labels: its true label.
         probabilities: what was predicted for them, after calibration; empty for a prompt left out.
     """
 
     metrics: dict[str, float | None]
     behavior: BehaviorMean
+    queries: list[int]
     labels: list[int]
     probabilities: list[list[float]]
 
@@ -66,6 +68,10 @@ class EvaluationSet:
         calls = list(self._protocol.calls)
         if self._calibration.call is not None:
             calls.append(self._calibration.call)
+        numbers: dict[Example, int] = {}
+        self._queries = [
+            numbers.setdefault(prompt.query, len(numbers)) for prompt in calls[0].prompts
+        ]
         self._labels = [prompt.query.label for prompt in calls[0].prompts]
         self._sizes = [len(call.prompts) for call in calls]
         self._measures = [call.measures_behavior for call in calls]
@@ -95,7 +101,8 @@ class EvaluationSet:
         learnt_from = predictions.pop() if self._calibration.call is not None else None
         calibrated = list(self._calibration.calibrate(predictions, learnt_from))
         first = [[float(value) for value in row] for row in calibrated[0]]
-        return Outcome(self._protocol.score(calibrated), behavior, self._labels, first)
+        metrics = self._protocol.score(calibrated)
+        return Outcome(metrics, behavior, self._queries, self._labels, first)
 
     def _check_all_kept(self, options: Options) -> None:
         """Refuse dropped prompts where StaICC needs every one."""

@@ -17,6 +17,8 @@ from abft_fast.evaluation.protocols import Call, Probabilities
 from abft_fast.evaluation.staicc_adapter import Triplet
 from abft_fast.prompts.symbols import draw_symbols, with_labels
 
+_TIMES_ASKED = 2  # each query, with other demonstrations
+
 
 class LabelFollowing:
     """The test on one dataset; it is used as a `Protocol` is.
@@ -90,6 +92,8 @@ def _answer(choices: Sequence[int], row: Sequence[float]) -> int | None:
 
 
 def _share(name: str, is_so: Sequence[bool]) -> dict[str, float | None]:
-    low, high = wilson(sum(is_so), len(is_so)) or (None, None)
-    share = sum(is_so) / len(is_so) if is_so else None
+    """Return a share and its interval; the two answers to a query count as one trial."""
+    if not is_so:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    share, low, high = wilson(sum(is_so) / len(is_so), len(is_so) / _TIMES_ASKED)
     return {name: share, f"{name}_low": low, f"{name}_high": high}

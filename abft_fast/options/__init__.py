@@ -20,6 +20,7 @@ from abft_fast.options.experiments import SweepConfig, TableConfig
 from abft_fast.options.merge import MergeConfig
 from abft_fast.options.model import PromptOptions
 from abft_fast.options.predict import PredictConfig
+from abft_fast.options.report import ReportConfig
 from abft_fast.options.train import PlanConfig, TrainConfig
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "PredictConfig",
     "PromptOptions",
     "ReadPromptOptions",
+    "ReportConfig",
     "RestrictConfig",
     "ShiftConfig",
     "ShowConfig",

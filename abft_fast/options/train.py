@@ -184,6 +184,9 @@ class TrainConfig(TrainingDataOptions):
     no_save: bool = Field(
         False, description="Save no adapter and no checkpoint; a killed run must start again."
     )
+    no_report: bool = Field(
+        False, description="Write no report.html into the run folder; see `abft-fast report`."
+    )
     tracker: Literal["none", "wandb", "tensorboard"] = Field(
         "none", description="Also log to this tracker, by accelerate."
     )

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 LAYERS = (
     ("cli", "parses options and calls a command"),
     ("commands   ·   experiments", "one module a verb   ·   sweeps and tables"),
-    ("memory", "plans what fits, without weights"),
+    ("memory   ·   reporting", "plans what fits, without weights   ·   the page of runs"),
     ("streaming", "training and tests, block by block"),
     ("training   ·   analysis", "the loop, the methods   ·   what training did to heads"),
     ("evaluation", "StaICC's tests, calibration"),
@@ -199,7 +199,7 @@ def flow() -> Drawing:
         ("core.objective", "sum of the layers'\nlosses"),
         ("training", "Adam, penalty\ncontrol, checkpoints"),
         ("evaluation", "StaICC's tests before\nand after"),
-        ("commands.report", "the table you\nread"),
+        ("commands.printing", "the table you\nread"),
     )
     width, height, gap = 160, 84, 24
     for i, (name, what) in enumerate(steps):

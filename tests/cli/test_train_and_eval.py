@@ -48,7 +48,13 @@ def test_the_run_folder(run):
     assert versions["torch"] and versions["transformers"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["k"] == 2
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".log", ".yaml", ".safetensors"}
+    assert {path.suffix for path in files} <= {
+        ".json", ".jsonl", ".log", ".yaml", ".safetensors", ".html",
+    }  # fmt: skip
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert (
+        page.count("<svg") == 5 and f"{100 * evaluation['after']['trec']['accuracy']:.1f} %" in page
+    )
 
 
 def test_details_agree_with_the_metrics(run):

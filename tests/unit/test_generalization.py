@@ -7,7 +7,7 @@ import pytest
 
 from abft_fast import data
 from abft_fast.commands.evaluate import keep_rows_of_labels, prepare_tests
-from abft_fast.commands.report import print_run
+from abft_fast.commands.printing import print_run
 from abft_fast.commands.session import Session
 from abft_fast.commands.train import train
 from abft_fast.core.label_logits import label_columns, label_logits

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from abft_fast.commands import report
+from abft_fast.commands import printing
 from abft_fast.options import TrainConfig
 from abft_fast.runtime import progress
 from abft_fast.runtime.progress import Progress
@@ -75,10 +75,10 @@ def test_the_tables_of_results_show_names_as_they_are(name, tmp_path, monkeypatc
     run = RunFolder(Path(name))
     run.create(TrainConfig(), 1, {}, {})
     run.append_metrics({"step": 1, "seconds": 1.0, "peak_memory_bytes": 1})
-    report.print_run(run)
+    printing.print_run(run)
     behavior = {"induction_heads": 1.0, "correct_share_above_chance": None}
-    report.print_evaluation({name: {"accuracy": 0.5}}, {name: behavior})
-    report.print_findings([(name, f"{name}!")])
+    printing.print_evaluation({name: {"accuracy": 0.5}}, {name: behavior})
+    printing.print_findings([(name, f"{name}!")])
     printed = capsys.readouterr().out
     assert f"run folder: {name}\n" in printed
     assert f"abft-fast eval: {name}" in printed and f"{name}!" in printed

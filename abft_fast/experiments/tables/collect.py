@@ -15,7 +15,7 @@ from abft_fast.options.methods import METHODS
 _NOT_COMPARED = PLACEMENT | {
     "model", "dataset", "seed", "adapter", "method", "generalization_test", "token_budget",
     "attention_backend", "checkpointing", "save_steps", "tracker", "no_eval", "no_eval_before",
-    "no_eval_after", "no_save",
+    "no_eval_after", "no_save", "no_report",
 }  # fmt: skip
 """Options that do not split the runs of a method: columns, seeds, and what changes no result."""
 

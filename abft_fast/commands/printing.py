@@ -1,0 +1,168 @@
+"""Print the tables that commands end with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from abft_fast.runtime.progress import plain_console
+from abft_fast.training.run_folder import RunFolder
+
+if TYPE_CHECKING:  # it imports torch
+    from abft_fast.memory.types import Plan
+
+_PERCENTAGES = {
+    "accuracy": "accuracy (%)",
+    "macro_f1": "macro F1 (%)",
+    "true_label_likelihood": "true-label likelihood (%)",
+    "expected_calibration_error": "expected calibration error (%)",
+    "consistency": "consistency (%)",
+    "own": "accuracy, own label words (%)",
+    "rotated": "accuracy, label words rotated (%)",
+    "symbols": "accuracy, new label words (%)",
+    "override_rate": "known queries answered by rotated labels (%)",
+    "prior_rate": "known queries answered by own labels though rotated (%)",
+    "one_label_share": "prompts whose demonstrations have one label (%)",
+}
+_ATTENTION = {
+    "induction_heads": "induction heads a prompt",
+    "correct_share_above_chance": "label mass on correct labels, above chance (%)",
+    "label_mass": "label mass, mean of all heads (%)",
+}
+
+
+def print_run(run: RunFolder) -> None:
+    """Print accuracy and attention before and after, the cost, and the run's folder."""
+    table = Table(title=f"abft-fast train: {run.folder.name}", title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    metrics, attention = run.evaluation, run.attention
+    sides = [when for when in ("before", "after") if when in metrics]
+    rows = [_rows(metrics[when], attention[when]) for when in sides]
+    for title in dict.fromkeys(title for side in rows for title in side):
+        values = {when: side[title] for when, side in zip(sides, rows, strict=True)}
+        table.add_row(title, values.get("before", ""), values.get("after", ""))
+    steps = run.metrics()
+    table.add_row("training steps", "", str(len(steps)))
+    table.add_row("seconds of training", "", f"{sum(row['seconds'] for row in steps):.1f}")
+    peak = max(row["peak_memory_bytes"] for row in steps)
+    table.add_row("peak memory (MiB)", "", f"{peak / 2**20:.0f}")
+    console = _console()
+    console.print(table)
+    if run.mauve:
+        console.print(
+            f"MAUVE of {run.mauve['texts']} texts against those of before: "
+            f"{run.mauve['after']:.3f}; the model before against itself: "
+            f"{run.mauve['before_again']:.3f}"
+        )
+    console.print(f"run folder: {run.folder}", soft_wrap=True)
+    if run.artifact.is_dir():
+        console.print(f"trained {run.artifact.name}: {run.artifact}", soft_wrap=True)
+
+
+def print_evaluation(metrics: dict[str, dict], attention: dict[str, dict]) -> None:
+    """Print each dataset's metrics."""
+    table = Table(title=f"abft-fast eval: {', '.join(metrics)}", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    for title, value in _rows(metrics, attention).items():
+        table.add_row(title, value)
+    _console().print(table)
+
+
+def _rows(metrics: dict[str, dict], attention: dict[str, dict]) -> dict[str, str]:
+    """Return titles and values of all figures; the first of several datasets is in-domain."""
+    rows = {}
+    for dataset, scores in metrics.items():
+        start = "" if len(metrics) == 1 else f"{dataset}: "
+        for name, value in scores.items():
+            if name.endswith(("_low", "_high")):  # stands beside its share
+                continue
+            title, text = _figure(name, value)
+            low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
+            if low is not None and high is not None:
+                text += f" ({_percent(low)} to {_percent(high)})"
+            rows[start + title] = text
+        heads = attention[dataset]
+        rows[start + _ATTENTION["induction_heads"]] = f"{heads['induction_heads']:.2f}"
+        share = heads["correct_share_above_chance"]
+        rows[start + _ATTENTION["correct_share_above_chance"]] = _percent(share, "+")
+        if share is None and "label_mass" in heads:
+            rows[start + _ATTENTION["label_mass"]] = _percent(heads["label_mass"])
+    inside, *outside = metrics.values()
+    if outside:
+        for name in inside:
+            if name not in _PERCENTAGES:
+                continue
+            title, rows_in = _figure(name, inside[name])
+            values = [other[name] for other in outside if other[name] is not None]
+            mean = sum(values) / len(values) if values else None
+            rows[f"in-domain: {title}"] = rows_in
+            rows[f"out-of-domain, mean of {len(values)}: {title}"] = _figure(name, mean)[1]
+    return rows
+
+
+def _figure(name: str, value: float | None) -> tuple[str, str]:
+    """Return a metric's title and value; the value of a share is in per cent."""
+    percent = _PERCENTAGES.get(name)
+    metric, at, rate = name.partition("_at_")
+    if at and metric in _PERCENTAGES:  # GLER, at one error rate
+        percent = f"{_PERCENTAGES[metric]}, {rate.removesuffix('_percent_wrong')} % wrong labels"
+    if percent:
+        return percent, _percent(value)
+    return name.replace("_", " "), "-" if value is None else f"{value:.4f}"
+
+
+def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
+    """Print memory by part, then by gradient flow."""
+    static = plan.static
+    parts = Table(title=f"abft-fast plan: {model}", title_justify="left")
+    parts.add_column("there all the time")
+    parts.add_column("GB", justify="right")
+    for name, size in (
+        ("quantized weights", static.quantized),
+        ("other frozen weights", static.frozen),
+        (f"trained: {static.parameters:,} parameters, float32", static.trained),
+        ("their gradients", static.gradients),
+        ("Adam's moments", static.optimizer),
+    ):
+        if size:
+            parts.add_row(name, f"{size / 1e9:.3f}")
+    parts.add_row("together", f"{static.total / 1e9:.3f}")
+    flows = Table()
+    flows.add_column("during a step, with")
+    for title in ("GB fixed", "GB a 1,000 tokens", "most tokens at once", "most demonstrations"):
+        flows.add_column(title, justify="right")
+    for flow, step in plan.steps.items():
+        flows.add_row(
+            flow.options,
+            f"{step.fixed / 1e9:.3f}",
+            f"{step.a_token / 1e6:.4f}",
+            f"{plan.most_tokens(flow):,}",
+            f"{plan.most_demonstrations(flow):,}",
+        )
+    console = _console()
+    console.print(parts)
+    console.print(flows)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+
+
+def print_findings(findings: list[tuple[str, str]]) -> None:
+    """Print what `doctor` found."""
+    table = Table(show_header=False)
+    for name, value in findings:
+        table.add_row(name, value)
+    plain_console().print(table)
+
+
+def _console() -> Console:
+    console = plain_console()
+    return console if console.is_terminal else plain_console(width=100)
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.1f}"

@@ -1,0 +1,1 @@
+"""Show what runs left as one HTML page; nothing here needs torch."""
