@@ -26,6 +26,7 @@ from abft_fast.errors import RunError
 from abft_fast.options import (
     CommandOptions,
     EvalConfig,
+    FigureConfig,
     MergeConfig,
     PlanConfig,
     PredictConfig,
@@ -219,6 +220,17 @@ def report(flags: dict[str, Any]) -> None:
 
     report(config.runs, config.output)
     print(f"report: {config.output}")
+
+
+@command_with(FigureConfig)
+def figure(flags: dict[str, Any]) -> None:
+    """Draw a figure of the paper from the folders that runs left."""
+    config = resolve(FigureConfig, flags)
+    streams.check_stdout()
+    from abft_fast.experiments.figures.make import make_figure
+
+    for path in make_figure(config):
+        print(f"written: {path}")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from abft_fast.options import (
     CmapConfig,
     CommandOptions,
     EvalConfig,
+    FigureConfig,
     MergeConfig,
     PlanConfig,
     PlaneConfig,
@@ -44,6 +45,7 @@ _VERBS: dict[str, type[CommandOptions]] = {
     "analyze cmap": CmapConfig,
     "analyze restrict": RestrictConfig,
     "analyze plane": PlaneConfig,
+    "figure": FigureConfig,
 }
 _BEGIN, _END = "<!-- options: begin -->", "<!-- options: end -->"
 

@@ -20,7 +20,7 @@ from abft_fast.options.experiments import SweepConfig, TableConfig
 from abft_fast.options.merge import MergeConfig
 from abft_fast.options.model import PromptOptions
 from abft_fast.options.predict import PredictConfig
-from abft_fast.options.report import ReportConfig
+from abft_fast.options.report import FigureConfig, ReportConfig
 from abft_fast.options.train import PlanConfig, TrainConfig
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "ComparedOptions",
     "DrawnPromptOptions",
     "EvalConfig",
+    "FigureConfig",
     "MergeConfig",
     "Options",
     "OutputOptions",

@@ -44,7 +44,8 @@ def _figures(run: RunData) -> dict[str, Figure]:
         figures["Loss over steps"] = _over_steps(run.steps, losses, "loss of a batch")
         heads = {"induction heads": "induction_heads"}
         figure = _over_steps(run.steps, heads, "heads a prompt")
-        figure.axes[0].set_ylim(bottom=0)
+        most = max(row["induction_heads"] for row in run.steps)
+        figure.axes[0].set_ylim(0, 1.08 * most or 1)
         figures["Induction heads over steps"] = figure
         share = {"correct share": "correct_share_above_chance"}
         title = "Label mass on correct labels over steps"

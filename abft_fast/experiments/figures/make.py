@@ -1,0 +1,40 @@
+"""Write a figure: `NAME.csv` and `NAME.svg`."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from abft_fast import plots
+from abft_fast.experiments.figures.rows import make_rows
+from abft_fast.experiments.records import read_records
+from abft_fast.options import FigureConfig
+from abft_fast.runtime.files import check_output_folder, write_text
+
+
+def make_figure(config: FigureConfig) -> list[Path]:
+    """Write the rows and the picture that the options name; return the files.
+
+    Raises:
+        UserError: matplotlib is missing, a folder cannot be read or written, or no run has what the
+            figure shows.
+    """
+    plots.check_installed("abft-fast figure")
+    check_output_folder(config.output_dir)
+    records = [record for folder in config.runs for record in read_records(folder)]
+    rows = make_rows(config.what, records, config.metric)
+    from abft_fast.experiments.figures.pictures import PICTURES
+    from abft_fast.plots import style
+
+    with style.applied():
+        picture = style.svg(PICTURES[config.what](rows, config.metric))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    written = [config.output_dir / f"{config.what}.{suffix}" for suffix in ("csv", "svg")]
+    for path, content in zip(written, (text.getvalue(), picture), strict=True):
+        write_text(path, content)
+    return written

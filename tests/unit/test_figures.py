@@ -1,0 +1,139 @@
+"""Figures from the folders of runs: rows by hand, and pictures that say what they show."""
+
+import csv
+from xml.etree import ElementTree
+
+import pytest
+
+from abft_fast import plots
+from abft_fast.errors import UserError
+from abft_fast.experiments.figures.make import make_figure
+from abft_fast.experiments.figures.rows import ROWS
+from abft_fast.options import FigureConfig, TrainConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.unit
+
+
+def make_run(folder, steps=4, before=None, after=0.5, **options):
+    config = resolve(TrainConfig, {"dataset": "subj", **options})
+    run = RunFolder(folder)
+    run.create(config, 10, {}, {"versions": {}})
+    for step in range(1, steps + 1):
+        run.append_metrics(
+            {
+                "step": step, "loss": 1.0, "attention_loss": 10.0 / step + config.seed,
+                "induction_heads": 5.0 + step, "seconds": 1.0, "peak_memory_bytes": 1,
+                "correct_share_above_chance": None if step == 1 else 0.1 * step,
+            }
+        )  # fmt: skip
+    for side, score in (("before", before), ("after", after)):
+        if score is not None:
+            metrics = {config.dataset_name: {"accuracy": score}}
+            run.record_evaluation(side, metrics, {config.dataset_name: {}})
+    return folder
+
+
+def figure(what, folder, out, **options):
+    config = resolve(FigureConfig, {"what": what, "runs": [folder], "output_dir": out, **options})
+    table, picture = make_figure(config)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    texts = [e.text or "" for e in ElementTree.parse(picture).iter() if e.tag.endswith("}text")]
+    return rows, texts
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two datasets, two methods, two seeds."""
+    for dataset in ("subj", "sst2"):
+        for method in ("ABFT", "E2E"):
+            for seed in (0, 1):
+                after = 0.6 + 0.1 * seed + 0.05 * (method == "E2E")
+                make_run(
+                    tmp_path / f"runs/{dataset}-{method}-{seed}", dataset=dataset, method=method,
+                    seed=seed, before=0.4, after=after,
+                )  # fmt: skip
+    return tmp_path / "runs"
+
+
+def test_heads_are_a_row_a_step_over_samples(runs, tmp_path):
+    rows, texts = figure("heads", runs, tmp_path / "out")
+    assert len(rows) == 8 * 4
+    assert {row["setting"] for row in rows} == {"ABFT", "E2E"}
+    first = [r for r in rows if (r["dataset"], r["setting"], r["seed"]) == ("subj", "E2E", "1")]
+    assert [(r["samples"], r["induction_heads"]) for r in first] == [
+        ("32", "6.0"), ("64", "7.0"), ("96", "8.0"), ("128", "9.0"),
+    ]  # fmt: skip
+    assert {"subj", "sst2", "ABFT", "E2E", "induction heads a prompt"} <= set(texts)
+
+
+def test_losses_have_every_methods_attention_loss_and_share(runs, tmp_path):
+    rows, texts = figure("losses", runs, tmp_path / "out")
+    seed_1 = [r for r in rows if (r["dataset"], r["setting"], r["seed"]) == ("sst2", "E2E", "1")]
+    assert [float(r["attention_loss"]) for r in seed_1] == pytest.approx([11, 6, 10 / 3 + 1, 3.5])
+    assert [r["correct_share_above_chance"] for r in seed_1[:2]] == ["", "0.2"]
+    assert texts.count("ABFT's loss of a batch") == 2
+    assert texts.count("correct share above chance (%)") == 2
+
+
+def test_scores_over_prompts_have_the_untrained_model_once(tmp_path):
+    for count in (32, 512):
+        for seed in (0, 1):
+            make_run(
+                tmp_path / f"runs/{count}-{seed}", train_samples=count, seed=seed, before=0.4,
+                after=count / 1024 + seed / 10,
+            )  # fmt: skip
+    rows, texts = figure("data", tmp_path / "runs", tmp_path / "out")
+    assert [(r["setting"], r["train_samples"]) for r in rows if r["setting"] == "vanilla"] == [
+        ("vanilla", "")
+    ]
+    trained = sorted((r["train_samples"], r["accuracy"]) for r in rows[1:])
+    assert trained == [("32", "0.03125"), ("32", "0.13125"), ("512", "0.5"), ("512", "0.6")]
+    assert {"32", "512", "training prompts", "accuracy (%)"} <= set(texts)
+
+
+def test_factors_are_means_of_seeds_by_a_and_b_and_control(tmp_path):
+    cells = [(c, a, b) for c in ("pid", "none") for a in (0.25, 0.5) for b in (1, 2)]
+    for i, (control, penalty, reward) in enumerate(cells):
+        for seed in (0, 1):
+            make_run(
+                tmp_path / f"runs/{i}-{seed}", adaptation=control, penalty=penalty,
+                reward=reward, seed=seed, after=(i + seed) / 10,
+            )  # fmt: skip
+    rows, texts = figure("factors", tmp_path / "runs", tmp_path / "out")
+    assert len(rows) == 16
+    assert [t for t in texts if "." in t and t not in ("0.25", "0.5")][:8] == [
+        f"{10 * i + 5:.1f}" for i in range(8)
+    ]
+    assert {"A at the start, penalty", "B, reward"} <= set(texts)
+
+
+def test_unseen_labels_and_demonstrations(tmp_path):
+    for test in ("Normal", "UnseenLabel"):
+        for k in (2, 4):
+            score = 0.7 if test == "Normal" else 0.2
+            make_run(tmp_path / f"runs/{test}-{k}", test_type=test, k=k, after=score)
+    rows, texts = figure("unseen", tmp_path / "runs", tmp_path / "out")
+    found = {(r["setting"], r["test_type"]): r["accuracy"] for r in rows}
+    assert found["ABFT, k=2", "UnseenLabel"] == "0.2" and found["ABFT, k=4", "Normal"] == "0.7"
+    assert {"Normal", "UnseenLabel"} <= set(texts)
+    rows, texts = figure("demonstrations", tmp_path / "runs/Normal-2", tmp_path / "out")
+    assert [(r["k"], r["accuracy"]) for r in rows] == [("2", "0.7")] and "demonstrations" in texts
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_runs_without_what_is_shown_are_one_line(what, tmp_path):
+    make_run(tmp_path / "runs/a", steps=0, after=None)
+    with pytest.raises(UserError, match=f"^figure {what}: none of 1 run.s. has what it shows: "):
+        figure(what, tmp_path / "runs", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_or_folder_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="does not exist"):
+        figure("heads", tmp_path / "none", tmp_path / "out")
+    monkeypatch.setattr(plots, "NEEDED", ("not_there",))
+    with pytest.raises(UserError, match=r"abft-fast figure needs not_there.*abft-fast\[plots\]"):
+        figure("heads", tmp_path / "none", tmp_path / "out")
