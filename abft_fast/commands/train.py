@@ -129,7 +129,7 @@ def set_up(
         keep_rows_of_labels(session, tests)
     set_seed(config.seed)
     session.model = trainable.set_trained(
-        session.model, config.trainable, config.lora_r, config.train_head
+        session.model, config.trainable, config.lora_r, config.train_head, config.layer_indices
     )
     trained = sum(p.numel() for p in trainable.trained_parameters(session.model).values())
     begin(session, run, trained, base)

@@ -7,7 +7,7 @@ import json
 import logging
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,11 @@ logger = logging.getLogger(__name__)
 
 
 def set_trained(
-    model: PreTrainedModel, trainable: str, rank: int, head: bool = False
+    model: PreTrainedModel,
+    trainable: str,
+    rank: int,
+    head: bool = False,
+    layers: Collection[int] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Train LoRA on W_Q and W_K (`lora`), W_Q and W_K (`full`), or every weight (`model`).
 
@@ -55,15 +59,16 @@ def set_trained(
         trainable: `lora`, `full` or `model`.
         rank: of LoRA.
         head: train the LM head too; with `model` it is trained anyway.
+        layers: layers whose W_Q and W_K are trained, of `lora` and `full`. Unset: all.
 
     Raises:
-        UserError: the model does not allow it.
+        UserError: the model does not allow it, or does not have such layers.
     """
     match trainable:
         case "lora":
-            trained = train_lora(model, rank)
+            trained = train_lora(model, rank, layers)
         case "full":
-            trained = train_weights(model)
+            trained = train_weights(model, layers)
         case "model":
             return train_model(model)
         case _:
@@ -73,18 +78,21 @@ def set_trained(
     return trained
 
 
-def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:
-    """Add LoRA to W_Q and W_K of every layer, in float32; of a fused projection to Q and K only.
+def train_lora(
+    model: PreTrainedModel, rank: int, layers: Collection[int] | None = None
+) -> PeftModel:
+    """Add LoRA to W_Q and W_K of layers, in float32; of a fused projection to Q and K only.
 
     Raises:
         UserError: PEFT would touch other modules than W_Q and W_K.
     """
-    projections = query_key_projections(model)
+    projections = _of_layers(query_key_projections(model), layers)
     names = {p.name.rsplit(".", 1)[-1] for p in projections}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(names),
+        layers_to_transform=None if layers is None else sorted(layers),
         fan_in_fan_out=_is_transposed(projections[0].module),
         task_type="CAUSAL_LM",
     )
@@ -103,18 +111,18 @@ def train_lora(model: PreTrainedModel, rank: int) -> PeftModel:
             f"{model.config.model_type}: modules named {', '.join(sorted(names))} are not all "
             "query and key projections; this family is not supported by --trainable lora"
         )
-    for projection in query_key_projections(peft_model):
+    for projection in _of_layers(query_key_projections(peft_model), layers):
         _train_rows(projection, projection.module.get_parameter("lora_B.default.weight"), dim=0)
     return peft_model
 
 
-def train_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Train W_Q and W_K themselves, as float32; of a fused projection Q's and K's rows only.
+def train_weights(model: PreTrainedModel, layers: Collection[int] | None = None) -> PreTrainedModel:
+    """Train W_Q and W_K of layers, as float32; of a fused projection Q's and K's rows only.
 
     Raises:
         UserError: the weights are quantized.
     """
-    projections = query_key_projections(model)
+    projections = _of_layers(query_key_projections(model), layers)
     _refuse_quantized(model, "full")
     model.requires_grad_(False)
     for projection in projections:
@@ -276,6 +284,19 @@ def load_adapter(
             each.float()
         set_peft_model_state_dict(adapted, saved)
     return adapted
+
+
+def _of_layers(projections: list[Projection], layers: Collection[int] | None) -> list[Projection]:
+    """Return the projections of some layers; refuse a layer that has none."""
+    if layers is None:
+        return projections
+    known = sorted({projection.layer for projection in projections})
+    if unknown := set(layers) - set(known):
+        raise UserError(
+            f"--layers: the model has no attention layer {min(unknown)}: its layers are "
+            f"{known[0]} to {known[-1]}"
+        )
+    return [projection for projection in projections if projection.layer in layers]
 
 
 def _refuse_quantized(model: PreTrainedModel, trainable: str) -> None:

@@ -65,6 +65,24 @@ def default_adaptation(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"adaptation": "none"}
 
 
+def _indices(text: str) -> list[int]:
+    """Return the numbers that a text such as `3,10-20` names, in order.
+
+    Raises:
+        ValueError: the text names none.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (each.strip() for each in part.partition("-"))
+        if not dash:
+            last = first
+        is_range = first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10_000
+        if not is_range:
+            raise ValueError("use a layer, a range such as 10-20, or several by commas")
+        found.update(range(int(first), int(last) + 1))
+    return sorted(found)
+
+
 def _is_zero(value: Any) -> bool:
     try:
         return float(value) == 0
@@ -112,6 +130,12 @@ class TrainConfig(TrainingDataOptions):
         description="What is trained. lora: LoRA on W_Q and W_K. full: W_Q and W_K themselves, "
         "in float32. model: every weight, in float32. Unset: full for ABFT and E2E, lora if the "
         "model is quantized or built in or --lora-r is given, model for MetaICL and PICL.",
+    )
+    layers: str | None = Field(
+        None,
+        description="Layers whose W_Q and W_K are trained, counted from 0: a layer, a range such "
+        "as 10-20, or several by commas. The loss is still that of all layers. Unset: all. Plans "
+        "of memory count all layers.",
     )
     lora_r: int = Field(16, ge=1, description="Rank of LoRA.")
     train_head: bool = Field(
@@ -215,6 +239,13 @@ class TrainConfig(TrainingDataOptions):
     def _check_gradient(cls, value: Any) -> str | int:
         return name_or_count(value, ("full", "local"), "full, local or a number of layers from 1")
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, value: Any) -> Any:
+        if value is not None:
+            _indices(str(value))
+        return None if value is None else str(value)
+
     @field_validator("adaptation", mode="before")
     @classmethod
     def _check_adaptation(cls, value: Any) -> Any:
@@ -230,6 +261,11 @@ class TrainConfig(TrainingDataOptions):
             raise ValueError(
                 f"--trainable {self.trainable} needs float weights: drop --quantized, or use "
                 "--trainable lora"
+            )
+        if self.layers is not None and self.trainable == "model":
+            raise ValueError(
+                "--layers works with --trainable lora and full: --trainable model trains every "
+                "weight"
             )
         if self.train_head and self.method != "E2E":
             raise ValueError(f"--train-head works with --method E2E, not {self.method}")
@@ -255,6 +291,7 @@ class TrainConfig(TrainingDataOptions):
             "--checkpointing": (self.checkpointing, "computes layers again in the backward"),
             "--mauve-test": (self.mauve_test, "writes texts token by token"),
             "--device-map auto": (self.device_map == "auto", "keeps all layers on GPUs"),
+            "--layers": (self.layers is not None, "leaves layers without training"),
             "--trainable model": (self.trainable == "model", "trains what is outside the layers"),
         }
         for option, (given, why) in reasons.items():
@@ -271,6 +308,11 @@ class TrainConfig(TrainingDataOptions):
                     f"{flag(name)} out"
                 )
         return self
+
+    @property
+    def layer_indices(self) -> list[int] | None:
+        """Return the layers that are trained, in order; None for all."""
+        return None if self.layers is None else _indices(self.layers)
 
     @property
     def proportional_factor(self) -> float:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -10,6 +12,8 @@ from abft_fast.models.preflight import check_attention
 from abft_fast.models.trainable import (
     enable_checkpointing,
     load_adapter,
+    save_adapter,
+    set_trained,
     train_lora,
     train_weights,
     trained_parameters,
@@ -184,3 +188,47 @@ def test_checkpointing_leaves_dropout_off(family):
     expected = attention_behavior_loss(model, packed).loss
     enable_checkpointing(model)
     torch.testing.assert_close(attention_behavior_loss(model, packed).loss, expected)
+
+
+@pytest.mark.parametrize("gradient", ["full", "local", 2])
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_only_the_layers_asked_for_learn(family, trainable, gradient, tmp_path):
+    """And by the gradients that they have where all layers learn."""
+    prompts = pack(make_prompts(8))
+    depth = {"n_layer" if family == "gpt2" else "num_hidden_layers": 4}
+    found = []
+    for layers in (None, [1, 2]):
+        torch.manual_seed(0)
+        model = set_trained(tiny_model(family, **depth), trainable, 4, layers=layers)
+        for name, parameter in trained_parameters(model).items():
+            if "lora" in name:  # B is 0 at first, and then A has no gradient
+                values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                parameter.data = 0.05 * values
+        others = [p for n, p in model.named_parameters() if re.search(r"\.[03]\..*lora", n)]
+        for parameter in others:
+            parameter.data = torch.zeros_like(parameter)  # then both compute the same
+        loss = attention_behavior_loss(model, prompts, head_filter=False, gradient=gradient).loss
+        loss.backward()
+        found.append({n: p.grad for n, p in trained_parameters(model).items()})
+    every, chosen = found
+    wanted = [name for name in every if re.search(r"\.[12]\.", name)]
+    assert list(chosen) == wanted and 0 < len(wanted) == len(every) / 2
+    for name in wanted:
+        torch.testing.assert_close(chosen[name], every[name])
+        assert chosen[name].abs().max() > 0
+    before = model(torch.arange(3, 9)[None]).logits
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(tiny_model(family, **depth), tmp_path / "adapter")
+    torch.testing.assert_close(again(torch.arange(3, 9)[None]).logits, before)
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_layers_that_a_model_does_not_have_are_named(trainable):
+    with pytest.raises(UserError, match="--layers: the model has no attention layer 7: its layers"):
+        set_trained(tiny_model("llama"), trainable, 4, layers=[0, 7])
+
+
+def test_layers_are_read_from_words_and_yaml():
+    for given, expected in (("3, 0-1", [0, 1, 3]), (2, [2]), (None, None)):
+        assert resolve(TrainConfig, {"layers": given}).layer_indices == expected
