@@ -19,6 +19,9 @@ CALIBRATIONS = {
 PLACEMENT = frozenset({"device", "device_map"})
 """Options that say where a cell runs. The name of a cell does not depend on them."""
 
+_IN_NAMES_WHEN_UNSET = {"template", "test_file", "meta_datasets", "plain_text", "mauve_prefix"}
+"""Options whose None is in the names of cells, as it always was; no new option may change them."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -48,6 +51,7 @@ class Cell:
         and on every machine.
         """
         changed = self.config.model_dump(mode="json", exclude_defaults=True, exclude=set(PLACEMENT))
+        changed = {n: v for n, v in changed.items() if v is not None or n in _IN_NAMES_WHEN_UNSET}
         digests = [digest for _, digest in self.data]
         identity = json.dumps([self.command, self.method, changed, digests], sort_keys=True)
         parts = [_last_part(self.config.model), _last_part(self.config.dataset_name), self.method]
