@@ -84,6 +84,25 @@ def run_prompt(
     Raises:
         UnsupportedModel: the family is outside this library.
     """
+    return run_prompt_at(model, prompt, label_ids, (), attention)[0]
+
+
+@torch.no_grad()
+def run_prompt_at(
+    model: PreTrainedModel,
+    prompt: EncodedPrompt,
+    label_ids: Sequence[int],
+    positions: Sequence[int],
+    attention: str = "auto",
+) -> tuple[LastRow, dict[int, Tensor]]:
+    """Run a model on one whole prompt; return head outputs at further positions too.
+
+    Returns:
+        What the last row does, and (layers, Hq, D) for each position.
+
+    Raises:
+        UnsupportedModel: the family is outside this library.
+    """
     forward = PackedForward(
         pack([EncodedPrompt(prompt.input_ids, [], [])]), attention=attention, keep={}, queries={}
     )
@@ -91,9 +110,13 @@ def run_prompt(
         logits = run_packed(model, forward, logits_to_keep=1).logits
     assert forward.keep is not None and forward.queries is not None
     heads = next(iter(forward.queries.values())).query.shape[1]
-    stacked = torch.stack([outputs[i][0, -1].view(heads, -1) for i in sorted(outputs)])
+    stacked = {
+        position: torch.stack([outputs[i][0, position].view(heads, -1) for i in sorted(outputs)])
+        for position in (*positions, -1)
+    }
     columns = label_columns(model, label_ids)
-    return LastRow(logits[0, -1, columns], stacked, forward.keep, forward.queries)
+    last = LastRow(logits[0, -1, columns], stacked.pop(-1), forward.keep, forward.queries)
+    return last, stacked
 
 
 @torch.no_grad()
@@ -102,6 +125,7 @@ def run_rows(
     tokens: Sequence[int],
     position: int,
     prefix: KeysAndValues,
+    label_ids: Sequence[int],
     attention: str = "auto",
 ) -> tuple[Tensor, PackedForward]:
     """Run one-token rows, each after the same prefix.
@@ -110,17 +134,20 @@ def run_rows(
         model: a decoder with LM head, with hooks that make the rows differ.
         tokens: the token of each of R rows.
         position: where all rows are in the prompt.
-        prefix: keys and values of the tokens before it.
+        prefix: keys and values of the tokens before it; none where it is the first one.
+        label_ids: the label words' tokens.
         attention: which attention runs.
 
     Returns:
-        The logits that the LM head has kept, (R, columns), and the forward with each row's keys,
+        The label words' logits, (R, labels), and the forward with each row's keys,
         values and queries.
     """
     packed = pack([EncodedPrompt([token], [], []) for token in tokens])
     packed = replace(packed, position_ids=packed.position_ids + position)
-    forward = PackedForward(packed, attention=attention, keep={}, queries={}, prefix=prefix)
-    return run_packed(model, forward).logits[0], forward
+    kept = prefix if position else None
+    forward = PackedForward(packed, attention=attention, keep={}, queries={}, prefix=kept)
+    logits = run_packed(model, forward).logits[0]
+    return logits[:, label_columns(model, label_ids)], forward
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from abft_fast.analysis.last_row import LastRow, run_rows
 from abft_fast.core.backbone import backbone, must_run_alone, output_projections, prepare
-from abft_fast.core.label_logits import label_columns
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import UserError
 
@@ -76,9 +75,9 @@ def patched_logits(
         (R, labels).
     """
     tokens = [prompt.input_ids[-1]] * len(masks)
+    before = target.before_last()
     with replaced(model, outputs, masks):
-        logits, _ = run_rows(model, tokens, len(prompt) - 1, target.before_last(), attention)
-    return logits[:, label_columns(model, label_ids)]
+        return run_rows(model, tokens, len(prompt) - 1, before, label_ids, attention)[0]
 
 
 @contextmanager

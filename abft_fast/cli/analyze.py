@@ -11,6 +11,7 @@ from abft_fast.commands import checks
 from abft_fast.options import (
     AttentionConfig,
     CmapConfig,
+    PathConfig,
     PlaneConfig,
     RestrictConfig,
     ShiftConfig,
@@ -80,6 +81,17 @@ def restrict(flags: dict[str, Any]) -> None:
     from abft_fast.commands.analyze.restrict import restrict
 
     _name_files(restrict(config, Progress()))
+
+
+@command_with(PathConfig, verbs)
+def path(flags: dict[str, Any]) -> None:
+    """Measure what each head does to the answer directly, and through induction heads."""
+    config = resolve(PathConfig, flags)
+    streams.check_stdout()
+    checks.check_analyze_prompts(config)
+    from abft_fast.commands.analyze.path import path
+
+    _name_files(path(config, Progress()))
 
 
 @command_with(PlaneConfig, verbs)

@@ -16,6 +16,7 @@ from abft_fast.options import (
     EvalConfig,
     FigureConfig,
     MergeConfig,
+    PathConfig,
     PlanConfig,
     PlaneConfig,
     PredictConfig,
@@ -44,6 +45,7 @@ _VERBS: dict[str, type[CommandOptions]] = {
     "analyze shift": ShiftConfig,
     "analyze cmap": CmapConfig,
     "analyze restrict": RestrictConfig,
+    "analyze path": PathConfig,
     "analyze plane": PlaneConfig,
     "figure": FigureConfig,
 }
@@ -64,10 +66,22 @@ def tables() -> str:
         groups.setdefault(tuple(verbs), []).append(line)
     parts = []
     for group, rows in groups.items():
-        title = ", ".join(f"`{verb}`" for verb in group)
+        title = _title(group)
         header = ["| option | value | default | what it does |", "|---|---|---|---|"]
         parts.append("\n".join([f"## {title}", "", *header, *rows]))
     return "\n\n".join(parts)
+
+
+def _title(verbs: tuple[str, ...]) -> str:
+    """Return verbs as a heading; those of a sub-command together, as `analyze show, shift`."""
+    together: dict[str, list[str]] = {}
+    for verb in verbs:
+        first, _, second = verb.partition(" ")
+        together.setdefault(first, []).extend([second] if second else [])
+    return ", ".join(
+        f"`{first} {', '.join(below)}`" if below else f"`{first}`"
+        for first, below in together.items()
+    )
 
 
 def _row(name: str, field: FieldInfo) -> str:

@@ -227,6 +227,12 @@ class RestrictConfig(ComparedOnPromptsOptions):
         return [(int(layer), int(head)) for layer, head in pairs]
 
 
+class PathConfig(ComparedOnPromptsOptions):
+    """Options of `abft-fast analyze path`."""
+
+    _needs_tuned: ClassVar[bool] = False
+
+
 def _grid(value: Any) -> Any:
     found = re.fullmatch(rf"({_NUMBER}):({_NUMBER}):(\d+)", str(value).strip())
     if found is None or float(found[1]) >= float(found[2]) or int(found[3]) < 2:

@@ -125,6 +125,30 @@ def test_cmap_of_parts(adapters, options):
     ]  # fmt: skip
 
 
+def test_path(adapters):
+    rows, _, _ = analyze("path", adapters)
+    assert len(rows) == 2 * 3 * 24
+    effects = {}
+    for row in rows:
+        effects.setdefault((row["model"], row["path"], row["layer"]), []).append(row["effect"])
+    assert any(float(effect) for effect in effects["after", "values", "2"])
+    assert {abs(float(effect)) < 1e-4 for effect in effects["before", "queries", "3"]} == {True}
+
+
+def test_plane(adapters):
+    result = abft_fast(
+        "analyze", "plane", "--a", "strong", "--e", "zeros", "--grid", "0:1:2", *FEW,
+        "--output-dir", "p", cwd=adapters,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["p/plane.csv", "p/plane.svg"]
+    with (adapters / "p/plane.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["part"] for row in rows] == ["grid"] * 4 + ["path"] * 11 + ["ray"] * 11
+    by_point = {(float(row["alpha_e"]), float(row["alpha_a"])): row["loss"] for row in rows}
+    assert by_point[0, 0] == by_point[1, 0] != by_point[0, 1] == by_point[1, 1]
+
+
 def test_restrict(adapters):
     rows, _, _ = analyze("restrict", adapters, "--random-draws", 1)
     assert [float(row["heads"]) for row in rows if row["group"] == "top"] == [1, 2, 4, 8, 16, 24]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from abft_fast.analysis.attention import HeadMeans
 from abft_fast.analysis.cmap import Effects
+from abft_fast.analysis.path import PathEffects
 from abft_fast.analysis.plane import Coefficients, Score
 from abft_fast.analysis.shift import Shift
 from abft_fast.plots import style
@@ -321,3 +322,19 @@ def _along(axes: Axes, scores: Sequence[Score], at: Sequence[float], title: str)
     other.plot(at, [score.loss for score in scores], "s--", color=style.COLORS[1])
     other.set_ylabel("loss (nats)", color=style.COLORS[1])
     other.spines["right"].set_visible(True)
+
+
+def paths(layers: Sequence[int], means: Mapping[str, PathEffects]) -> Figure:
+    """Draw each path's effects as a signed heatmap, a row of panels a model, one scale a path."""
+    titles = {
+        "direct": "direct", "queries": "by induction heads' queries",
+        "values": "by values at labels",
+    }  # fmt: skip
+    figure, axes = grid(len(means), len(titles))
+    for column, (name, title) in enumerate(titles.items()):
+        values = {side: getattr(effects, name).numpy() for side, effects in means.items()}
+        limit = max(float(np.abs(each).max()) for each in values.values()) or 1.0
+        for row, (side, each) in enumerate(values.items()):
+            shown = f"{title}, {side} (log-odds)"
+            heatmap(axes[row][column], layers, each, shown, center=True, limit=limit)
+    return figure

@@ -1,0 +1,108 @@
+"""`abft-fast analyze path`: what each head does to the answer, by the path its output takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abft_fast.analysis.patching import check_can_patch
+from abft_fast.analysis.path import PathEffects, path_effects, permuted
+from abft_fast.commands.analyze import pictures
+from abft_fast.commands.analyze.models import AnalysisSession
+from abft_fast.commands.analyze.results import Results
+from abft_fast.core.packing import EncodedPrompt
+from abft_fast.errors import UserError
+from abft_fast.options import PathConfig
+from abft_fast.runtime.progress import Progress
+
+
+def path(config: PathConfig, progress: Progress) -> Results:
+    """Write the mean effect of every head on three paths, in the base and in the tuned model.
+
+    Prompts whose labels are all alike are left out: permuting them changes nothing.
+
+    Raises:
+        UserError: the options, the models or the data do not allow it.
+    """
+    session = AnalysisSession(config, progress)
+    triples = _triples(session)
+    pair = session.pair()
+    session.check_attention(session.encoded.prompts)
+    check_can_patch(session.model, session.longest)
+    pair.keep_label_rows(session.encoder.label_ids)
+    sides = {"before": pair.base}
+    if config.adapter is not None or config.tuned is not None:
+        sides["after"] = pair.tuned
+    tokens = sum(len(prompt) for prompt, _, _ in triples)
+    effects = {}
+    with progress.bar("paths", len(sides) * len(triples), len(sides) * tokens) as advance:
+        for side, model_of in sides.items():
+            found = []
+            with model_of() as model, session.accelerator.autocast():
+                for prompt, corrupted, label in triples:
+                    found.append(
+                        path_effects(
+                            model,
+                            prompt,
+                            corrupted,
+                            label,
+                            session.encoder.label_ids,
+                            config.attention_backend,
+                        )
+                    )
+                    advance(1, len(prompt))
+            effects[side] = found
+    results = Results(config.output_dir, "path")
+    rows = [row for side, found in effects.items() for row in _rows(side, pair.layers, found)]
+    results.table(rows)
+    means = {
+        side: PathEffects(*(_stacked(found, name).mean(0) for name in PathEffects._fields))
+        for side, found in effects.items()
+    }
+    results.picture(pictures.paths, pair.layers, means)
+    return results
+
+
+def _triples(session: AnalysisSession) -> list[tuple[EncodedPrompt, EncodedPrompt, int]]:
+    """Return each prompt that can be corrupted, its corrupted form, and the query's label."""
+    encoded = session.encoded
+    triples = [
+        (prompt, corrupted, label)
+        for prompt, label in zip(encoded.prompts, encoded.labels, strict=True)
+        if (corrupted := permuted(prompt)) is not None
+    ]
+    left = len(encoded.prompts) - len(triples)
+    if left:
+        session.progress.say(f"{left} prompts whose labels are all alike are left out")
+    if not triples:
+        raise UserError("no prompt has two different labels: use more --prompts, or a larger --k")
+    return triples
+
+
+def _stacked(found: Sequence[PathEffects], name: str) -> Tensor:
+    return torch.stack([getattr(effects, name) for effects in found])
+
+
+def _rows(side: str, layers: Sequence[int], found: Sequence[PathEffects]) -> list[dict[str, Any]]:
+    """Return a row for each path and head, with the standard error over prompts."""
+    rows = []
+    for name in PathEffects._fields:
+        values = _stacked(found, name)
+        errors = values.std(0, correction=0) / len(found) ** 0.5
+        for index, layer in enumerate(layers):
+            for head in range(values.shape[2]):
+                rows.append(
+                    {
+                        "model": side,
+                        "path": name,
+                        "layer": layer,
+                        "head": head,
+                        "prompts": len(found),
+                        "effect": float(values[:, index, head].mean()),
+                        "standard_error": float(errors[index, head]),
+                    }
+                )
+    return rows
