@@ -20,8 +20,14 @@ from abft_fast.training.run_folder import RunFolder
 
 
 def differences(config: EvalConfig | PredictConfig | ComparedOnPromptsOptions) -> list[str]:
-    """Return a line if prompts or weights differ from those of the adapter's run."""
-    if config.adapter is None or (run := _run_of(config.adapter)) is None:
+    """Return a line for each adapter whose run had other prompts or weights."""
+    return [line for folder in config.adapter_folders for line in _differences(config, folder)]
+
+
+def _differences(
+    config: EvalConfig | PredictConfig | ComparedOnPromptsOptions, adapter: Path
+) -> list[str]:
+    if (run := _run_of(adapter)) is None:
         return []
     options = run.options
     now = config.model_dump(mode="json")
@@ -33,14 +39,14 @@ def differences(config: EvalConfig | PredictConfig | ComparedOnPromptsOptions) -
         names.append("template")
         now["template"] = config.template and str(config.template.resolve())
     others = [_given(name, options[name]) for name in names if options[name] != now[name]]
-    return [f"adapter {config.adapter} was trained with {', '.join(others)}"] if others else []
+    return [f"adapter {adapter} was trained with {', '.join(others)}"] if others else []
 
 
 def check_tested_apart(config: DrawnPromptOptions, adapter: Path) -> None:
     """Refuse a split of the user's data that tests on rows that trained the adapter.
 
     Raises:
-        UserError: the split differs from that of the adapter's run, or the data have changed.
+        UserError: the split differs from that of an adapter's run, or the data have changed.
     """
     if not config.data_are_own:
         return

@@ -90,12 +90,12 @@ def check_evaluate(config: EvalConfig) -> None:
     if config.output is not None:
         named = [path for path in (config.config, Path(config.model)) if path is not None]
         check_output(config.output, read=[*datasets.paths(config), *named])
-    if config.adapter is not None:
-        check_adapter(config.adapter)
+    for folder in config.adapter_folders:
+        check_adapter(folder)
     check_model(config.model)
     _check_data(config)
-    if config.adapter is not None:
-        adapter_origin.check_tested_apart(config, config.adapter)
+    for folder in config.adapter_folders:
+        adapter_origin.check_tested_apart(config, folder)
     _check_device(config)
     _check_alone(config.stream)
 

@@ -60,8 +60,10 @@ def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
 def _load(config: EvalConfig, session: Session, tests: Sequence[EvaluationSet]) -> None:
     """Read the model with its adapter, and check its attention."""
     session.load()
-    if config.adapter is not None:
-        session.load_adapter(config.adapter)
+    if config.adapter_is_a_sum:
+        session.add_adapters(config.adapters)
+    elif config.adapter_folders:
+        session.load_adapter(config.adapter_folders[0])
     keep_rows_of_labels(session, tests)
     session.check_attention(tests[0].prompts)
 

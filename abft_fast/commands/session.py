@@ -15,6 +15,7 @@ from abft_fast.memory.types import Arithmetic
 from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
+from abft_fast.models.merging import add_adapters
 from abft_fast.models.preflight import check_attention
 from abft_fast.models.trainable import load_adapter
 from abft_fast.options import DrawnPromptOptions, Options, PromptOptions, datasets
@@ -60,7 +61,9 @@ class ModelOnDevice:
             self.placement,
         )
         refuse_offloaded(self.model, self.config.model)
-        for line in loading.left_out(self.config.model, getattr(self.config, "adapter", None)):
+        for line in loading.left_out(
+            self.config.model, *getattr(self.config, "adapter_folders", ())
+        ):
             self.progress.say(line)
 
     def load_adapter(self, folder: Path) -> None:
@@ -73,6 +76,25 @@ class ModelOnDevice:
         for line in compare_bases(base_of_adapter(folder), base, f"adapter {folder}"):
             self.progress.say(line)
         self.model = load_adapter(self.model, folder, self.progress.say)
+
+    def add_adapters(self, adapters: Sequence[tuple[Path, float]]) -> None:
+        """Add adapters to the model's weights, each with a coefficient, after `load`.
+
+        Raises:
+            UserError: the model is quantized, or as `load_adapter`.
+        """
+        if getattr(self.model.config, "quantization_config", None) is not None:
+            raise UserError(
+                f"{self.config.model} is quantized, so nothing can be added to its weights: name "
+                "one adapter without a number, or merge with `abft-fast merge` first"
+            )
+        base = describe_base(self.model, self.config.model)
+        for folder, _ in adapters:
+            for line in compare_bases(base_of_adapter(folder), base, f"adapter {folder}"):
+                self.progress.say(line)
+        dtype = self.model.dtype
+        summed = add_adapters(self.model.float(), adapters, self.progress.say)
+        self.model = summed.to(dtype)
 
 
 class PromptSession(ModelOnDevice):

@@ -50,18 +50,19 @@ def evaluate_streamed(
     """
     streamed = _streamed_model(session)
     place = streamed, session.accelerator
-    trained_on = None if config.adapter is None else base_of_adapter(config.adapter)
+    adapter = next(iter(config.adapter_folders), None)
+    trained_on = None if adapter is None else base_of_adapter(adapter)
     backend = config.attention_backend
     evaluating = Evaluating(*place, tests, tokens_at_once(config), backend)
     stages = [
-        BaseIdentity(*place, session.progress, trained_on, f"adapter {config.adapter}"),
+        BaseIdentity(*place, session.progress, trained_on, f"adapter {adapter}"),
         AttentionCheck(*place, tests[0].prompts, backend, session.progress),
         evaluating,
     ]
     walk = Walk(streamed, stages, size=1)
     walk.read_outside(_label_ids(tests))
-    if config.adapter is not None:
-        streamed.load_adapter(config.adapter, session.progress.say)
+    if adapter is not None:
+        streamed.load_adapter(adapter, session.progress.say)
     walk.run(session.progress, "evaluating")
     say_read(session, streamed)
     return as_scores(evaluating.outcomes())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, PrivateAttr, field_serializer, model_validator
+from pydantic import Field, PrivateAttr, field_serializer, field_validator, model_validator
 
 from abft_fast import data
 from abft_fast.data import tables
@@ -17,6 +17,7 @@ from abft_fast.options.data import (
     ScoringOptions,
     absolute_place,
 )
+from abft_fast.options.merge import parse_adapters
 from abft_fast.options.model import PromptOptions
 from abft_fast.options.without_effect import EVALUATION, Rule, lines_without_effect
 
@@ -109,7 +110,12 @@ class Options(ScoringOptions, DrawnPromptOptions):
 class EvalConfig(Options):
     """Options of `abft-fast eval`."""
 
-    adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
+    adapter: str | None = Field(
+        None,
+        description="PEFT adapter folder to load on the model. FOLDER=NUMBER gives it a "
+        "coefficient, and several are separated by commas: the model plus the sum of each "
+        "coefficient times what its adapter learnt (paper, Eq. 2).",
+    )
     stream: bool = Field(
         False,
         description="Read the model layer by layer, once, and keep one layer's weights in memory; "
@@ -119,11 +125,48 @@ class EvalConfig(Options):
         None, exclude=True, description="JSON file to write the metrics to."
     )
 
+    @property
+    def adapters(self) -> list[tuple[Path, float]]:
+        """Return the adapter folders and their coefficients."""
+        return [] if self.adapter is None else parse_adapters(self.adapter)
+
+    @property
+    def adapter_folders(self) -> list[Path]:
+        """Return the adapters that the options name."""
+        return [folder for folder, _ in self.adapters]
+
+    @property
+    def adapter_is_a_sum(self) -> bool:
+        """Return whether adapters are to be added to weights rather than put on the model."""
+        return [coefficient for _, coefficient in self.adapters] not in ([], [1.0])
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _check_adapter(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        parse_adapters(str(value))
+        return str(value)
+
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
         if self.stream and self.device_map == "auto":
             raise ValueError(
                 "--stream and --device-map auto, which keeps all layers on GPUs: leave one of "
                 "them out"
+            )
+        if self.stream and self.adapter_is_a_sum:
+            raise ValueError(
+                f"--stream and --adapter {self.adapter}, which is a sum: name one folder without a "
+                "number, or leave --stream out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> Self:
+        if self.quantized and self.adapter_is_a_sum:
+            raise ValueError(
+                f"--adapter {self.adapter} is added to the model's weights, which --quantized has "
+                "in 4 or 8 bits: leave --quantized out, or name one folder without a number"
             )
         return self

@@ -28,7 +28,7 @@ class MergeConfig(ModelOptions):
     @property
     def adapters(self) -> list[tuple[Path, float]]:
         """Return the adapter folders and their coefficients."""
-        return [pair for value in self.adapter for pair in _parse(value)]
+        return [pair for value in self.adapter for pair in parse_adapters(value)]
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -36,12 +36,16 @@ class MergeConfig(ModelOptions):
         values = [value] if isinstance(value, str) else value
         if isinstance(values, list):
             for each in values:
-                _parse(str(each))
+                parse_adapters(str(each))
         return values
 
 
-def _parse(value: str) -> list[tuple[Path, float]]:
-    """Return the folders and coefficients that one value names; a folder that exists is one."""
+def parse_adapters(value: str) -> list[tuple[Path, float]]:
+    """Return the folders and coefficients that one value names; a folder that exists is one.
+
+    Raises:
+        ValueError: the value is neither folders nor folders with numbers.
+    """
     one = _folder_and_coefficient(value)
     if "," not in value or (one is not None and one[0].is_dir()):
         pairs = [one]

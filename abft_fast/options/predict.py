@@ -31,6 +31,11 @@ class PredictConfig(PromptOptions, ColumnOptions):
         "and `p_WORD` for each label word. Unset or `-`: CSV to standard output.",
     )
 
+    @property
+    def adapter_folders(self) -> list[Path]:
+        """Return the adapters that the options name."""
+        return [] if self.adapter is None else [self.adapter]
+
     @field_validator("output")
     @classmethod
     def _check_output(cls, value: Path | None) -> Path | None:

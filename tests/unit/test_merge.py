@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from abft_fast import builtin_model_path
 from abft_fast.commands.merge import merge
+from abft_fast.commands.session import Session
 from abft_fast.core.backbone import without_peft
 from abft_fast.errors import UserError
 from abft_fast.models import merging
@@ -24,7 +25,7 @@ from abft_fast.models.trainable import (
     train_weights,
     trained_parameters,
 )
-from abft_fast.options import MergeConfig
+from abft_fast.options import EvalConfig, MergeConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.progress import Progress
 from tests.tiny_models import tiny_model
@@ -230,3 +231,34 @@ def test_folders_with_signs_in_their_names(given, adapters, tmp_path, monkeypatc
         (tmp_path / folder).mkdir(parents=True)
     config = resolve(MergeConfig, {"adapter": given, "output_dir": "x"})
     assert config.adapters == [(Path(folder), number) for folder, number in adapters]
+
+
+@pytest.mark.parametrize("coefficients", [(0.5, 0.7), (1.0, 1.0), (-1.0, 0.0)])
+def test_eval_adds_adapters_as_merge_does(coefficients, tmp_path):
+    """Weights are set in place: no folder is written for a sum that is only tested."""
+    for seed in (1, 2):
+        random_adapter(load("builtin", CPU, torch.float32), tmp_path / f"a{seed}", seed)
+    named = [f"{tmp_path / f'a{i}'}={c}" for i, c in zip((1, 2), coefficients, strict=True)]
+    merged = run("builtin", named, tmp_path / "merged").eval()
+    config = resolve(EvalConfig, {"adapter": ",".join(named), "device": "cpu"})
+    assert config.adapters == [
+        (tmp_path / f"a{i}", c) for i, c in zip((1, 2), coefficients, strict=True)
+    ]
+    session = Session(config, Progress())
+    session.load()
+    session.add_adapters(config.adapters)
+    plain = load("builtin", CPU, torch.float32)(IDS).logits
+    logits = session.model.eval()(IDS).logits
+    torch.testing.assert_close(logits, merged(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert (logits - plain).abs().max() > 1e-2
+    assert {path.name for path in tmp_path.iterdir()} == {"a1", "a2", "merged"}
+
+
+def test_one_adapter_is_loaded_and_a_sum_is_not_for_quantized_weights(tmp_path):
+    (tmp_path / "a").mkdir()
+    one = resolve(EvalConfig, {"adapter": str(tmp_path / "a"), "quantized": True})
+    assert one.adapter_folders == [tmp_path / "a"] and not one.adapter_is_a_sum
+    with pytest.raises(UserError, match=r"--adapter a=0\.5 is added to the model's weights"):
+        resolve(EvalConfig, {"adapter": "a=0.5", "quantized": True})
+    with pytest.raises(UserError, match="use FOLDER or FOLDER=NUMBER"):
+        resolve(EvalConfig, {"adapter": "a,,b"})
