@@ -228,7 +228,7 @@ OPTIONS = [
     sweep("sweep-gpus", "options: {k: 2}\n", "--cell-gpus works with --engine ray only",
           options="--cell-gpus 2"),
     option("table . --layout 3 --metric accuracy", "layout 3 always shows consistency"),
-    option("table . --layout 5", "--layout 5: input should be '1', '2', '3' or '4'"),
+    option("table . --layout 5", "--layout 5: input should be '1', '2', '3', '4' or 'labels'"),
     option("table . --output no/where.md", "--output no/where.md: folder no does not exist"),
     option("table nowhere", "folder nowhere does not exist"),
     option("table .", "folder . holds no run: name the folder of a run"),

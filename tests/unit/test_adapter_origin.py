@@ -90,4 +90,4 @@ def test_other_prompts_are_said(trained, tmp_path):
 
 
 def check(config):
-    check_tested_apart(config, config.adapter)
+    check_tested_apart(config, config.adapter_folders[0])
