@@ -1,0 +1,51 @@
+"""The study of label words: rows are cells of its sweep, and the page says what the rows say."""
+
+import re
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from abft_fast.data import PAPER_DATASETS
+from abft_fast.experiments.grid import read_cells
+from tests.study_rows import rows_of
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).parents[2]
+METRICS = ("own", "rotated", "symbols", "override_rate", "prior_rate")
+NAMES = {"none": "vanilla", "own (the paper)": "own"}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """By setting and dataset."""
+    return {(row["setting_name"], row["dataset"]): row for row in rows_of("builtin_labels")}
+
+
+def lines_of(title):
+    text = (ROOT / "docs/science/label-words.md").read_text(encoding="utf-8")
+    table = text[text.index(f"| Training | {title}") :].split("\n\n")[0]
+    for line in table.splitlines()[2:]:
+        name, *cells = re.split(r" \| ", line.strip("| "))
+        yield NAMES.get(name, name), cells
+
+
+def test_rows_are_cells_of_the_sweep(rows):
+    cells = {cell.name for cell in read_cells(ROOT / "configs/builtin/labels.yaml", {})}
+    assert {row["cell"] for row in rows.values()} <= cells
+
+
+def test_the_page_has_the_means_of_the_rows(rows):
+    said = dict(lines_of("Own"))
+    assert said.keys() == {setting for setting, _ in rows}
+    for setting, cells in said.items():
+        for metric, cell in zip(METRICS, cells, strict=True):
+            values = [float(rows[setting, dataset][metric]) for dataset in PAPER_DATASETS]
+            assert cell == f"{100 * fmean(values):.1f}", (setting, metric)
+
+
+def test_the_page_has_the_rotated_accuracy_of_each_dataset(rows):
+    for setting, cells in lines_of("SST2"):
+        exact = [float(rows[setting, dataset]["rotated"]) for dataset in PAPER_DATASETS]
+        assert cells == [f"{100 * value:.1f}" for value in exact]
