@@ -14,7 +14,12 @@ from abft_fast import plots
 from abft_fast.commands import adapter_origin, prediction_files
 from abft_fast.data import Dataset, mauve_prefixes
 from abft_fast.errors import UserError
-from abft_fast.models.files import check_adapter, check_model, check_model_folder
+from abft_fast.models.files import (
+    check_adapter,
+    check_model,
+    check_model_folder,
+    is_whole_model,
+)
 from abft_fast.options import (
     DrawnPromptOptions,
     EvalConfig,
@@ -139,7 +144,10 @@ def check_merge(config: MergeConfig) -> None:
     """
     check_output_folder(config.output_dir, new=True)
     for folder, _ in config.adapters:
-        check_adapter(folder)
+        if is_whole_model(folder):
+            check_model(str(folder))
+        else:
+            check_adapter(folder)
     check_model(config.model)
 
 

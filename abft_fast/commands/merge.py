@@ -1,4 +1,4 @@
-"""Merge adapters into weights: write a model that plain transformers loads (paper, Eq. 2)."""
+"""Merge adapters or trained models into weights; plain transformers loads the result (Eq. 2)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
+from abft_fast.models.files import is_whole_model
 from abft_fast.models.merging import add_adapters
 from abft_fast.options import MergeConfig
 from abft_fast.runtime.files import atomic_folder, check_output_folder
@@ -13,7 +14,7 @@ from abft_fast.runtime.progress import Progress
 
 
 def merge(config: MergeConfig, progress: Progress) -> None:
-    """Write the model plus the sum of each adapter's change times its coefficient.
+    """Write the model plus the sum of each trained change times its coefficient.
 
     Sums are computed in float32 and written in the model's stored dtype. A quantized model is
     dequantized first, because the adapters were trained on its rounded weights.
@@ -33,6 +34,8 @@ def merge(config: MergeConfig, progress: Progress) -> None:
     folders = [folder for folder, _ in config.adapters]
     notes = loading.left_out(config.model, *folders)
     for folder in folders:
+        if is_whole_model(folder):
+            continue  # its weights are compared one by one
         notes += compare_bases(base_of_adapter(folder), base, f"adapter {folder}")
     for line in notes:
         progress.say(line)

@@ -94,6 +94,11 @@ def check_model(name: str) -> None:
         raise UserError(f"model {name}: {problem}")
 
 
+def is_whole_model(folder: Path) -> bool:
+    """Return whether a folder holds a model rather than an adapter, as `--trainable model` does."""
+    return (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file()
+
+
 def check_adapter(folder: Path) -> None:
     """Make sure that a folder holds an adapter that changes weights, with whole files.
 

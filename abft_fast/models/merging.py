@@ -1,8 +1,8 @@
-"""Add adapters to a model's weights (paper, Eq. 2)."""
+"""Add adapters, and what whole models learnt, to a model's weights (paper, Eq. 2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abft_fast.errors import UserError
-from abft_fast.models.files import ADAPTER_WEIGHTS
+from abft_fast.models.files import ADAPTER_WEIGHTS, is_whole_model
+from abft_fast.models.loading import load
 from abft_fast.models.trainable import load_adapter
 
 _TOLERANCE = 1e-3  # relative, of logits; float32 is at 1e-5
@@ -24,11 +25,13 @@ def add_adapters(
     adapters: Iterable[tuple[Path, float]],
     say: Callable[[str], object],
 ) -> PreTrainedModel:
-    """Return base + sum of coefficient * (base with one adapter - base), weight by weight.
+    """Return base + sum of coefficient * (trained model - base), weight by weight.
+
+    A trained model is the base with an adapter, or a whole model of the base's shape.
 
     Args:
         model: the base, in float32. Only weights that an adapter changes are held twice.
-        adapters: folders and coefficients.
+        adapters: folders of adapters or of models, and coefficients.
         say: gets a line for each adapter.
 
     Returns:
@@ -36,7 +39,7 @@ def add_adapters(
         the two differ now.
 
     Raises:
-        UserError: an adapter does not fit the model, or PEFT cannot put it into weights.
+        UserError: an adapter or a model does not fit the base, or PEFT cannot put it into weights.
     """
     tied = _is_tied(model)
     model, changes = changes_of(model, adapters, say)
@@ -72,6 +75,12 @@ def changes_of(
     base = dict(model.state_dict())
     changes: dict[str, Tensor] = {}
     for folder, coefficient in adapters:
+        if is_whole_model(folder):
+            for name, change in _changes_of_model(model, folder):
+                scaled = coefficient * change
+                changes[name] = changes[name] + scaled if name in changes else scaled
+            say(f"merged {folder}, times {coefficient:g}")
+            continue
         modules = _modules_of(folder)
         changed = {w.data_ptr() for name, w in base.items() if name.rpartition(".")[0] in modules}
         for name, weight in base.items():
@@ -89,6 +98,29 @@ def changes_of(
         _tie(model, tied)
         say(f"merged {folder}, times {coefficient:g}")
     return model, changes
+
+
+def _changes_of_model(model: PreTrainedModel, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a whole model learnt, weight by weight; weights that did not move are left out.
+
+    Raises:
+        UserError: the model has other weights than the base.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    loaded = load(str(folder), torch.device("cpu"), torch.float32)
+    learnt = dict(loaded.named_parameters(remove_duplicate=False))
+    if getattr(loaded.config, "quantization_config", None) is not None:
+        raise UserError(f"model {folder} is quantized: add the model that was trained")
+    for name in sorted(own.keys() | learnt.keys()):
+        shapes = [tuple(each[name].shape) if name in each else "none" for each in (own, learnt)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"model {folder} does not fit the base: {name} is {shapes[1]} there and "
+                f"{shapes[0]} in the base"
+            )
+        change = learnt[name].detach().to(own[name].device) - own[name].detach()
+        if change.any():
+            yield name, change
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -15,9 +15,10 @@ class MergeConfig(ModelOptions):
     """Options of `abft-fast merge`."""
 
     adapter: list[str] = Field(
-        description="PEFT adapter folder; FOLDER=NUMBER gives it a coefficient other than 1. May "
+        description="PEFT adapter folder, or the folder of a model that --trainable model trained "
+        "from --model; FOLDER=NUMBER gives it a coefficient other than 1. May "
         "be repeated; folders without commas in their names may be separated by commas. The result "
-        "is the model plus the sum of each coefficient times what its adapter learnt (paper, Eq. "
+        "is the model plus the sum of each coefficient times what its folder learnt (paper, Eq. "
         "2).",
         min_length=1,
     )

@@ -262,3 +262,43 @@ def test_one_adapter_is_loaded_and_a_sum_is_not_for_quantized_weights(tmp_path):
         resolve(EvalConfig, {"adapter": "a=0.5", "quantized": True})
     with pytest.raises(UserError, match="use FOLDER or FOLDER=NUMBER"):
         resolve(EvalConfig, {"adapter": "a,,b"})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_whole_models_and_adapters_add_up(tied, tmp_path):
+    """`full` leaves an adapter and `model` a model; both are points of the same space."""
+    torch.manual_seed(3)
+    start = tiny_model("llama", tie_word_embeddings=tied)
+    start.save_pretrained(tmp_path / "base")
+    read_tokenizer("builtin").save_pretrained(tmp_path / "base")
+    ends = {}
+    for name, trainable in (("m", "model"), ("f", "full")):
+        end = load(str(tmp_path / "base"), CPU, torch.float32)
+        end = set_trained(end, trainable, 4)
+        with torch.no_grad():
+            for parameter in trained_parameters(end).values():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        ends[name] = {n: p.detach().clone() for n, p in end.state_dict().items()}
+        if trainable == "model":
+            end.save_pretrained(tmp_path / name)
+        else:
+            (tmp_path / name).mkdir()
+            save_adapter(end, tmp_path / name)
+    both = f"{tmp_path}/m=0.5,{tmp_path}/f=-2"
+    merged = run(tmp_path / "base", both, tmp_path / "merged").state_dict()
+    before = start.state_dict()
+    for name, weight in before.items():
+        moved = 0.5 * (ends["m"][name] - weight) - 2 * (ends["f"][name] - weight)
+        torch.testing.assert_close(merged[name], weight + moved, rtol=1e-5, atol=1e-6)
+    whole = run(tmp_path / "base", f"{tmp_path}/m", tmp_path / "whole").state_dict()
+    for name, weight in whole.items():
+        torch.testing.assert_close(weight, ends["m"][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_of_another_shape_is_refused(tmp_path):
+    for name, width in (("base", 64), ("other", 96)):
+        tiny_model("llama", intermediate_size=width).save_pretrained(tmp_path / name)
+        read_tokenizer("builtin").save_pretrained(tmp_path / name)
+    with pytest.raises(UserError, match=r"other does not fit the base: .*mlp.*\(.*96.*64"):
+        run(tmp_path / "base", f"{tmp_path}/other=0.5", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
