@@ -62,6 +62,8 @@ def train(config: TrainConfig, run: RunFolder, progress: Progress) -> RunFolder:
                 train_streamed(config, run, progress)
             else:
                 _train(config, run, progress)
+            if not config.no_report:
+                processes.run_on_main(report_of_training, run.folder, progress.say)
         except KeyboardInterrupt:
             if config.no_save or not run.is_begun:
                 raise
@@ -99,8 +101,6 @@ def _train(config: TrainConfig, run: RunFolder, progress: Progress) -> None:
         processes.run_on_main(mauve.record_texts, config, run, session, "after")
         processes.run_on_main(mauve.score_texts, config, run, session)
     session.accelerator.end_training()
-    if not config.no_report:
-        processes.run_on_main(report_of_training, run.folder, progress.say)
 
 
 def set_up(
