@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from abft_fast.core.behavior import LayerResults
+from abft_fast.errors import UnsupportedModel
 
 
 class BlockGradients:
@@ -120,8 +121,28 @@ class BlockBoundary:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Return the layer's new arguments, or None to leave them."""
         forward = kwargs.get("abft")
+        if forward is not None and forward.part is not None:
+            _refuse_other_states(module, args, kwargs)
         if forward is None or not forward.enter_layer(self.index, module):
             return None
         if args:
             return (args[0].detach(), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
+
+
+def _refuse_other_states(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuse a layer that gets a second (1, T, width) tensor, as of the embedding.
+
+    Where the layers before are away, that tensor would be made of the wrong hidden states.
+
+    Raises:
+        UnsupportedModel: the layer gets such a tensor.
+    """
+    hidden = args[0] if args else kwargs["hidden_states"]
+    for other in (*args[1:], *kwargs.values()):
+        is_tensor = isinstance(other, Tensor) and other is not hidden
+        if is_tensor and other.is_floating_point() and other.ndim == 3:
+            raise UnsupportedModel(
+                f"{type(module).__name__} gets more than the hidden states of the layer before it, "
+                "so its weights cannot be read block by block: train without --stream"
+            )

@@ -7,7 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from abft_fast.errors import RunError, UserError
+from abft_fast import pack
+from abft_fast.core.blocks import BlockBoundary
+from abft_fast.core.packed_forward import PackedForward
+from abft_fast.errors import RunError, UnsupportedModel, UserError
 from abft_fast.models import loading, trainable
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
@@ -25,6 +28,7 @@ from tests.streamed_runs import (
     saved,
 )
 from tests.tiny_models import tiny_longrope, tiny_model
+from tests.unit.test_training import make_prompts
 
 pytestmark = pytest.mark.unit
 
@@ -236,6 +240,18 @@ def test_layers_that_carry_state_are_refused(tmp_path):
     tiny_hybrid(["full_attention", "linear_attention"] * 2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="without attention"):
         streamed_model(str(tmp_path))
+
+
+def test_a_layer_that_gets_the_embedding_too_is_refused():
+    """As where a family adds the embedding's hidden states in every layer."""
+    hidden, layer = torch.zeros(1, 5, 8), torch.nn.Linear(8, 8)
+    prompt = make_prompts(1)
+    whole, part = PackedForward(pack(prompt)), PackedForward(pack(prompt), part=range(1, 2))
+    more = {"position_embeddings": (hidden, hidden), "attention_mask": torch.zeros(1, 1, 5, 5)}
+    BlockBoundary(1)(layer, (hidden,), {"abft": part, **more})
+    BlockBoundary(1)(layer, (hidden,), {"abft": whole, "embedded": hidden + 1})
+    with pytest.raises(UnsupportedModel, match="Linear gets more"):
+        BlockBoundary(1)(layer, (hidden,), {"abft": part, "embedded": hidden + 1})
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
