@@ -159,7 +159,7 @@ def test_our_form_of_another_template():
 def test_queries_know_their_labels_and_pseudo_queries_have_none():
     dataset = cut("subj", 20)
     contextual, domain, post = Protocol.of("TripletBias", dataset, 4).calls
-    assert [call.has_labels for call in (contextual, domain, post)] == [False, False, True]
+    assert [call.measures_behavior for call in (contextual, domain, post)] == [False, False, True]
     assert {p.query.text for p in contextual.prompts} == {""}
     assert all(len(p.query.text.split(" ")) == 128 for p in domain.prompts)
     assert [p.query for p in post.prompts] == list(dataset.test) * 2
