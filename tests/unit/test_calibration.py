@@ -128,7 +128,7 @@ def test_the_prompts_learnt_from_are_staiccs_own(kind):
             k=4,
         )
     assert [found.template.render(prompt)[0] for prompt in found.prompts] == prompts
-    assert not found.has_labels
+    assert not found.measures_behavior
 
 
 def test_prompts_left_out_stay_out():
