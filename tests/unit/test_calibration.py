@@ -65,10 +65,11 @@ def test_a_whole_evaluation_is_staiccs_own(builtin, kind):
         },
     )
     dataset = cut("tee", 8)
-    ours, behavior = EvaluationSet(
+    outcome = EvaluationSet(
         options, dataset, PromptEncoder.by_options(options, tokenizer, dataset, None)
     ).run(lambda encoded, heads: predict_labels(model, encoded, 2000, behavior=heads))
-    assert behavior.induction_heads > 0
+    ours = outcome.metrics
+    assert outcome.behavior.result().induction_heads > 0
 
     reference = AutoModelForCausalLM.from_pretrained(builtin_model_path())
     theirs = staicc_experimentor(options.test_type, "tee", 4, 8)
@@ -164,9 +165,7 @@ def test_prompts_left_out_of_an_evaluation(builtin):
     found = EvaluationSet(options, dataset, encoder)
     [encoded] = found.encoded
     assert 0 < encoded.dropped < 18
-    metrics, _ = found.run(
-        lambda encoded, heads: predict_labels(model, encoded, 2000, behavior=heads)
-    )
+    outcome = found.run(lambda encoded, heads: predict_labels(model, encoded, 2000, behavior=heads))
     logits, _ = predict_labels(model, encoded, 2000)
     right = logits.argmax(-1) == torch.tensor(encoded.labels)
-    assert metrics["accuracy"] == pytest.approx(right.double().mean().item())
+    assert outcome.metrics["accuracy"] == pytest.approx(right.double().mean().item())
