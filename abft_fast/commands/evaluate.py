@@ -21,7 +21,7 @@ from abft_fast.runtime import processes
 from abft_fast.runtime.environment import uses_cpu
 from abft_fast.runtime.files import write_json
 from abft_fast.runtime.progress import Progress
-from abft_fast.runtime.token_budget import CPU_TOKENS
+from abft_fast.runtime.token_budget import tokens_at_once
 
 Scores = dict[str, dict[str, float | None]]
 """Figures by dataset and name."""
@@ -134,11 +134,10 @@ def _predict(
     session: Session, advance: Callable[[int, int], None], encoded: EncodedPrompts, behavior: bool
 ) -> tuple[Tensor, BehaviorMean]:
     config = session.config
-    budget = config.token_budget
     return inference.predict_labels(
         session.model,
         encoded,
-        budget if isinstance(budget, int) else CPU_TOKENS,
+        tokens_at_once(config.token_budget),
         advance,
         session.accelerator.autocast,
         config.attention_backend,

@@ -25,7 +25,7 @@ from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.progress import Progress
-from abft_fast.runtime.token_budget import CPU_TOKENS, in_halves
+from abft_fast.runtime.token_budget import in_halves, tokens_at_once
 
 _CHUNK = 1024  # most rows that are read, sorted by length and written at a time
 _CHUNK_TOKENS = 2**20  # about how many tokens their whole prompts have
@@ -169,7 +169,7 @@ class Labeller(ModelOnDevice):
                 ids = [prompts[i] for i in part]
                 return prefix.label_logits(ids, self.encoder.label_ids).float().cpu()
 
-        for batch in micro_batches(lengths, budget if isinstance(budget, int) else CPU_TOKENS):
+        for batch in micro_batches(lengths, tokens_at_once(budget)):
             logits[batch] = torch.cat(in_halves(run, batch))
         return logits
 

@@ -17,10 +17,11 @@ from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter
 from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.runtime.progress import Progress
+from abft_fast.runtime.token_budget import tokens_at_once
 from abft_fast.streaming.checkpoint import WalkCheckpoint
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import AttentionCheck, BaseIdentity, Evaluating, Stage
-from abft_fast.streaming.steps import TrainingSteps, tokens_at_once
+from abft_fast.streaming.steps import TrainingSteps
 from abft_fast.streaming.walk import Walk
 from abft_fast.training.run_folder import RunFolder
 
@@ -53,7 +54,7 @@ def evaluate_streamed(
     adapter = next(iter(config.adapter_folders), None)
     trained_on = None if adapter is None else base_of_adapter(adapter)
     backend = config.attention_backend
-    evaluating = Evaluating(*place, tests, tokens_at_once(config), backend)
+    evaluating = Evaluating(*place, tests, tokens_at_once(config.token_budget), backend)
     stages = [
         BaseIdentity(*place, session.progress, trained_on, f"adapter {adapter}"),
         AttentionCheck(*place, tests[0].prompts, backend, session.progress),
@@ -111,7 +112,7 @@ class StreamedTraining:
         place = self._streamed, session.accelerator
         self._identity = BaseIdentity(*place, session.progress, run.base, f"run {run.folder}")
         check = AttentionCheck(*place, prompts, config.attention_backend, session.progress)
-        tokens = tokens_at_once(config)
+        tokens = tokens_at_once(config.token_budget)
         self._tests = {
             side: Evaluating(*place, tests, tokens, config.attention_backend)
             for side in config.sides

@@ -31,7 +31,7 @@ from abft_fast.runtime.files import atomic_folder
 from abft_fast.runtime.freed_memory import KEPT_BY_MALLOC, give_back_at_once
 from abft_fast.runtime.launch import is_main
 from abft_fast.runtime.progress import Progress
-from abft_fast.runtime.token_budget import CPU_TOKENS
+from abft_fast.runtime.token_budget import tokens_at_once
 from abft_fast.training.loop import Training, optimize
 from abft_fast.training.methods import TRAINING_METHODS, training_prompts
 from abft_fast.training.run_folder import RunFolder
@@ -237,9 +237,10 @@ class TrainSession(Session):
                 f"{config.model} with {flow.options} does not fit in {room / 1e9:.1f} GB: "
                 f"{advice}, or pass --force"
             )
-        budget = config.token_budget if isinstance(config.token_budget, int) else CPU_TOKENS
         pseudo_batch = sum(sorted(map(len, prompts))[-config.pseudo_batch_size :])
-        with_gaps = KEPT_BY_MALLOC * plan.steps[flow].at(min(budget, pseudo_batch))
+        with_gaps = KEPT_BY_MALLOC * plan.steps[flow].at(
+            min(tokens_at_once(config.token_budget), pseudo_batch)
+        )
         is_short = plan.static.total + with_gaps > room
         if self.accelerator.device.type == "cpu" and is_short and give_back_at_once():
             self.progress.say(

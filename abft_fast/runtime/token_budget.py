@@ -17,6 +17,11 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
+def tokens_at_once(asked: str | int) -> int:
+    """Return the most tokens of a packed batch: the value of `--token-budget`, or a CPU's."""
+    return asked if isinstance(asked, int) else CPU_TOKENS
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error of torch, CUDA or cuBLAS means that memory ran out."""
     words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

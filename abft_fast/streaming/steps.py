@@ -16,8 +16,8 @@ from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import EncodedPrompt, PackedPrompts
 from abft_fast.core.run_packed import run_packed
 from abft_fast.models.preflight import check_gradients
-from abft_fast.options import PromptOptions, TrainConfig
-from abft_fast.runtime.token_budget import CPU_TOKENS, TokenBudget
+from abft_fast.options import TrainConfig
+from abft_fast.runtime.token_budget import TokenBudget, tokens_at_once
 from abft_fast.streaming.group import PromptGroup, WalkingPrompt
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import Stage
@@ -44,7 +44,7 @@ class TrainingSteps(Stage):
         self._training = training
         self._config = training.config
         self._size = block_size(self._config.gradient)
-        self._budget = TokenBudget(tokens_at_once(self._config), training.progress.say)
+        self._budget = TokenBudget(tokens_at_once(self._config.token_budget), training.progress.say)
         self.groups = [
             PromptGroup([training.prompts[i] for i in places])
             for places in pseudo_batches(len(training.prompts), self._config)
@@ -136,8 +136,3 @@ class TrainingSteps(Stage):
             )
             rows.append(row)
         return rows
-
-
-def tokens_at_once(config: PromptOptions) -> int:
-    """Return the token budget of a run: the one asked for, or a CPU's."""
-    return config.token_budget if isinstance(config.token_budget, int) else CPU_TOKENS

@@ -26,7 +26,7 @@ from abft_fast.options import (
 )
 from abft_fast.prompts import EncodedPrompts, Template
 from abft_fast.runtime.progress import Progress
-from abft_fast.runtime.token_budget import CPU_TOKENS
+from abft_fast.runtime.token_budget import tokens_at_once
 
 
 class MovableModel(ModelOnDevice):
@@ -125,8 +125,7 @@ class DrawnPrompts(PromptSession):
     @property
     def token_budget(self) -> int:
         """Return how many tokens a packed batch may have."""
-        budget = self.config.token_budget
-        return budget if isinstance(budget, int) else CPU_TOKENS
+        return tokens_at_once(self.config.token_budget)
 
     @property
     def longest(self) -> int:
