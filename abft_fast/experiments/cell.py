@@ -19,6 +19,12 @@ CALIBRATIONS = {
 PLACEMENT = frozenset({"device", "device_map"})
 """Options that say where a cell runs. The name of a cell does not depend on them."""
 
+WITHOUT_RESULT = PLACEMENT | {
+    "token_budget", "attention_backend", "checkpointing", "save_steps", "stream_states", "tracker",
+    "no_eval", "no_eval_before", "no_eval_after", "no_save", "no_report",
+}  # fmt: skip
+"""Options that change no result."""
+
 _IN_NAMES_WHEN_UNSET = {"template", "test_file", "meta_datasets", "plain_text", "mauve_prefix"}
 """Options whose None is in the names of cells, as it always was; no new option may change them."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from abft_fast.experiments.cell import CALIBRATIONS
 from abft_fast.experiments.cell_folder import FINISHED
 from abft_fast.experiments.records import Record
-from abft_fast.runtime.files import write_text
+from abft_fast.runtime.files import write_csv
 
 _FIRST_COLUMNS = ("model", "dataset", "method", "seed")
 
@@ -23,11 +21,7 @@ def write_results(path: Path, records: Iterable[Record]) -> None:
     rows = [row for record in records for row in _rows(record, options)]
     complete_first = sorted(rows, key=lambda row: "error" in row)
     columns = list(dict.fromkeys(name for row in complete_first for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_csv(path, rows, columns)
 
 
 def _shown_options(records: list[Record]) -> list[str]:

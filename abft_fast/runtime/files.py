@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import json
 import os
@@ -10,7 +11,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -107,6 +108,20 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's whole content with a text."""
     with atomic_file(path) as file:
         file.write(text)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Replace a file's whole content with a table.
+
+    Args:
+        path: the file.
+        rows: cells by column; a missing one and None are empty.
+        columns: the columns. Unset: those of the first row.
+    """
+    with atomic_file(path) as file:
+        writer = csv.DictWriter(file, columns or list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def check_output(path: Path, read: Iterable[Path] = ()) -> None:

@@ -67,15 +67,9 @@ class TrainingSteps(Stage):
         self.facts["rows"].append(rows)
 
     def _state(self, block: range) -> TrainState:
-        config, trained = self._config, self.streamed.trained_parameters(block)
-        controller = PenaltyController(
-            config.adaptation,
-            config.penalty,
-            config.proportional_factor,
-            config.pid_i,
-            config.pid_d,
-        )
-        optimizer = torch.optim.Adam(trained.values(), lr=config.lr)
+        trained = self.streamed.trained_parameters(block)
+        controller = PenaltyController.by_options(self._config)
+        optimizer = torch.optim.Adam(trained.values(), lr=self._config.lr)
         return TrainState(trained, optimizer, controller, self._budget)
 
     def _loss(

@@ -304,13 +304,7 @@ def _start_or_resume(training: Training) -> tuple[TrainState, int]:
     config, run, model = training.config, training.run, training.model
     trained = trainable.trained_parameters(model)
     optimizer = torch.optim.Adam(trained.values(), lr=config.lr)
-    controller = PenaltyController(
-        config.adaptation if METHODS[config.method].uses_penalty else "none",
-        config.penalty,
-        config.proportional_factor,
-        config.pid_i,
-        config.pid_d,
-    )
+    controller = PenaltyController.by_options(config)
     with processes.fail_together():
         done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
     if len(set(processes.gather(done))) > 1:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from abft_fast.options import TrainConfig
+from abft_fast.options.methods import METHODS
+
 
 @dataclass
 class PenaltyController:
@@ -26,6 +29,13 @@ class PenaltyController:
     last: float = 0.0
     before_last: float = 0.0
     steps: int = 0
+
+    @classmethod
+    def by_options(cls, config: TrainConfig) -> PenaltyController:
+        """Return the controller of a run; it changes nothing where the method has no penalty."""
+        kind = config.adaptation if METHODS[config.method].uses_penalty else "none"
+        factors = config.proportional_factor, config.pid_i, config.pid_d
+        return cls(kind, config.penalty, *factors)
 
     def update(self, heads: float) -> None:
         """Observe step t's induction heads a prompt; change A from t > 2 on (equation 3)."""

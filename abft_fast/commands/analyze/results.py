@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import time
@@ -13,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from abft_fast.plots import style
-from abft_fast.runtime.files import atomic_file, write_text
+from abft_fast.runtime.files import write_csv, write_text
 
 
 class Results:
@@ -36,11 +35,10 @@ class Results:
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a tidy CSV, one observation a row; None is an empty cell."""
-        path = self._path(".csv")
-        with atomic_file(path) as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+        write_csv(
+            self._path(".csv"),
+            [{name: _cell(value) for name, value in row.items()} for row in rows],
+        )
 
     def picture(self, draw: Callable[..., Figure], *arguments: Any) -> None:
         """Draw a figure in the style of all pictures, and write it as SVG."""

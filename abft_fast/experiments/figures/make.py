@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 from abft_fast import plots
 from abft_fast.experiments.figures.rows import make_rows
 from abft_fast.experiments.records import read_records
 from abft_fast.options import FigureConfig
-from abft_fast.runtime.files import check_output_folder, write_text
+from abft_fast.runtime.files import check_output_folder, write_csv, write_text
 
 
 def make_figure(config: FigureConfig) -> list[Path]:
@@ -29,12 +27,8 @@ def make_figure(config: FigureConfig) -> list[Path]:
 
     with style.applied():
         picture = style.svg(PICTURES[config.what](rows, config.metric))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    written = [config.output_dir / f"{config.what}.{suffix}" for suffix in ("csv", "svg")]
-    for path, content in zip(written, (text.getvalue(), picture), strict=True):
-        write_text(path, content)
-    return written
+    table, image = (config.output_dir / f"{config.what}.{suffix}" for suffix in ("csv", "svg"))
+    write_csv(table, rows)
+    write_text(image, picture)
+    return [table, image]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from abft_fast.experiments.cell import WITHOUT_RESULT
 from abft_fast.experiments.records import Record
 
-_NEVER = {
-    "dataset", "seed", "test_type", "device", "device_map", "output_dir", "save_steps", "tracker",
-    "token_budget", "attention_backend", "checkpointing", "generalization_test", "no_eval",
-    "no_eval_before", "no_eval_after", "no_save", "no_report", "calibration_samples", "template",
-    "test_file", "text_column", "label_column", "delimiter",
+_NEVER = WITHOUT_RESULT | {
+    "dataset", "seed", "test_type", "output_dir", "generalization_test", "calibration_samples",
+    "template", "test_file", "text_column", "label_column", "delimiter",
 }  # fmt: skip
 """Options that are a panel, a band or a bar of a figure, or change no result."""
 

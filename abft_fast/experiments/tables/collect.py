@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from abft_fast.errors import UserError
-from abft_fast.experiments.cell import CALIBRATIONS, PLACEMENT, VANILLA
+from abft_fast.experiments.cell import CALIBRATIONS, VANILLA, WITHOUT_RESULT
 from abft_fast.experiments.records import Record
 from abft_fast.experiments.tables.statistics import changed_options
 from abft_fast.experiments.tables.types import MethodRuns
 from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.options.methods import METHODS
 
-_NOT_COMPARED = PLACEMENT | {
-    "model", "dataset", "seed", "adapter", "method", "generalization_test", "token_budget",
-    "attention_backend", "checkpointing", "save_steps", "tracker", "no_eval", "no_eval_before",
-    "no_eval_after", "no_save", "no_report",
+_NOT_COMPARED = WITHOUT_RESULT | {
+    "model", "dataset", "seed", "adapter", "method", "generalization_test",
 }  # fmt: skip
 """Options that do not split the runs of a method: columns, seeds, and what changes no result."""
 
