@@ -89,8 +89,11 @@ def refuse_streams(options: DrawnPromptOptions, readers: str) -> None:
     Raises:
         UserError: a file is standard input or a pipe.
     """
-    texts = (options.plain_text, options.mauve_prefix) if isinstance(options, TrainConfig) else ()
-    for path in (*paths(options), *filter(None, texts)):
+    others: list[Path] = []
+    if isinstance(options, TrainConfig):
+        listed = [name for name in options.training_dataset_names if name not in data.DATASETS]
+        others = [*map(Path, listed), *filter(None, (options.plain_text, options.mauve_prefix))]
+    for path in (*paths(options), *others):
         if is_stream(path):
             raise UserError(f"{path} can be read once, but {readers} reads it: name a file")
 

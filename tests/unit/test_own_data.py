@@ -257,6 +257,13 @@ def test_a_pipe_is_a_dataset(reviews):
     assert [digest for _, digest in piped.files] == [digest for _, digest in whole.files]
     with pytest.raises(UserError, match=r"pipe\.csv can be read once, but every process reads it"):
         datasets.refuse_streams(options, "every process")
+    for given in (
+        {"training_datasets": "trec,pipe.csv"},
+        {"method": "MetaICL", "meta_datasets": "pipe.csv"},
+    ):
+        several = resolve(TrainConfig, {"dataset": "sst2", **given})
+        with pytest.raises(UserError, match=r"pipe\.csv can be read once, but every cell reads it"):
+            datasets.refuse_streams(several, "every cell")
     RunFolder.reserve(options).create(options, 0, datasets.file_hashes(options), {})
     with pytest.raises(UserError, match=r"pipe\.csv is not there any more: .* by --dataset"):
         resume()
