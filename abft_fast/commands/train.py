@@ -20,7 +20,7 @@ from abft_fast.evaluation.evaluation_set import EvaluationSet, Outcome
 from abft_fast.evaluation.last_rows import mean_last_row
 from abft_fast.memory.plan import available_memory, make_plan, what_to_change
 from abft_fast.memory.simulation import CannotCount
-from abft_fast.memory.types import Flow
+from abft_fast.memory.types import Flow, StaticMemory, StepMemory
 from abft_fast.models import gguf, loading, trainable
 from abft_fast.models.base_identity import compare_bases, describe_base
 from abft_fast.models.preflight import check_gradients
@@ -237,12 +237,21 @@ class TrainSession(Session):
                 f"{config.model} with {flow.options} does not fit in {room / 1e9:.1f} GB: "
                 f"{advice}, or pass --force"
             )
-        pseudo_batch = sum(sorted(map(len, prompts))[-config.pseudo_batch_size :])
-        with_gaps = KEPT_BY_MALLOC * plan.steps[flow].at(
-            min(tokens_at_once(config.token_budget), pseudo_batch)
-        )
-        is_short = plan.static.total + with_gaps > room
-        if self.accelerator.device.type == "cpu" and is_short and give_back_at_once():
+        if self.accelerator.device.type == "cpu":
+            self._spare_memory(plan.static, plan.steps[flow], prompts, room)
+
+    def _spare_memory(
+        self,
+        static: StaticMemory,
+        step: StepMemory,
+        prompts: Sequence[EncodedPrompt],
+        room: int,
+    ) -> None:
+        """Give freed memory back at once, if a step would not fit with the gaps of malloc."""
+        pseudo_batch = sum(sorted(map(len, prompts))[-self.config.pseudo_batch_size :])
+        tokens = min(tokens_at_once(self.config.token_budget), pseudo_batch)
+        is_short = static.total + KEPT_BY_MALLOC * step.at(tokens) > room
+        if is_short and give_back_at_once():
             self.progress.say(
                 "memory is short: freed memory goes back to the system at once, which makes steps "
                 "slower"

@@ -151,6 +151,7 @@ def test_what_fits_and_what_to_change():
 
 
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr(train, "give_back_at_once", lambda: False)  # it is for the whole process
     config = options(train_samples=8)
     for limit, force in ((10**9, False), (10**5, True), (10**5, False)):
         monkeypatch.setattr(train, "available_memory", lambda device, all_gpus, it=limit: it)
@@ -162,6 +163,28 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
     with pytest.raises(UserError, match=r"does not fit in 0.0 GB: .*, or pass --force"):
         found.check_memory(prompts)
     assert not hasattr(found, "model")
+
+
+def test_memory_goes_back_at_once_only_where_it_is_short(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "give_back_at_once", lambda: bool(asked.append(1)) or True)
+    said = []
+    progress = Progress()
+    monkeypatch.setattr(progress, "say", said.append)
+    session = train.TrainSession(options(train_samples=8, device="cpu"), progress)
+    prompts = session.encode_training()
+    flow = Flow("full")
+    planned = make_plan(
+        session.shape, session.config, session.arithmetic, [flow], max(map(len, prompts)), 10**9
+    )
+    step = planned.steps[flow].at(sum(map(len, prompts)))
+    for room, is_short in ((2.8 * step, False), (2 * step, True)):
+        asked.clear()
+        said.clear()
+        limit = int(planned.static.total + room)
+        monkeypatch.setattr(train, "available_memory", lambda device, all_gpus, it=limit: it)
+        session.check_memory(prompts)
+        assert (bool(asked), any("memory is short" in line for line in said)) == (is_short,) * 2
 
 
 def test_a_gpu_is_counted_with_its_own_autocast():
