@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -21,6 +20,7 @@ from abft_fast.streaming.steps import TrainingSteps
 from abft_fast.streaming.walk import Walk
 from abft_fast.training.loop import Training, optimize
 from abft_fast.training.run_folder import RunFolder
+from tests.close import close
 from tests.tiny_models import tiny_model
 from tests.unit.test_training import make_prompts
 
@@ -136,13 +136,8 @@ def same_figures(streamed, ordinary):
     names = ("loss", "penalty", "induction_heads", "correct_share_above_chance", "gradient_norm")
     for one, other in zip(streamed[0], ordinary[0], strict=True):
         for name in names:
-            assert one[name] == close_to(other[name]), name
+            assert one[name] == close(other[name], rel=1e-6), name
     for side in (1, 2):
         torch.testing.assert_close(streamed[side], ordinary[side], rtol=1e-6, atol=1e-6)
     heads = zip(dataclasses.astuple(streamed[3]), dataclasses.astuple(ordinary[3]), strict=True)
-    assert all(one == close_to(other) for one, other in heads)
-
-
-def close_to(value):
-    """A share that no prompt has is None in both ways."""
-    return None if value is None else pytest.approx(value, rel=1e-6)
+    assert all(one == close(other, rel=1e-6) for one, other in heads)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from tests.close import close
 from tests.command_line import QUICK, abft_fast
 from tests.several_processes import (
     LONG,
@@ -48,11 +49,11 @@ def test_the_result_is_that_of_one_process(one, two):
     ours, theirs = metrics(two[0]), metrics(one[0])
     assert len(ours) == len(theirs) == 3
     for row, expected in zip(ours, theirs, strict=True):
-        assert row == pytest.approx(expected, rel=1e-5)
+        assert row == close(expected, rel=1e-5)
     for name in ("evaluation.json", "attention.json"):
         found, expected = (json.loads((f / name).read_text()) for f in (two[0], one[0]))
         for when in ("before", "after"):
-            assert found[when]["trec"] == pytest.approx(expected[when]["trec"], rel=1e-5), name
+            assert found[when]["trec"] == close(expected[when]["trec"], rel=1e-5), name
 
 
 def test_one_process_writes_and_speaks(one, two):
@@ -124,7 +125,7 @@ def assert_same_but_for_rounding(found, expected, rows, expected_rows):
     for name, parameter in expected.items():
         assert (found[name] - parameter).norm() <= 1e-9 * parameter.norm(), name
     for row, same in zip(rows, expected_rows, strict=True):
-        assert row == pytest.approx(same, rel=1e-6)  # losses are added up in float32
+        assert row == close(same, rel=1e-6)  # losses are added up in float32
 
 
 @pytest.mark.parametrize("gradient", ["full", "local", "2"])
