@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
 import sys
 from importlib import metadata
@@ -99,5 +100,9 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak bytes so far: allocated on the fullest GPU, or resident on a CPU."""
     if device.type == "cuda":
         return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    # On Linux ru_maxrss begins with the memory of the process that started this one.
+    status = Path("/proc/self/status")
+    if status.exists() and (mark := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(mark[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,6 +1,10 @@
-"""What memory there is, as containers tell it."""
+"""What memory there is, as containers tell it, and what a process has taken."""
+
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from abft_fast.runtime.environment import _left_in_control_groups
 
@@ -25,3 +29,14 @@ def test_the_first_version_too(tmp_path):
     (tmp_path / "memory" / "memory.usage_in_bytes").write_text("600\n")
     (tmp_path / "memory" / "memory.stat").write_text(STAT)
     assert _left_in_control_groups(tmp_path) == [1000 - 600 + 500]
+
+
+def test_the_peak_of_a_process_is_its_own():
+    """Not that of the process that started it."""
+    code = (
+        "import torch; from abft_fast.runtime.environment import peak_memory; "
+        "torch.ones(2**24); print(peak_memory(torch.device('cpu')))"
+    )
+    large = torch.ones(2**28)  # 1 GiB
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**26 < int(run.stdout) < large.nbytes
