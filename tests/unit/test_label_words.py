@@ -16,6 +16,7 @@ from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
 from abft_fast.prompts.symbols import draw_symbols
+from abft_fast.training.label_words import encode_with_drawn_labels
 from abft_fast.training.method_prompts import shares
 from abft_fast.training.methods import training_prompts
 
@@ -100,6 +101,30 @@ def test_the_draw_depends_on_the_seed_alone():
         assert first == again != other
 
 
+@pytest.mark.parametrize("labels", ["permuted", "symbols", "mixed"])
+def test_the_same_prompts_get_other_labels_by_another_seed(labels):
+    dataset = data.load("trec")
+    encoder = PromptEncoder(TOKENIZER, dataset)
+    prompts = dataset.training_prompts(4, 16, 0)
+    encoded = [
+        encode_with_drawn_labels(
+            resolve(TrainConfig, {"training_labels": labels, "seed": seed}),
+            dataset, encoder, prompts,
+        ).prompts
+        for seed in (0, 1)
+    ]  # fmt: skip
+    assert encoded[0] != encoded[1]
+
+
+def test_a_symbol_is_no_word_of_its_prompt():
+    prompt = data.load("subj").training_prompts(2, 1, 0)[0]
+    used = re.findall("[a-z]+", prompt.query.text.lower())
+    words = (*used, "alpha", "beta")
+    for seed in map(str, range(20)):
+        [drawn] = draw_symbols([prompt], 2, words, seed)
+        assert {words[index] for index in drawn} == {"alpha", "beta"}
+
+
 def test_what_cannot_change_is_refused():
     with pytest.raises(UserError, match="PICL trains on plain text"):
         resolve(TrainConfig, {"method": "PICL", "training_labels": "permuted"})
@@ -150,6 +175,24 @@ def test_a_model_that_knows_the_task_keeps_its_own_labels(label_test):
     scores = label_test.score(stays)
     assert (scores["rotated"], scores["override_rate"], scores["prior_rate"]) == (0, 0, 1)
     assert scores["symbols"] is scores["symbols_low"] is None
+
+
+def test_rates_are_of_the_queries_that_are_known(label_test):
+    """Every third query is unknown under own labels; the others follow the rotation."""
+    labels = len(label_test.calls[0].template.label_words)
+    own = [prompt.query.label for prompt in label_test.calls[0].prompts]
+    rotated = [prompt.query.label for prompt in label_test.calls[1].prompts]
+    predictions = [
+        certain(label_test.calls[0], lambda i, _: (own[i] + (i % 3 == 0)) % labels),
+        certain(label_test.calls[1], lambda i, _: own[i] if i % 3 == 0 else rotated[i]),
+        [[]] * len(own),
+    ]
+    scores = label_test.score(predictions)
+    assert (scores["override_rate"], scores["prior_rate"]) == (1, 0)
+    known = sum(i % 3 != 0 for i in range(len(own))) / len(own)
+    assert scores["rotated"] == scores["own"] == known
+    # A query is asked twice, and its two answers are one trial.
+    assert (known, scores["own_low"], scores["own_high"]) == wilson(known, len(own) / 2)
 
 
 def test_prompts_keep_their_texts_and_rotate_their_labels(label_test):

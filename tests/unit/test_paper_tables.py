@@ -179,6 +179,25 @@ def test_layout_4(tmp_path):
     ]
 
 
+def test_layout_labels(tmp_path):
+    names = ("own", "rotated", "symbols", "override_rate", "prior_rate")
+    for dataset, shift in (("sst2", 0.0), ("subj", 0.1)):
+        options = {"dataset": dataset, "test_type": "LabelFollowing"}
+        run = RunFolder(write_run(tmp_path, **options))
+        for side, first in (("before", 0.1), ("after", 0.2)):
+            scores = {name: first + 0.1 * i + shift for i, name in enumerate(names)}
+            run.record_evaluation(side, {dataset: scores}, {})
+    assert show(tmp_path, layout="labels") == [
+        "| Model | Method | Seeds | Own | Rotated | New words "
+        "| Follows rotation | Keeps own label |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| builtin | Vanilla | 1 | 15.00 | 25.00 | 35.00 | 45.00 | 55.00 |",
+        "|  | ABFT | 1 | 25.00 | 35.00 | 45.00 | 55.00 | 65.00 |",
+    ]
+    with pytest.raises(UserError, match="layout 1: no run"):
+        show(tmp_path)
+
+
 def test_data_of_ones_own_are_columns_by_name(tmp_path):
     """Options that go with a dataset make no rows; two datasets of one name are refused."""
     for folder, name in (("a", "reviews.csv"), ("a", "mails.csv"), ("b", "reviews.csv")):
