@@ -1,12 +1,14 @@
 """Patched heads are exact: against plain hooks on whole prompts, in float64."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from abft_fast import EncodedPrompt
 from abft_fast.analysis.cmap import Patcher, curve_ways, halves, is_induction, ways_of
-from abft_fast.analysis.effects import recovered
+from abft_fast.analysis.effects import log_odds, recovered
 from abft_fast.analysis.last_row import run_prompt
 from abft_fast.analysis.pair import ModelPair
 from abft_fast.analysis.patching import check_can_patch, patched_logits, replacement
@@ -214,3 +216,9 @@ def test_the_head_that_carries_the_gain_is_first():
 def test_models_whose_keys_depend_on_the_whole_prompt_are_refused():
     with pytest.raises(UserError, match="cannot be patched alone"):
         check_can_patch(tiny_hybrid(["linear_attention", "full_attention"] * 2), 20)
+
+
+def test_log_odds_are_of_one_label_against_all_others():
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]])
+    expected = [math.log(0.3 / 0.7), math.log(0.8 / 0.2)]
+    assert log_odds(probabilities.log(), 1) == pytest.approx(expected, rel=1e-6)
