@@ -20,7 +20,7 @@ from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.token_budget import CPU_TOKENS
 from tests.study_rows import largest_class, rows_of
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 DATASETS = data.PAPER_DATASETS
 
 
@@ -79,7 +79,6 @@ def standard_error(share: float, answers: int = 1024) -> float:
     return (share * (1 - share) / answers) ** 0.5
 
 
-@pytest.mark.slow
 def test_it_is_above_chance_on_three_datasets(as_they_are):
     above = []
     for name, found in as_they_are.items():
@@ -89,7 +88,6 @@ def test_it_is_above_chance_on_three_datasets(as_they_are):
     assert len(above) >= 3, above
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", DATASETS)
 def test_random_labels_leave_it_at_chance(ask, name):
     """Two draws, so that 3 points are more than two and a half standard errors."""
@@ -100,7 +98,6 @@ def test_random_labels_leave_it_at_chance(ask, name):
     assert abs(np.mean([each.accuracy - each.by_luck for each in found])) <= 0.03
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in DATASETS if len(data.load(n).label_words) == 2])
 def test_swapped_labels_are_followed(ask, as_they_are, name):
     """Where it is above chance it falls below; elsewhere there is nothing to turn around."""

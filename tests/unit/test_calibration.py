@@ -49,6 +49,7 @@ def one_by_one(model, tokenizer, calibration_function=None):
     return inference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "contextual", "domain", "batch"])
 def test_a_whole_evaluation_is_staiccs_own(builtin, kind):
     """Ours packed, theirs on a model of its own, one prompt at a time; labels differ in GLER."""

@@ -28,6 +28,7 @@ def staicc_experimentor(name, k=4):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_staicc_form_is_staiccs_own_prompts(name):
     dataset = data.load(name)

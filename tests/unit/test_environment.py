@@ -31,6 +31,7 @@ def test_the_first_version_too(tmp_path):
     assert _left_in_control_groups(tmp_path) == [1000 - 600 + 500]
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_process_is_its_own():
     """Not that of the process that started it."""
     code = (

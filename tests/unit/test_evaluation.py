@@ -29,6 +29,7 @@ def reference():
     return AutoModelForCausalLM.from_pretrained(builtin_model_path())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_predictions_are_those_of_staiccs_harness(builtin, reference, name):
     """One prompt at a time, by its own string, in float32."""

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 # Blocks of 4 MB, of which every other one is freed: glibc keeps the gaps.
 FREE = """

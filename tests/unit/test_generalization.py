@@ -16,7 +16,7 @@ from abft_fast.options.resolve import resolve
 from abft_fast.runtime.progress import Progress
 from abft_fast.training.run_folder import RunFolder
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ def test_symbols_mean_nothing_in_their_prompt(form):
     assert max(used.values()) < 6 and len(used) > 100  # new ones in each prompt
 
 
+@pytest.mark.slow
 def test_words_of_tests_are_never_trained_on():
     encoders = [PromptEncoder(TOKENIZER, data.load(name)) for name in data.DATASETS]
     training = {word for encoder in encoders for word in encoder.symbols.training}
@@ -93,6 +94,7 @@ def test_mixed_takes_own_labels_by_their_share():
     assert kept[0] < 8 and 20 < kept[0.5] < 50 and kept[1] == 64
 
 
+@pytest.mark.slow
 def test_the_draw_depends_on_the_seed_alone():
     for labels in ("permuted", "symbols", "mixed"):
         first, _ = prompts_of(training_labels=labels)

@@ -150,6 +150,7 @@ def test_what_fits_and_what_to_change():
     assert advice(1000).startswith("weights and optimizer alone take 0.0 GB with --quantized")
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
     monkeypatch.setattr(train, "give_back_at_once", lambda: False)  # it is for the whole process
     config = options(train_samples=8)
@@ -165,6 +166,7 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(monkeypatch):
     assert not hasattr(found, "model")
 
 
+@pytest.mark.slow
 def test_memory_goes_back_at_once_only_where_it_is_short(monkeypatch):
     asked = []
     monkeypatch.setattr(train, "give_back_at_once", lambda: bool(asked.append(1)) or True)
@@ -196,6 +198,7 @@ def test_a_gpu_is_counted_with_its_own_autocast():
     assert on_gpu.a_token > 1.1 * on_cpu.a_token
 
 
+@pytest.mark.slow
 def test_a_loss_at_the_output_is_counted_with_its_logits():
     shape = tiny_config("llama", vocab_size=5000)
     logits = 4 * shape.vocab_size
@@ -214,6 +217,7 @@ def test_a_loss_at_the_output_is_counted_with_its_logits():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_attention_prompt_by_prompt_is_counted_so():
     shape, long = tiny_config("llama"), 600
     flash, separate = (
@@ -225,6 +229,7 @@ def test_attention_prompt_by_prompt_is_counted_so():
     assert float32_on_gpu == separate
 
 
+@pytest.mark.slow
 def test_advice_is_advice_that_can_be_followed():
     shape = tiny_config("llama", hidden_size=512, intermediate_size=1024)
     config = options(trainable="full")

@@ -131,6 +131,7 @@ def test_an_adapter_and_the_merged_model(folder):
     )
 
 
+@pytest.mark.slow
 def test_quantized(folder):
     subj = data.load("subj")
     plain = load("builtin", CPU, torch.float32, bits=4)

@@ -71,6 +71,7 @@ def test_prompts_are_staiccs_own(name, test_type):
         assert [call.template.render(prompt)[0] for prompt in call.prompts] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [0, 1, 4, 16])
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_a_datasets_test_prompts_are_those_of_the_normal_test(name, k):
@@ -80,6 +81,7 @@ def test_a_datasets_test_prompts_are_those_of_the_normal_test(name, k):
     assert {len(prompt.demonstrations) for prompt in call.prompts} == {k}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_prompts_of_unseen_labels_are_staiccs_own(name):
     """Few, as StaICC takes a millisecond a draw and draws until no label is the query's."""

@@ -187,6 +187,7 @@ def test_a_failing_report_is_one_line_for_a_training_run(run, monkeypatch):
     assert said[1:] == ["no report.html, which needs not_there: `pip install 'abft-fast[plots]'`"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_it_without_scrolling_sideways(run, tmp_path, width):

@@ -20,7 +20,7 @@ from abft_fast.models.trainable import enable_checkpointing, set_trained, traine
 from tests.costs import Largest, MatrixProducts, Waits, moved
 from tests.tiny_models import tiny_config, tiny_model
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 FLOWS = (Flow("full"), Flow("full", True), Flow(4), Flow(2), Flow("local"))
 by_flow = pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.options)
 RANK = 3

@@ -33,6 +33,7 @@ from tests.unit.test_training import make_prompts
 pytestmark = pytest.mark.unit
 
 
+@pytest.mark.slow
 def test_the_penalty_of_one_block_is_the_papers(tmp_path):
     config = config_of(saved("llama", tmp_path), gradient=4, epochs=4, adaptation="pid")
     ordinary = resident(config, tmp_path / "ordinary")
@@ -117,6 +118,7 @@ def test_one_block_is_in_memory_and_each_tensor_is_read_once(tmp_path):
     assert dict(read) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("states", ["memory", "disk"])
 @pytest.mark.parametrize("block", [0, 1, 3])

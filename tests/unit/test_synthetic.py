@@ -32,6 +32,7 @@ PARAMETERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_known_shape_has_its_parameters():
     assert set(PARAMETERS) == set(known_names())
     for name, billions in PARAMETERS.items():

@@ -12,7 +12,7 @@ from abft_fast.errors import RunError
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.token_budget import TokenBudget, find_token_budget, in_halves
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 
 def out_of_memory_above(tokens, lengths):

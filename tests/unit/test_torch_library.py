@@ -14,7 +14,7 @@ from abft_kernels.types import Residuals
 from tests.last_row_cases import DEVICE, make_case
 from tests.unit.test_fused import make_fused, run
 
-pytestmark = [pytest.mark.unit, pytest.mark.kernels]
+pytestmark = [pytest.mark.unit, pytest.mark.kernels, pytest.mark.slow]
 BACKENDS = ["torch", "triton"]
 LABELS = ("label_positions", "label_offsets", "label_is_correct")
 

@@ -33,6 +33,7 @@ def test_e2e_is_abfts_prompts_with_the_querys_label():
         assert same == t.label_is_correct
 
 
+@pytest.mark.slow
 def test_metaicl_leaves_the_tested_dataset_out():
     found, _ = prompts_of(dataset="subj", method="MetaICL")
     assert len(found) == 12

@@ -43,7 +43,7 @@ def test_features(options, dtype):
     check(make_case([63, 1, 31, 9], [4, 1, 6, 0], head_dim=60, dtype=dtype, **options))
 
 
-@pytest.mark.parametrize("length", [1, 2, 31, 63, 65, 3001])
+@pytest.mark.parametrize("length", [1, 2, 31, 63, 65, pytest.param(3001, marks=pytest.mark.slow)])
 def test_lengths(length):
     check(make_case([length, 17], [min(length, 5), 3], head_dim=64, dtype=torch.float32))
 
@@ -211,6 +211,7 @@ def test_many_labels(many):
     check(make_case([many + 40], [many], head_dim=16, dtype=torch.float32))
 
 
+@pytest.mark.slow
 def test_results_are_bitwise_repeatable():
     case = make_case([700, 65], [7, 3], head_dim=32, dtype=torch.float32)
     first, first_grads = gradients(last_row_loss, case, backend="triton")
