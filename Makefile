@@ -18,8 +18,9 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 train: install
 	$(BIN)/abft-fast train
 
-# A process a core; each computes on one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# A process a core; each computes on one. Files go in order of their names: by default xdist would leave
+# the files of few but long tests to the end, when one process has nothing left to do.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Run it before every commit: lint, types and the unit tests that are quick.
 check: install lint types

@@ -71,7 +71,7 @@ def _indices(text: str) -> list[int]:
     Raises:
         ValueError: the text names none.
     """
-    found: set[int] = set()
+    layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = (each.strip() for each in part.partition("-"))
         if not dash:
@@ -79,8 +79,8 @@ def _indices(text: str) -> list[int]:
         is_range = first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10_000
         if not is_range:
             raise ValueError("use a layer, a range such as 10-20, or several by commas")
-        found.update(range(int(first), int(last) + 1))
-    return sorted(found)
+        layers.update(range(int(first), int(last) + 1))
+    return sorted(layers)
 
 
 def _is_zero(value: Any) -> bool:

@@ -56,7 +56,7 @@ def _view(run: RunData, prefix: str) -> dict[str, Any]:
             name: value for name, value in run.environment.get("versions", {}).items() if value
         },
         "environment": run.environment,
-        "accuracy": {side: found.accuracy for side, found in run.sides.items()},
+        "accuracy": {side: result.accuracy for side, result in run.sides.items()},
         "gain": run.gain,
         "metrics": _metrics(run),
         "pictures": pictures(run, prefix),
@@ -72,9 +72,9 @@ def _view(run: RunData, prefix: str) -> dict[str, Any]:
 def _metrics(run: RunData) -> dict[str, dict[str, list[str]]]:
     """Return the text of each figure before and after, by dataset and title."""
     tables: dict[str, dict[str, list[str]]] = {}
-    for found in (run.evaluation, run.attention):
+    for by_side in (run.evaluation, run.attention):
         for column, side in enumerate(SIDES):
-            for dataset, figures in found.get(side, {}).items():
+            for dataset, figures in by_side.get(side, {}).items():
                 for name, value in figures.items():
                     title, text = _figure(name, value)
                     row = tables.setdefault(dataset, {}).setdefault(title, ["", ""])
@@ -92,9 +92,9 @@ def _figure(name: str, value: float | None) -> tuple[str, str]:
 
 
 def _confusion(run: RunData, side: str) -> dict[str, Any]:
-    found = run.sides[side]
-    words = found.details["label_words"]
-    table = confusion(found.labels, found.answers, len(words))
+    result = run.sides[side]
+    words = result.details["label_words"]
+    table = confusion(result.labels, result.answers, len(words))
     shares = [[cell / max(sum(row), 1) for cell in row] for row in table]
     rows = [
         (word, list(zip(cells, parts, strict=True)))
@@ -111,12 +111,12 @@ def _prompts(run: RunData) -> list[dict[str, Any]]:
     shown = []
     for place, prompt in enumerate(first.details["prompts"]):
         rows, answers = {}, {}
-        for side, found in run.sides.items():
-            other = found.details["prompts"][place]
-            if other["index"] == prompt["index"] and prompt["index"] in found.indices:
+        for side, result in run.sides.items():
+            other = result.details["prompts"][place]
+            if other["index"] == prompt["index"] and prompt["index"] in result.indices:
                 rows[side] = other["attention"]
-                at = found.indices.index(prompt["index"])
-                answers[side] = found.answers[at]
+                at = result.indices.index(prompt["index"])
+                answers[side] = result.answers[at]
         if not rows:
             continue
         top = max(max(row) for row in rows.values()) or 1.0
@@ -154,6 +154,6 @@ def _percent(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{100 * value:{sign}.1f}"
 
 
-def _interval(found: Interval, sign: str = "") -> str:
-    low, high = (f"{100 * value:{sign}.1f}" for value in (found.low, found.high))
+def _interval(interval: Interval, sign: str = "") -> str:
+    low, high = (f"{100 * value:{sign}.1f}" for value in (interval.low, interval.high))
     return f"{low} to {high}"

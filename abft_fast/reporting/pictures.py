@@ -25,13 +25,13 @@ def pictures(run: RunData, prefix: str) -> dict[str, str]:
         run: the run.
         prefix: what makes the pictures' ids unique in the page.
     """
-    found: dict[str, str] = {}
+    drawn: dict[str, str] = {}
     with style.applied():
         for title, figure in _figures(run).items():
             text = style.svg(figure)
             text = text[text.index("<svg") :]
-            found[title] = _IDS.sub(rf"\g<1>{prefix}-{len(found)}-", text)
-    return found
+            drawn[title] = _IDS.sub(rf"\g<1>{prefix}-{len(drawn)}-", text)
+    return drawn
 
 
 def _figures(run: RunData) -> dict[str, Figure]:
@@ -114,12 +114,12 @@ def _calibration(run: RunData) -> Figure:
     axes.plot([0, 100], [0, 100], color=style.GREY, linewidth=0.8)
     for color, (side, dash) in zip(style.COLORS, _SIDES.items(), strict=False):
         if side in run.sides:
-            found = run.sides[side]
-            bins = calibration(found.confidences, found.right)
+            result = run.sides[side]
+            bins = calibration(result.confidences, result.right)
             xs, ys = (
                 [100 * value for value in column] for column in list(zip(*bins, strict=True))[1:]
             )
-            sizes = [8 + 150 * each.prompts / len(found.indices) for each in bins]
+            sizes = [8 + 150 * each.prompts / len(result.indices) for each in bins]
             axes.plot(xs, ys, color=color, linestyle=dash, label=side, clip_on=False)
             axes.scatter(xs, ys, sizes, color=color, clip_on=False, linewidths=0, alpha=0.8)
     axes.set(xlim=(0, 100), ylim=(0, 100))

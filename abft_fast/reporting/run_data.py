@@ -114,8 +114,8 @@ def read_run(folder: Path) -> RunData:
     try:
         environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         details = {side: run.details(side) for side in SIDES} if has_accuracy else {}
-        sides = {side: Side.of(found) for side, found in details.items() if found}
-        sides = {side: found for side, found in sides.items() if found.indices}
+        sides = {side: Side.of(result) for side, result in details.items() if result}
+        sides = {side: result for side, result in sides.items() if result.indices}
         steps = run.metrics()
         return RunData(folder, options, environment, steps, run.evaluation, run.attention, sides)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -59,10 +59,10 @@ def confusion(labels: Sequence[int], answers: Sequence[int], count: int) -> list
 
 def calibration(confidences: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[Bin]:
     """Return the prompts by confidence, in bins of equal width; empty bins are left out."""
-    found = []
+    filled = []
     places = [min(int(value * bins), bins - 1) for value in confidences]
     for place in sorted(set(places)):
         own = [i for i, where in enumerate(places) if where == place]
         confidence = sum(confidences[i] for i in own) / len(own)
-        found.append(Bin(len(own), confidence, sum(right[i] for i in own) / len(own)))
-    return found
+        filled.append(Bin(len(own), confidence, sum(right[i] for i in own) / len(own)))
+    return filled

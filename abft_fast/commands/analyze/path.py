@@ -40,10 +40,10 @@ def path(config: PathConfig, progress: Progress) -> Results:
     effects = {}
     with progress.bar("paths", len(sides) * len(triples), len(sides) * tokens) as advance:
         for side, model_of in sides.items():
-            found = []
+            by_prompt = []
             with model_of() as model, session.accelerator.autocast():
                 for prompt, corrupted, label in triples:
-                    found.append(
+                    by_prompt.append(
                         path_effects(
                             model,
                             prompt,
@@ -54,13 +54,15 @@ def path(config: PathConfig, progress: Progress) -> Results:
                         )
                     )
                     advance(1, len(prompt))
-            effects[side] = found
+            effects[side] = by_prompt
     results = Results(config.output_dir, "path")
-    rows = [row for side, found in effects.items() for row in _rows(side, pair.layers, found)]
+    rows = [
+        row for side, by_prompt in effects.items() for row in _rows(side, pair.layers, by_prompt)
+    ]
     results.table(rows)
     means = {
-        side: PathEffects(*(_stacked(found, name).mean(0) for name in PathEffects._fields))
-        for side, found in effects.items()
+        side: PathEffects(*(_stacked(by_prompt, name).mean(0) for name in PathEffects._fields))
+        for side, by_prompt in effects.items()
     }
     results.picture(pictures.paths, pair.layers, means)
     return results
@@ -82,16 +84,18 @@ def _triples(session: AnalysisSession) -> list[tuple[EncodedPrompt, EncodedPromp
     return triples
 
 
-def _stacked(found: Sequence[PathEffects], name: str) -> Tensor:
-    return torch.stack([getattr(effects, name) for effects in found])
+def _stacked(by_prompt: Sequence[PathEffects], name: str) -> Tensor:
+    return torch.stack([getattr(effects, name) for effects in by_prompt])
 
 
-def _rows(side: str, layers: Sequence[int], found: Sequence[PathEffects]) -> list[dict[str, Any]]:
+def _rows(
+    side: str, layers: Sequence[int], by_prompt: Sequence[PathEffects]
+) -> list[dict[str, Any]]:
     """Return a row for each path and head, with the standard error over prompts."""
     rows = []
     for name in PathEffects._fields:
-        values = _stacked(found, name)
-        errors = values.std(0, correction=0) / len(found) ** 0.5
+        values = _stacked(by_prompt, name)
+        errors = values.std(0, correction=0) / len(by_prompt) ** 0.5
         for index, layer in enumerate(layers):
             for head in range(values.shape[2]):
                 rows.append(
@@ -100,7 +104,7 @@ def _rows(side: str, layers: Sequence[int], found: Sequence[PathEffects]) -> lis
                         "path": name,
                         "layer": layer,
                         "head": head,
-                        "prompts": len(found),
+                        "prompts": len(by_prompt),
                         "effect": float(values[:, index, head].mean()),
                         "standard_error": float(errors[index, head]),
                     }

@@ -122,8 +122,8 @@ def consistency(methods: list[MethodRuns]) -> Table:
         for test_type in _CONSISTENCY_TESTS.values():
             tested = [runs for runs in group if runs.options["test_type"] == test_type]
             for method in (VANILLA, *trained):
-                found = _only_setting(tested, method)
-                entries.append(_in_domain_average(found, datasets) if found else Entry())
+                only = _only_setting(tested, method)
+                entries.append(_in_domain_average(only, datasets) if only else Entry())
         lines.append([name, ", ".join(seeds) or "0", *entries])
     return Table(["Model", "Seeds", *titles], lines)
 
@@ -183,13 +183,13 @@ def _evaluation_options(runs: MethodRuns) -> list[str]:
 
 def _only_setting(methods: list[MethodRuns], method: str) -> MethodRuns | None:
     """Return the one entry of a method, or None if there is none."""
-    found = [runs for runs in methods if runs.method == method]
-    if len(found) > 1:
+    settings = [runs for runs in methods if runs.method == method]
+    if len(settings) > 1:
         raise UserError(
-            f"layout 3: {found[0].model} has {len(found)} settings of {method}: "
+            f"layout 3: {settings[0].model} has {len(settings)} settings of {method}: "
             "use a folder with one setting"
         )
-    return found[0] if found else None
+    return settings[0] if settings else None
 
 
 def _trained_on(methods: list[MethodRuns]) -> list[str]:
