@@ -38,6 +38,21 @@ OF_THIS_CALL = ("device", "device_map")
 MOVABLE = ("dataset", "test_file", "template", *DATASET_LISTS, "plain_text", "mauve_prefix")
 """Options that name the user's files, which may have moved when a run is resumed."""
 
+_IN_EVERY_CONFIG = frozenset({
+    "model", "dataset", "k", "prompt_form", "label_token", "on_long_prompt", "token_budget",
+    "device", "mixed_precision", "train_samples", "epochs", "pseudo_batch_size", "lr", "gradient",
+    "trainable", "lora_r", "penalty", "reward", "adaptation", "pid_p", "pid_i", "pid_d",
+    "head_filter", "checkpointing", "seed", "save_steps", "no_eval", "tracker",
+})  # fmt: skip
+"""The first program's options: a config.yaml that lacks one is cut short. No new option joins."""
+
+_LATER_DEFAULTS = {
+    name: field.default
+    for name, field in TrainConfig.model_fields.items()
+    if not field.exclude and name not in _IN_EVERY_CONFIG
+}
+"""A new option's default is what the program did before, so runs without the option have it."""
+
 
 class RunFolder:
     """Read and write the files of one training run.
@@ -102,9 +117,8 @@ class RunFolder:
         if not run.is_begun:
             raise UserError(f"--resume {folder}: the folder holds no run (it has no config.yaml)")
         options = run.options
-        missing = {n for n, f in TrainConfig.model_fields.items() if not f.exclude} - set(options)
-        if missing:
-            raise UserError(f"--resume {folder}: config.yaml lacks the option {sorted(missing)[0]}")
+        if missing := sorted(_IN_EVERY_CONFIG - set(options)):
+            raise UserError(f"--resume {folder}: config.yaml lacks the option {missing[0]}")
         for path in (run._environment, run._evaluation, run._attention, run._token_budget):
             _read_json(path)
         for name in MOVABLE:
@@ -137,8 +151,13 @@ class RunFolder:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return the options of the run; empty if the folder holds no run."""
-        return read_yaml(self.folder / "config.yaml") if self.is_begun else {}
+        """Return the options of the run; empty if the folder holds no run.
+
+        An option that the program did not have yet is at its default.
+        """
+        if not self.is_begun:
+            return {}
+        return {**_LATER_DEFAULTS, **read_yaml(self.folder / "config.yaml")}
 
     def create(
         self,

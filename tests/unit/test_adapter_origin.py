@@ -63,6 +63,15 @@ def test_another_split_is_refused(trained, tmp_path, run, now, message):
         check(evaluation(adapter, dataset="moved.csv", **now))
 
 
+def test_a_run_older_than_an_option_is_known_too(trained, tmp_path):
+    adapter = trained(split_seed=3)
+    config = tmp_path / "run/config.yaml"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("delimiter:")))
+    with pytest.raises(UserError, match="the adapter's run had --split-seed 3"):
+        check(evaluation(adapter))
+
+
 def test_changed_data_are_refused(trained, tmp_path):
     adapter = trained()
     with (tmp_path / "own.csv").open("a") as file:

@@ -89,6 +89,24 @@ def test_a_config_cut_short_is_not_resumed_as_something_else(tmp_path):
         RunFolder.open(tmp_path)
 
 
+def test_a_run_older_than_an_option_is_resumed_with_its_default(tmp_path):
+    config = resolve(TrainConfig, {"output_dir": str(tmp_path), "dataset": "trec", "k": "2"})
+    RunFolder(tmp_path).create(config, 0, {}, {})
+    path = tmp_path / "config.yaml"
+    newest = ("training_datasets", "mixture", "training_labels", "layers", "p_factor", "no_report")
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.partition(":")[0] not in newest]
+    assert len(kept) == len(lines) - len(newest)
+    path.write_text("".join(kept))
+    run, resumed = RunFolder.open(tmp_path)
+    assert resumed.model_dump() == config.model_dump()
+    assert run.resume_command(resumed) == f"abft-fast train --resume {tmp_path}"
+    for option in ("lr", "tracker", "seed"):  # every program wrote them
+        path.write_text("".join(line for line in kept if not line.startswith(f"{option}:")))
+        with pytest.raises(UserError, match=f"lacks the option {option}"):
+            RunFolder.open(tmp_path)
+
+
 def test_a_metrics_row_cut_short_is_dropped(tmp_path):
     run = RunFolder(tmp_path)
     for step in (1, 2, 3):
