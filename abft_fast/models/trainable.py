@@ -218,6 +218,9 @@ def save_adapter(
     config.inference_mode = True
     if modules:
         config.modules_to_save = sorted({names[id(m)].rsplit(".", 1)[-1] for m in modules})
+    for name, value in list(vars(config).items()):
+        if isinstance(value, set):  # a set of strings has another order in each process
+            setattr(config, name, sorted(value))
     config.save_pretrained(str(folder))
     for module in modules:
         for key, tensor in module.state_dict().items():
