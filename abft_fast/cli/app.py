@@ -139,7 +139,7 @@ def eval_(flags: dict[str, Any]) -> None:
 
     metrics, attention = evaluate(config, Progress())
     if launch.is_main():
-        printing.print_evaluation(metrics, attention)
+        printing.print_evaluation(config.test_type, metrics, attention)
 
 
 @command_with(PlanConfig)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -23,8 +24,11 @@ from abft_fast.runtime.files import write_json
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import tokens_at_once
 
-Scores = dict[str, dict[str, float | None]]
-"""Figures by dataset and name."""
+Scores = dict[str, Any]
+"""Figures by dataset and name; with several tests, such figures by test."""
+
+Outcomes = Sequence[tuple[EvaluationSet, Outcome]]
+"""Tests and what they found."""
 
 
 def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
@@ -74,22 +78,20 @@ def prepare_tests(session: Session) -> list[EvaluationSet]:
     Raises:
         UserError: a dataset does not allow the test, or a prompt is too long.
     """
-    config, name = session.config, session.dataset.name
-    names = [name]
+    config, encoder = session.config, session.encoder
+    places = [(session.dataset, encoder)]
     if config.generalization_test:
-        names += [other for other in data.PAPER_DATASETS if other != name]
-    tests = []
-    for dataset_name in names:
-        dataset, encoder = session.dataset, session.encoder
-        if dataset_name != name:
-            dataset = data.load(dataset_name)
-            encoder = PromptEncoder.by_options(
+        others = (name for name in data.PAPER_DATASETS if name != session.dataset.name)
+        for dataset in map(data.load, others):
+            other = PromptEncoder.by_options(
                 config, encoder.tokenizer, dataset, encoder.max_length, encoder.vocabulary
             )
-        test = EvaluationSet(config, dataset, encoder)
+            places.append((dataset, other))
+    tests = [EvaluationSet(config, *place, kind) for kind in config.test_types for place in places]
+    for test in tests:
+        what = f"{test.dataset}: {'' if len(config.test_types) == 1 else f'{test.test_type} '}test"
         for encoded in test.encoded:
-            session.say_too_long(encoded, f"{dataset_name}: test", "with fewer demonstrations")
-        tests.append(test)
+            session.say_too_long(encoded, what, "with fewer demonstrations")
     return tests
 
 
@@ -101,7 +103,7 @@ def keep_rows_of_labels(session: Session, tests: Sequence[EvaluationSet]) -> Non
 
 def run_tests(
     session: Session, tests: Sequence[EvaluationSet], title: str
-) -> tuple[Scores, Scores, list[Outcome]]:
+) -> tuple[Scores, Scores, Outcomes]:
     """Test the session's model in its current state.
 
     Args:
@@ -110,24 +112,50 @@ def run_tests(
         title: the title of the progress bar.
 
     Returns:
-        Metrics and attention behavior, by dataset, and the outcome of each test.
+        Metrics, attention behavior, and the outcome of each test.
     """
     outcomes = []
     for test in tests:
         lengths = ([len(prompt) for prompt in encoded.prompts] for encoded in test.encoded)
         own = [each[i] for each in lengths for i in processes.own_share(each)]
-        bar_title = title if len(tests) == 1 else f"{title}, {test.dataset}"
+        bar_title = ", ".join([title, *_distinction(test, tests)])
         with session.progress.bar(bar_title, len(own), sum(own)) as advance:
             outcome = test.run(functools.partial(_predict, session, advance))
         outcomes.append((test, outcome))
-    return *as_scores(outcomes), [outcome for _, outcome in outcomes]
+    return *as_scores(outcomes), outcomes
 
 
-def as_scores(outcomes: Sequence[tuple[EvaluationSet, Outcome]]) -> tuple[Scores, Scores]:
-    """Return metrics and attention behavior by dataset, of tests and what they found."""
-    metrics = {test.dataset: outcome.metrics for test, outcome in outcomes}
-    behaviors = ((test.dataset, outcome.behavior.result()) for test, outcome in outcomes)
-    return metrics, {dataset: dataclasses.asdict(behavior) for dataset, behavior in behaviors}
+def _distinction(test: EvaluationSet, tests: Sequence[EvaluationSet]) -> list[str]:
+    """Return the test's dataset and the test itself, each where not all tests share it."""
+    pairs = [(each.dataset, each.test_type) for each in tests]
+    own = zip((test.dataset, test.test_type), zip(*pairs, strict=True), strict=True)
+    return [name for name, names in own if len(set(names)) > 1]
+
+
+def as_scores(outcomes: Outcomes) -> tuple[Scores, Scores]:
+    """Return metrics and attention behavior, as files keep them."""
+    metrics: dict[str, Scores] = {}
+    attention: dict[str, Scores] = {}
+    for test, outcome in outcomes:
+        behavior = dataclasses.asdict(outcome.behavior.result())
+        metrics.setdefault(test.test_type, {})[test.dataset] = outcome.metrics
+        attention.setdefault(test.test_type, {})[test.dataset] = behavior
+    return as_kept(metrics), as_kept(attention)
+
+
+def as_details(
+    outcomes: Outcomes, describe: Callable[[EvaluationSet, Outcome], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the details of each test's first dataset, as files keep them."""
+    first: dict[str, tuple[EvaluationSet, Outcome]] = {}
+    for test, outcome in outcomes:
+        first.setdefault(test.test_type, (test, outcome))
+    return as_kept({kind: describe(*found) for kind, found in first.items()})
+
+
+def as_kept(by_test: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return what files keep of tests; see `options.data.of_one_test`, which reads it."""
+    return dict(by_test) if len(by_test) > 1 else next(iter(by_test.values()))
 
 
 def _predict(

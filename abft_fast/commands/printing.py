@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from abft_fast.options import listed_tests, of_one_test
 from abft_fast.runtime.progress import plain_console
 from abft_fast.training.run_folder import RunFolder
 
@@ -41,7 +42,8 @@ def print_run(run: RunFolder) -> None:
     table.add_column("after", justify="right")
     metrics, attention = run.evaluation, run.attention
     sides = [when for when in ("before", "after") if when in metrics]
-    rows = [_rows(metrics[when], attention[when]) for when in sides]
+    kinds = run.options["test_type"]
+    rows = [_rows_of_tests(kinds, metrics[when], attention[when]) for when in sides]
     for title in dict.fromkeys(title for side in rows for title in side):
         values = {when: side[title] for when, side in zip(sides, rows, strict=True)}
         table.add_row(title, values.get("before", ""), values.get("after", ""))
@@ -63,14 +65,28 @@ def print_run(run: RunFolder) -> None:
         console.print(f"trained {run.artifact.name}: {run.artifact}", soft_wrap=True)
 
 
-def print_evaluation(metrics: dict[str, dict], attention: dict[str, dict]) -> None:
-    """Print each dataset's metrics."""
-    table = Table(title=f"abft-fast eval: {', '.join(metrics)}", title_justify="left")
+def print_evaluation(test_type: str, metrics: dict[str, dict], attention: dict[str, dict]) -> None:
+    """Print the metrics of each test and dataset."""
+    datasets = of_one_test(metrics, test_type, listed_tests(test_type)[0])
+    table = Table(title=f"abft-fast eval: {', '.join(datasets)}", title_justify="left")
     table.add_column("")
     table.add_column("value", justify="right")
-    for title, value in _rows(metrics, attention).items():
+    for title, value in _rows_of_tests(test_type, metrics, attention).items():
         table.add_row(title, value)
     _console().print(table)
+
+
+def _rows_of_tests(
+    test_type: str, metrics: dict[str, dict], attention: dict[str, dict]
+) -> dict[str, str]:
+    """Return titles and values of all figures; where there are several tests, a title names its."""
+    rows: dict[str, str] = {}
+    tests = listed_tests(test_type)
+    for test in tests:
+        start = "" if len(tests) == 1 else f"{test}: "
+        own = (of_one_test(found, test_type, test) for found in (metrics, attention))
+        rows |= {start + title: value for title, value in _rows(*own).items()}
+    return rows
 
 
 def _rows(metrics: dict[str, dict], attention: dict[str, dict]) -> dict[str, str]:

@@ -23,7 +23,7 @@ def report(folders: Sequence[Path], output: Path) -> None:
     plots.check_installed("abft-fast report")
     from abft_fast.reporting.page import render
 
-    write_text(output, render([read_run(folder) for folder in folders]))
+    write_text(output, render([test for folder in folders for test in read_run(folder)]))
 
 
 def report_of_training(folder: Path, say: Callable[[str], None]) -> None:

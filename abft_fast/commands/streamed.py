@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from accelerate.utils import set_seed
 
-from abft_fast.commands.evaluate import Scores, as_scores
+from abft_fast.commands.evaluate import Scores, as_details, as_scores
 from abft_fast.commands.session import Session
 from abft_fast.commands.train import TrainSession, begin, prepare_data, save_result, to_train
 from abft_fast.core.objective import block_size
@@ -44,7 +45,7 @@ def evaluate_streamed(
     """Evaluate the model that the options name, with or without an adapter, in one walk.
 
     Returns:
-        Metrics and attention behavior, by dataset.
+        Metrics and attention behavior.
 
     Raises:
         UserError: the model cannot be streamed, or the adapter does not fit it.
@@ -172,7 +173,8 @@ class StreamedTraining:
             session.accelerator.log(known, step=row["step"])
         for side, testing in self._tests.items():
             outcomes = testing.outcomes()
-            details = describe_test(*outcomes[0], session.encoder.tokenizer)
+            describe = functools.partial(describe_test, tokenizer=session.encoder.tokenizer)
+            details = as_details(outcomes, describe)
             run.record_evaluation(side, *as_scores(outcomes), details)
         run.record_base(self._identity.base)
         if self._checkpoint is None:

@@ -10,7 +10,12 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from abft_fast.commands import mauve
-from abft_fast.commands.evaluate import keep_rows_of_labels, prepare_tests, run_tests
+from abft_fast.commands.evaluate import (
+    as_details,
+    keep_rows_of_labels,
+    prepare_tests,
+    run_tests,
+)
 from abft_fast.commands.report import report_of_training
 from abft_fast.commands.session import Session, check_same_data
 from abft_fast.core.packing import EncodedPrompt
@@ -85,7 +90,7 @@ def _train(config: TrainConfig, run: RunFolder, progress: Progress) -> None:
             metrics, attention, outcomes = run_tests(session, tests, f"evaluating {side}")
 
             def record() -> None:
-                details = details_of(session, tests[0], outcomes[0])
+                details = as_details(outcomes, functools.partial(details_of, session))
                 run.record_evaluation(side, metrics, attention, details)
 
             processes.run_on_main(record)

@@ -1,4 +1,4 @@
-"""One dataset's test: prompts are tokenized once, then predicted and scored as often as needed."""
+"""One test of one dataset: tokenized once, then predicted and scored as often as needed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,15 @@ class Outcome:
 class EvaluationSet:
     """A dataset's test prompts, by the protocol and the calibration of the options.
 
+    Args:
+        options: how prompts are made and calibrated.
+        dataset: the dataset.
+        encoder: its encoder.
+        test_type: one test of `options.test_types`.
+
     Attributes:
+        dataset: the dataset's name.
+        test_type: the test.
         label_words: the words of its labels, by label.
         encoded: its prompts, tokenized, as they are to be predicted, those of the test first.
 
@@ -52,15 +60,15 @@ class EvaluationSet:
         UserError: the dataset does not allow the test, or its prompts cannot be tokenized.
     """
 
-    def __init__(self, options: Options, dataset: Dataset, encoder: PromptEncoder):
-        self.dataset = dataset.name
+    def __init__(self, options: Options, dataset: Dataset, encoder: PromptEncoder, test_type: str):
+        self.dataset, self.test_type = dataset.name, test_type
         form = options.prompt_form
         self._protocol: Protocol | LabelFollowing
-        if options.test_type == "LabelFollowing":
+        if test_type == "LabelFollowing":
             words = encoder.symbols.test
             self._protocol = LabelFollowing(dataset, options.k, form, words)
         else:
-            self._protocol = Protocol.of(options.test_type, dataset, options.k, form)
+            self._protocol = Protocol.of(test_type, dataset, options.k, form)
         self.label_words = list(self._protocol.triplet.template.label_words)
         self._calibration = Calibration(
             options.calibration, self._protocol.triplet, options.k, options.calibration_samples
@@ -106,9 +114,9 @@ class EvaluationSet:
 
     def _check_all_kept(self, options: Options) -> None:
         """Refuse dropped prompts where StaICC needs every one."""
-        test_type = options.test_type
-        if test_type.endswith("Sensitivity") and any(encoded.dropped for encoded in self.encoded):
-            self._refuse(f"--test-type {test_type} compares all predictions of a query")
+        needs_all = self.test_type.endswith("Sensitivity")
+        if needs_all and any(encoded.dropped for encoded in self.encoded):
+            self._refuse(f"--test-type {self.test_type} compares all predictions of a query")
         if self._calibration.call is not None and self.encoded[-1].dropped:
             self._refuse(f"--calibration {options.calibration} learns from every prompt")
 

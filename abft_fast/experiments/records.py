@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from abft_fast.errors import UserError
 from abft_fast.experiments.cell_folder import FINISHED, UNFINISHED, CellFolder
-from abft_fast.options import Options
+from abft_fast.options import Options, listed_tests, of_one_test
 from abft_fast.options.resolve import read_yaml
 from abft_fast.training.run_folder import RunFolder
 
-Scores = dict[str, dict[str, dict[str, float]]]
-"""Metrics by side and dataset: `{"before": {"sst2": {"accuracy": 0.5}}, "after": ...}`."""
+Scores = dict[str, dict[str, Any]]
+"""Metrics by side and dataset: `{"before": {"sst2": {"accuracy": 0.5}}, "after": ...}`.
+
+Of a run with several tests, by side, test and dataset, until `Record.by_test` divides them.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,22 @@ class Record:
         """The name that the scores give the dataset."""
         return Options.model_construct(dataset=self.options["dataset"]).dataset_name
 
+    def by_test(self) -> list[Record]:
+        """Return a record for each of the run's tests, as if each had a run of its own."""
+        test_type = self.options.get("test_type", "Normal")
+        return [
+            replace(
+                self,
+                options=self.options | {"test_type": test},
+                evaluation=_of_test(self.evaluation, test_type, test),
+                attention=_of_test(self.attention, test_type, test),
+            )
+            for test in listed_tests(test_type)
+        ]
+
 
 def read_records(folder: Path) -> list[Record]:
-    """Read every run below a folder, in the order of their paths.
+    """Read every run below a folder, in the order of their paths; a run is a record for each test.
 
     Raises:
         UserError: there is no run, or a file of a run cannot be read.
@@ -69,9 +85,9 @@ def read_records(folder: Path) -> list[Record]:
     records = []
     for path in sorted([*folder.rglob("cell.yaml"), *folder.rglob("config.yaml")]):
         if path.name == "cell.yaml":
-            records.append(read_cell(path.parent))
+            records += read_cell(path.parent).by_test()
         elif _is_run(path.parent) and not (path.parent.parent / "cell.yaml").is_file():
-            records.append(_read(_read_run, path.parent))
+            records += _read(_read_run, path.parent).by_test()
     if not records:
         raise UserError(
             f"folder {folder} holds no run: name the folder of a run or a sweep, or one above them"
@@ -80,12 +96,16 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def read_cell(folder: Path) -> Record:
-    """Read a cell of a sweep, whatever its status.
+    """Read a cell of a sweep, whatever its status and whatever its tests.
 
     Raises:
         UserError: a file of the cell cannot be read.
     """
     return _read(_read_cell, folder)
+
+
+def _of_test(scores: Scores, test_type: str, test: str) -> Scores:
+    return {side: of_one_test(found, test_type, test) for side, found in scores.items()}
 
 
 def _is_run(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Write the results of a sweep as one CSV: a row for each cell, side and dataset."""
+"""Write the results of a sweep as one CSV: a row for each cell, test, side and dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _FIRST_COLUMNS = ("model", "dataset", "method", "seed")
 
 def write_results(path: Path, records: Iterable[Record]) -> None:
     """Replace a CSV by the records' results; a cell that is not finished has a row too."""
-    records = list(records)
+    records = [
+        part
+        for record in records
+        for part in (record.by_test() if record.status == FINISHED else [record])
+    ]
     options = _shown_options(records)
     rows = [row for record in records for row in _rows(record, options)]
     complete_first = sorted(rows, key=lambda row: "error" in row)

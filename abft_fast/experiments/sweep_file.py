@@ -12,6 +12,9 @@
 `model` and `seed` are axes. Every entry of an axis, and every setting, is a group of options:
 `builtin` is the group `{model: builtin}` without a name, and `Qwen2.5` is a named group, which has
 an axis of its own for `seed`.
+
+An option that takes several values at once (`SEVERAL`) may have a list as one value: a list in
+`options`, or a list in an axis. Everywhere else a list is an axis, for these options too.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ OPTIONS = tuple(
     if not field_info.exclude and name != "adapter"  # an adapter is no method
 )
 """The options that a sweep may set."""
+
+SEVERAL = ("test_type",)
+"""Options of which one value may be a list."""
 
 PARTS = ("options", "grid", "settings")
 
@@ -185,7 +191,7 @@ def _axis(axis: str, entries: Any) -> list[Group]:
     groups = []
     for entry in entries:
         if not isinstance(entry, dict):
-            groups.append(Group({axis: _scalar(entry, f"grid: {axis}")}))
+            groups.append(Group({axis: _value(axis, entry, f"grid: {axis}")}))
             continue
         if len(entry) != 1:
             raise UserError(
@@ -210,13 +216,18 @@ def _group(label: str, given: dict[str, Any]) -> Group:
 def _options(given: Any, where: str, *, lists: bool = False) -> dict[str, Any]:
     options = {}
     for name, value in _mapping(given, where).items():
-        if isinstance(value, list) and not lists:
+        option = _option(name, where)
+        is_list = isinstance(value, list)
+        if is_list and not lists and option not in SEVERAL:
             raise UserError(f"{where}: {name} is a list: put several values under `grid`")
-        options[_option(name, where)] = value if isinstance(value, list) else _scalar(value, where)
+        options[option] = value if is_list and lists else _value(option, value, where)
     return options
 
 
-def _scalar(value: Any, where: str) -> Any:
+def _value(option: str, value: Any, where: str) -> Any:
+    """Return one value of an option; several at once as a command line has them, by commas."""
+    if option in SEVERAL and isinstance(value, list) and value:
+        return ",".join(str(_value("", part, where)) for part in value)
     if isinstance(value, dict | list):
         raise UserError(f"{where}: an option cannot have the value {value}")
     return value

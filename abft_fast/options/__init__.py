@@ -15,7 +15,7 @@ from abft_fast.options.analyze import (
     ShowConfig,
 )
 from abft_fast.options.base import CommandOptions, flag, is_positional
-from abft_fast.options.data import CalibrationType, TestType
+from abft_fast.options.data import CalibrationType, TestType, listed_tests, of_one_test
 from abft_fast.options.evaluate import DrawnPromptOptions, EvalConfig, Options
 from abft_fast.options.experiments import SweepConfig, TableConfig
 from abft_fast.options.merge import MergeConfig
@@ -54,4 +54,6 @@ __all__ = [
     "TrainConfig",
     "flag",
     "is_positional",
+    "listed_tests",
+    "of_one_test",
 ]

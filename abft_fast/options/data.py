@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from abft_fast import data
 from abft_fast.data import tables
-from abft_fast.errors import UserError
+from abft_fast.errors import UserError, closest
 from abft_fast.options.model import ModelOptions
 
 TestType = Literal[
@@ -22,6 +23,46 @@ TestType = Literal[
     "LabelFollowing",
 ]
 CalibrationType = Literal["none", "contextual", "domain", "batch"]
+
+_TESTS: tuple[str, ...] = get_args(TestType)
+
+
+def _tests(value: Any) -> str:
+    """Return tests' names, given as a list or separated by commas, in the order of `TestType`.
+
+    Raises:
+        ValueError: a name is no test's, or is given twice.
+    """
+    names = [str(part).strip() for part in (value if isinstance(value, list) else [value])]
+    names = [part.strip() for name in names for part in name.split(",")]
+    for name in names:
+        if name not in _TESTS:
+            tests = ", ".join(_TESTS)
+            raise ValueError(
+                f"{name!r} is no test: use one or several, by commas, of {tests}"
+                f"{closest(name, _TESTS)}"
+            )
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is named twice")
+    return ",".join(sorted(names, key=_TESTS.index))
+
+
+def listed_tests(test_type: str) -> list[str]:
+    """Return the tests that a value of `--test-type` names."""
+    return test_type.split(",")
+
+
+def of_one_test(content: Mapping[str, Any], test_type: str, test: str) -> dict[str, Any]:
+    """Return what a file keeps about one test.
+
+    A run with several tests keeps an entry for each; a run with one keeps what the entry has.
+
+    Args:
+        content: one side of evaluation.json, for instance; it may be empty.
+        test_type: the run's `--test-type`.
+        test: one of its tests.
+    """
+    return dict(content if test_type == test else content.get(test, {}))
 
 
 def dataset_or_file(name: str) -> str:
@@ -103,14 +144,20 @@ class SamplingOptions(ModelOptions):
     )
     split_seed: int = Field(0, ge=0, description="Seed that chooses the rows of --test-share.")
     k: int = Field(4, ge=0, description="Demonstrations in a prompt.")
-    test_type: TestType = Field(
+    test_type: Annotated[str, BeforeValidator(_tests)] = Field(
         "Normal",
-        description="Test of StaICC. Normal: accuracy. TempSensitivity, DemoSensitivity: "
-        "consistency of predictions under other templates or demonstrations. GLER: accuracy when "
-        "labels of the demonstrations are wrong. TripletBias: bias. UnseenLabel: accuracy when "
-        "no demonstration has the query's label (paper, A.4). LabelFollowing, which is not "
-        "StaICC's: accuracy when the label words change places, and with new words.",
+        description="Test of StaICC, or several, separated by commas. Normal: accuracy. "
+        "TempSensitivity, DemoSensitivity: consistency of predictions under other templates or "
+        "demonstrations. GLER: accuracy when labels of the demonstrations are wrong. TripletBias: "
+        "bias. UnseenLabel: accuracy when no demonstration has the query's label (paper, A.4). "
+        "LabelFollowing, which is not StaICC's: accuracy when the label words change places, and "
+        "with new words.",
     )
+
+    @property
+    def test_types(self) -> list[str]:
+        """Return the tests that `test_type` names."""
+        return listed_tests(self.test_type)
 
 
 class ScoringOptions(ModelOptions):

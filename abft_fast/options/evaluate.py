@@ -75,14 +75,16 @@ class DrawnPromptOptions(PromptOptions, SamplingOptions, ColumnOptions, DatasetO
 
     @model_validator(mode="after")
     def _check_test_type(self) -> Self:
-        if self.test_type == "TempSensitivity" and self.data_are_own:
+        if "TempSensitivity" in self.test_types and self.data_are_own:
             raise ValueError(
                 f"--test-type TempSensitivity: {self.dataset} has no alternate templates; use "
                 "another --test-type"
             )
-        if self.test_type in ("GLER", "DemoSensitivity", "LabelFollowing") and self.k == 0:
+        of_demonstrations = ("GLER", "DemoSensitivity", "LabelFollowing")
+        changing = [test for test in self.test_types if test in of_demonstrations]
+        if changing and self.k == 0:
             raise ValueError(
-                f"--k 0: {self.test_type} changes demonstrations, so it needs at least one of them"
+                f"--k 0: {changing[0]} changes demonstrations, so it needs at least one of them"
             )
         return self
 
@@ -94,7 +96,7 @@ class Options(ScoringOptions, DrawnPromptOptions):
 
     @model_validator(mode="after")
     def _check_calibration(self) -> Self:
-        if self.test_type == "LabelFollowing" and self.calibration != "none":
+        if "LabelFollowing" in self.test_types and self.calibration != "none":
             raise ValueError(
                 f"--calibration {self.calibration} is for the dataset's own label words, but "
                 "LabelFollowing tests others, too: leave --calibration out"

@@ -28,7 +28,7 @@ _NOT_PERCENT = ("induction_heads",)
 
 
 def render(runs: Sequence[RunData]) -> str:
-    """Return the page of one or several runs."""
+    """Return the page of the tests of one or several runs."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -36,7 +36,7 @@ def render(runs: Sequence[RunData]) -> str:
     environment.filters["interval"] = _interval
     template = environment.from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
     return template.render(
-        title="abft-fast: " + ", ".join(run.folder.name for run in runs),
+        title="abft-fast: " + ", ".join(dict.fromkeys(run.folder.name for run in runs)),
         runs=[_view(run, f"r{index}") for index, run in enumerate(runs)],
         sides=SIDES,
     )
@@ -47,7 +47,7 @@ def _view(run: RunData, prefix: str) -> dict[str, Any]:
     seconds = sum(row["seconds"] for row in run.steps)
     return {
         "id": prefix,
-        "name": run.folder.name,
+        "name": run.name,
         "options": run.options,
         "shown_options": {
             flag(name): value for name, value in run.options.items() if value not in (None, False)

@@ -1,18 +1,19 @@
-"""Read what one run left, as a report shows it."""
+"""Read what one run left, test by test, as a report shows it."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from abft_fast.errors import UserError
 from abft_fast.evaluation.intervals import Interval, wilson
+from abft_fast.options import listed_tests, of_one_test
 from abft_fast.reporting.statistics import paired_difference
 from abft_fast.training.run_folder import RunFolder
 
-Scores = dict[str, dict[str, dict[str, float]]]
+Scores = dict[str, dict[str, Any]]
 """Figures by side, dataset and name; a figure may be None."""
 
 SIDES = ("before", "after")
@@ -69,19 +70,21 @@ class Side:
 
 @dataclass(frozen=True)
 class RunData:
-    """One run.
+    """One test of one run.
 
     Attributes:
-        folder: where it is.
-        options: every option.
+        folder: where the run is.
+        name: the folder's; of a run with several tests, with the test.
+        options: every option, with this test alone.
         environment: versions and device.
-        steps: the rows of metrics.jsonl.
+        steps: the rows of metrics.jsonl, for the first of several tests.
         evaluation: metrics by side and dataset.
         attention: attention behavior by side and dataset.
         sides: the predictions by side, of a test whose prompts have one right answer each.
     """
 
     folder: Path
+    name: str
     options: dict[str, Any]
     environment: dict[str, Any]
     steps: list[dict[str, Any]]
@@ -100,8 +103,8 @@ class RunData:
         return paired_difference(before.right, after.right, after.queries)
 
 
-def read_run(folder: Path) -> RunData:
-    """Read the folder of a run.
+def read_run(folder: Path) -> list[RunData]:
+    """Read each test of the folder of a run.
 
     Raises:
         UserError: the folder holds no run, or a file of it is damaged.
@@ -109,16 +112,33 @@ def read_run(folder: Path) -> RunData:
     run = RunFolder(folder)
     if not run.is_begun:
         raise UserError(f"{folder} holds no run of abft-fast train: name a run folder")
-    options = run.options
-    has_accuracy = options.get("test_type", "Normal") in ("Normal", "UnseenLabel")
     try:
         environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-        details = {side: run.details(side) for side in SIDES} if has_accuracy else {}
-        sides = {side: Side.of(result) for side, result in details.items() if result}
-        sides = {side: result for side, result in sides.items() if result.indices}
-        steps = run.metrics()
-        return RunData(folder, options, environment, steps, run.evaluation, run.attention, sides)
+        test_type = run.options["test_type"]
+        tests = [_read_test(run, environment, test_type, test) for test in listed_tests(test_type)]
+        return [tests[0], *(replace(test, steps=[]) for test in tests[1:])]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} cannot be read ({type(error).__name__}: {error}): repair its files"
         ) from None
+
+
+def _read_test(run: RunFolder, environment: dict[str, Any], test_type: str, test: str) -> RunData:
+    """Return one test of a run, whose `--test-type` is given."""
+
+    def by_side(scores: Scores) -> Scores:
+        return {side: of_one_test(scores[side], test_type, test) for side in scores}
+
+    has_accuracy = test in ("Normal", "UnseenLabel")
+    details = by_side({side: run.details(side) for side in SIDES}) if has_accuracy else {}
+    sides = {side: Side.of(result) for side, result in details.items() if result}
+    return RunData(
+        run.folder,
+        run.folder.name if test_type == test else f"{run.folder.name}, {test}",
+        run.options | {"test_type": test},
+        environment,
+        run.metrics(),
+        by_side(run.evaluation),
+        by_side(run.attention),
+        {side: result for side, result in sides.items() if result.indices},
+    )

@@ -260,31 +260,37 @@ class RunFolder:
             )
 
     @property
-    def evaluation(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return metrics by side (`before`, `after`) and dataset; empty before any evaluation."""
+    def evaluation(self) -> dict[str, dict[str, Any]]:
+        """Return metrics by side (`before`, `after`), then by dataset; empty before any evaluation.
+
+        With several tests, those of a side are by test, then by dataset: see `options.of_one_test`.
+        """
         return _read_json(self._evaluation)
 
     @property
-    def attention(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return attention behavior by side and dataset."""
+    def attention(self) -> dict[str, dict[str, Any]]:
+        """Return attention behavior, in the form of `evaluation`."""
         return _read_json(self._attention)
 
     def record_evaluation(
         self, when: str, metrics: dict, attention: dict, details: dict | None = None
     ) -> None:
-        """Record one side, by dataset, and the details of its first dataset.
+        """Record one side, in the form of `evaluation`, and the details of its first dataset.
 
         evaluation.json is written last, because it tells a resumed run that the side is done.
         """
         if details is not None:
             write_text(self._details(when), json.dumps(details) + "\n")
-        for path, by_dataset in ((self._attention, attention), (self._evaluation, metrics)):
+        for path, found in ((self._attention, attention), (self._evaluation, metrics)):
             content = _read_json(path)
-            content[when] = by_dataset
+            content[when] = found
             write_json(path, content)
 
     def details(self, when: str) -> dict[str, Any]:
-        """Return every prediction of one side and more, by `evaluation.details`; empty if none."""
+        """Return every prediction of one side and more, by `evaluation.details`; empty if none.
+
+        With several tests, by test.
+        """
         return _read_json(self._details(when))
 
     def _details(self, when: str) -> Path:

@@ -26,7 +26,7 @@ options:
   device: cpu
 grid:
   method:
-    - vanilla: {method: vanilla, k: 0}
+    - vanilla: {method: vanilla, k: 0, test_type: [[Normal, UnseenLabel]]}
     - ABFT
 settings:
   w/o PID: {adaptation: none}
@@ -79,7 +79,7 @@ def test_a_sweep_goes_on_where_it_was_ended(file, tmp_path):
     assert said[-1].endswith(f": abft-fast sweep {file} --output-dir {folder}")
     (vanilla,) = folder.glob("cells/builtin-trec-vanilla-*/metrics.json")
     evaluated = vanilla.stat().st_mtime_ns
-    assert [row["status"] for row in results(folder)] == ["waiting", "finished"]
+    assert [row["status"] for row in results(folder)] == ["waiting", "finished", "finished"]
 
     code, _, second = end_once_there_are(5, signal.SIGKILL, file, folder)
     assert code == -signal.SIGKILL
@@ -93,15 +93,17 @@ def test_a_sweep_goes_on_where_it_was_ended(file, tmp_path):
     assert len(whole) == STEPS and whole[: len(second) - 1] == second[:-1]
     assert vanilla.stat().st_mtime_ns == evaluated
 
-    trained, untrained = results(folder)
+    trained, untrained, unseen = results(folder)
     assert (trained["status"], trained["setting_name"]) == ("finished", "w/o PID")
     assert float(trained["training_seconds"]) == pytest.approx(sum(r["seconds"] for r in whole))
     assert int(trained["peak_memory_bytes"]) == max(r["peak_memory_bytes"] for r in whole)
-    accuracy = json.loads(vanilla.read_text())["trec"]["accuracy"]
+    assert (untrained["test_type"], unseen["test_type"]) == ("Normal", "UnseenLabel")
+    accuracy = json.loads(vanilla.read_text())["Normal"]["trec"]["accuracy"]
     assert (untrained["method"], untrained["evaluated_on"]) == ("vanilla", "trec")
     assert (untrained["seed"], float(untrained["accuracy"])) == ("", accuracy)
     table = abft_fast("table", folder)
-    assert f"| builtin | Vanilla | 1 | {100 * accuracy:.2f} |" in table.stdout
+    line = f"| builtin | Vanilla (test_type=Normal) | 1 | **{100 * accuracy:.2f}** |"
+    assert line in table.stdout
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])

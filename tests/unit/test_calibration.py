@@ -66,9 +66,9 @@ def test_a_whole_evaluation_is_staiccs_own(builtin, kind):
         },
     )
     dataset = cut("tee", 8)
-    outcome = EvaluationSet(
-        options, dataset, PromptEncoder.by_options(options, tokenizer, dataset, None)
-    ).run(lambda encoded, heads: predict_labels(model, encoded, 2000, behavior=heads))
+    encoder = PromptEncoder.by_options(options, tokenizer, dataset, None)
+    test = EvaluationSet(options, dataset, encoder, options.test_type)
+    outcome = test.run(lambda encoded, heads: predict_labels(model, encoded, 2000, behavior=heads))
     ours = outcome.metrics
     assert outcome.behavior.result().induction_heads > 0
 
@@ -154,7 +154,7 @@ def test_prompts_that_staicc_needs_are_not_left_out(builtin, options, message):
     dataset = cut("subj", 9)
     encoder = PromptEncoder.by_options(options, builtin[1], dataset, 230)
     with pytest.raises(UserError, match=message):
-        EvaluationSet(options, dataset, encoder)
+        EvaluationSet(options, dataset, encoder, options.test_type)
 
 
 def test_prompts_left_out_of_an_evaluation(builtin):
@@ -163,7 +163,7 @@ def test_prompts_left_out_of_an_evaluation(builtin):
     options = resolve(EvalConfig, {"on_long_prompt": "drop", "dataset": "subj"})
     dataset = cut("subj", 9)
     encoder = PromptEncoder.by_options(options, tokenizer, dataset, 180)
-    found = EvaluationSet(options, dataset, encoder)
+    found = EvaluationSet(options, dataset, encoder, options.test_type)
     [encoded] = found.encoded
     assert 0 < encoded.dropped < 18
     outcome = found.run(lambda encoded, heads: predict_labels(model, encoded, 2000, behavior=heads))

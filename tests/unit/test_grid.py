@@ -5,6 +5,8 @@ import pytest
 from abft_fast.errors import UserError
 from abft_fast.experiments.grid import read_cells
 from abft_fast.experiments.sweep_file import parse_overrides
+from abft_fast.options.data import ScoringOptions
+from abft_fast.options.model import ModelOptions
 
 pytestmark = pytest.mark.unit
 
@@ -126,6 +128,9 @@ def test_overrides_replace_axes_groups_and_settings(tmp_path):
         ),
         ("options: {output_dir: x}", "options: there is no option output_dir"),
         ("options: {k: [1, 2]}", "options: k is a list: put several values under `grid`"),
+        ("options: {test_type: []}", r"options: an option cannot have the value \[\]"),
+        ("options: {test_type: [GLER, [Normal]]}", "options: an option cannot have the value"),
+        ("options: {test_type: [GLER, gler]}", "'gler' is no test: .*; did you mean 'GLER'"),
         ("grid: {k: 4}", r"grid: k must be a list, such as \[4\]"),
         ("grid: {k: []}", "grid: k must be a list"),
         ("grid: [k]", "grid must be a mapping"),
@@ -153,6 +158,53 @@ def test_overrides_replace_axes_groups_and_settings(tmp_path):
 def test_a_mistake_is_one_line_before_anything_starts(text, message, tmp_path):
     with pytest.raises(UserError, match=f"sweep.yaml.*: .*{message}"):
         cells(tmp_path, text)
+
+
+def test_several_tests_are_one_value_or_an_axis(tmp_path):
+    def tests(text, **overrides):
+        return [cell.config.test_type for cell in cells(tmp_path, text, **overrides)]
+
+    both = "Normal,GLER"
+    assert tests("options: {test-type: [GLER, Normal]}") == [both]
+    assert tests("options: {test_type: 'GLER, Normal'}") == [both]
+    assert tests("grid: {test_type: [GLER, Normal]}") == ["GLER", "Normal"]
+    assert tests("grid: {test_type: [[GLER, Normal], Normal]}") == [both, "Normal"]
+    assert tests("settings: {a: {test_type: [[GLER, Normal]]}, b: {test_type: [GLER]}}") == [
+        both, "GLER",
+    ]  # fmt: skip
+    for pair, expected in (
+        ("test_type=[GLER, Normal]", ["GLER", "Normal"]),
+        ("test_type=[[GLER, Normal]]", [both]),
+        ("test_type=GLER,Normal", [both]),
+    ):
+        assert (
+            tests("options: {test_type: [GLER, TripletBias]}", **parse_overrides([pair]))
+            == expected
+        )
+    (one,), (other,) = (
+        cells(tmp_path, f"options: {{test_type: [{names}]}}")
+        for names in ("GLER, Normal", "Normal, GLER")
+    )
+    assert one.name == other.name
+    (single,), (plain,) = (
+        cells(tmp_path, "options: {test_type: [Normal]}"),
+        cells(tmp_path, "options: {k: 4}"),
+    )
+    assert single.name == plain.name
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_files_train_nothing_twice(path):
+    """Cells that train have different options of training, whatever they test."""
+    tests = {*ScoringOptions.model_fields, "test_type", "no_eval_before"} - set(
+        ModelOptions.model_fields
+    )
+    trained = [
+        cell.config.model_dump_json(exclude=tests)
+        for cell in read_cells(path, {})
+        if cell.command == "train"
+    ]
+    assert trained and len(set(trained)) == len(trained)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,17 @@ def test_layout_3(tmp_path):
     ]
 
 
+def test_layout_3_of_runs_with_both_tests(tmp_path):
+    both = ("TempSensitivity", "DemoSensitivity")
+    run = RunFolder(write_run(tmp_path, seconds=[1.0], dataset="sst2", test_type=",".join(both)))
+    for side, scores in (("before", (0.8, 0.6)), ("after", (0.9, 0.7))):
+        metrics = {
+            test: {"sst2": {"consistency": score}} for test, score in zip(both, scores, strict=True)
+        }
+        run.record_evaluation(side, metrics, {})
+    assert show(tmp_path, layout="3")[-1] == "| builtin | 1 | 80.00 | 90.00 | 60.00 | 70.00 |"
+
+
 def test_layout_4(tmp_path):
     write_run(tmp_path, 0.5, 0.7, [2.0, 2.0], dataset="sst2")
     write_run(tmp_path, 0.5, 0.6, [5.0], dataset="sst2", adaptation="none")

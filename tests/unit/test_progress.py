@@ -77,7 +77,7 @@ def test_the_tables_of_results_show_names_as_they_are(name, tmp_path, monkeypatc
     run.append_metrics({"step": 1, "seconds": 1.0, "peak_memory_bytes": 1})
     printing.print_run(run)
     behavior = {"induction_heads": 1.0, "correct_share_above_chance": None}
-    printing.print_evaluation({name: {"accuracy": 0.5}}, {name: behavior})
+    printing.print_evaluation("Normal", {name: {"accuracy": 0.5}}, {name: behavior})
     printing.print_findings([(name, f"{name}!")])
     printed = capsys.readouterr().out
     assert f"run folder: {name}\n" in printed

@@ -122,7 +122,7 @@ class Page(HTMLParser):
 def test_the_page_says_what_the_run_found(run, tmp_path):
     report([run], tmp_path / "r.html")
     page = Page(tmp_path / "r.html")
-    found = read_run(run)
+    (found,) = read_run(run)
     assert found.sides["before"].right == [True, True, False, False, False]
     assert found.sides["after"].accuracy.value == 0.8
     assert "my <run>" in page.text and "a <b>" in page.text  # escaped, not markup
@@ -161,7 +161,7 @@ def test_other_prompts_after_give_no_difference(run, tmp_path):
     other = details(4)
     other["probabilities"][0] = []
     (run / "details-after.json").write_text(json.dumps(other))
-    assert read_run(run).gain is None
+    assert read_run(run)[0].gain is None
     report([run], tmp_path / "r.html")
     assert "points of accuracy" not in Page(tmp_path / "r.html").text
 

@@ -45,7 +45,7 @@ def demonstrations(records: Sequence[Record], metric: str) -> list[Row]:
 def unseen(records: Sequence[Record], metric: str) -> list[Row]:
     """Return scores with demonstrations of any label, and with none of the query's (Fig. 2)."""
     wanted = ("Normal", "UnseenLabel")
-    kept = [record for record in records if record.options.get("test_type") in wanted]
+    kept = [record for record in records if record.options.get("test_type", "Normal") in wanted]
     return _scores(kept, metric, ("test_type",))
 
 
@@ -90,7 +90,8 @@ _WANTED = {
 
 def _over_steps(records: Sequence[Record], names: Sequence[str]) -> list[Row]:
     rows = []
-    for setting, record in zip(setting_names(records), records, strict=True):
+    runs = list({record.folder: record for record in records}.values())  # whatever their tests
+    for setting, record in zip(setting_names(runs, ("test_type",)), runs, strict=True):
         size = record.options.get("pseudo_batch_size", 0)
         for step in _steps(record):
             found = {name: step.get(name) for name in names}
@@ -111,30 +112,38 @@ def _scores(records: Sequence[Record], metric: str, options: Sequence[str]) -> l
     """Return the score of each finished run after training; what a test alone has counts once."""
     rows = []
     finished = [record for record in records if record.status == FINISHED]
-    for setting, record in zip(setting_names(finished, options), finished, strict=True):
-        score = record.evaluation.get("after", {}).get(record.dataset, {}).get(metric)
-        if score is not None:
-            found = {option: record.options.get(option) for option in options}
-            about = {"dataset": record.dataset, "setting": setting}
-            seed = record.options.get("seed")
-            rows.append({**about, "seed": seed, **found, metric: score})
+    tested = [record for record in finished if _score(record, "after", metric) is not None]
+    for setting, record in zip(setting_names(tested, options), tested, strict=True):
+        found = {option: record.options.get(option) for option in options}
+        about = {"dataset": record.dataset, "setting": setting}
+        seed = record.options.get("seed")
+        rows.append({**about, "seed": seed, **found, metric: _score(record, "after", metric)})
     return [*_untrained(finished, metric, options), *rows]
+
+
+def _score(record: Record, side: str, metric: str) -> float | None:
+    return record.evaluation.get(side, {}).get(record.dataset, {}).get(metric)
 
 
 def _untrained(records: Sequence[Record], metric: str, options: Sequence[str]) -> list[Row]:
     """Return the score before training, once for each dataset and value of a test's options."""
     if any(record.method == VANILLA for record in records):
         return []
+    if options == ("adaptation", "penalty", "reward"):
+        return []
     rows: dict[tuple, Row] = {}
-    tested = [option for option in options if option in ("k", "test_type")]
-    for record in records:
-        score = record.evaluation.get("before", {}).get(record.dataset, {}).get(metric)
-        if score is not None and options != ("adaptation", "penalty", "reward"):
-            found = {option: record.options.get(option) for option in tested}
-            model = str(record.options["model"])
-            about = {"dataset": record.dataset, "setting": VANILLA, "seed": None}
-            every = {**dict.fromkeys(options), **found}
-            rows.setdefault(
-                (model, record.dataset, *found.values()), {**about, **every, metric: score}
-            )
+    tested = [record for record in records if _score(record, "before", metric) is not None]
+    kinds = {record.options.get("test_type") for record in tested}
+    says_test = "test_type" not in options and len(kinds) > 1
+    shown = [option for option in options if option in ("k", "test_type")]
+    for record in tested:
+        found = {option: record.options.get(option) for option in shown}
+        kind = record.options.get("test_type")
+        setting = f"{VANILLA}, test_type={kind}" if says_test else VANILLA
+        about = {"dataset": record.dataset, "setting": setting, "seed": None}
+        every = {**dict.fromkeys(options), **found}
+        rows.setdefault(
+            (str(record.options["model"]), record.dataset, setting, *found.values()),
+            {**about, **every, metric: _score(record, "before", metric)},
+        )
     return list(rows.values())

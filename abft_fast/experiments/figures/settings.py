@@ -8,14 +8,14 @@ from abft_fast.experiments.cell import WITHOUT_RESULT
 from abft_fast.experiments.records import Record
 
 _NEVER = WITHOUT_RESULT | {
-    "dataset", "seed", "test_type", "output_dir", "generalization_test", "calibration_samples",
+    "dataset", "seed", "output_dir", "generalization_test", "calibration_samples",
     "template", "test_file", "text_column", "label_column", "delimiter",
 }  # fmt: skip
-"""Options that are a panel, a band or a bar of a figure, or change no result."""
+"""Options that are a panel or a band of a figure, or change no result."""
 
 
 def setting_names(records: Sequence[Record], without: Collection[str] = ()) -> list[str]:
-    """Return a name for each record; records of one name differ in dataset, seed and test alone.
+    """Return a name for each record; records of one name differ in dataset and seed alone.
 
     A name is the sweep file's name of the setting, or the method. Where records of one such name
     have different options, the name says these too.
