@@ -188,6 +188,8 @@ OPTIONS = [
     option("train --layers 0-x", "--layers 0-x: use a layer"),
     option("train --layers 3 --trainable model", "--layers works with --trainable lora and full"),
     option("merge --output-dir merged", "--adapter is missing"),
+    *(option(f"analyze shift --adapter a {ignored}", f"No such option: {ignored.split()[0]}")
+      for ignored in ("--k 4", "--dataset subj", "--prompt-form staicc", "--token-budget 9")),
     option("analyze cmap", "name the tuned model: --adapter FOLDER, or --tuned MODEL"),
     option("analyze cmap --adapter a --tuned b", "--adapter and --tuned both name the tuned model"),
     option("analyze cmap --adapter a --groups heads", "--groups heads: 'heads' is no group"),

@@ -25,9 +25,9 @@ from abft_fast.options import (
     EvalConfig,
     MergeConfig,
     OutputOptions,
+    PlacementOptions,
     PlanConfig,
     PredictConfig,
-    PromptOptions,
     ReadPromptOptions,
     TrainConfig,
     datasets,
@@ -207,7 +207,7 @@ def _check_data(config: DrawnPromptOptions) -> None:
         dataset.check_test(config.k)
 
 
-def _check_device(config: PromptOptions) -> None:
+def _check_device(config: PlacementOptions) -> None:
     """Refuse `--device cuda` without a GPU; this needs torch, but nothing slower."""
     from abft_fast.runtime.environment import uses_cpu
 

@@ -18,7 +18,7 @@ from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.merging import add_adapters
 from abft_fast.models.preflight import check_attention
 from abft_fast.models.trainable import load_adapter
-from abft_fast.options import DrawnPromptOptions, Options, PromptOptions, datasets
+from abft_fast.options import DrawnPromptOptions, Options, PlacementOptions, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.runtime import processes
 from abft_fast.runtime.environment import uses_cpu
@@ -38,10 +38,10 @@ class ModelOnDevice:
         model: the model, after `load`.
     """
 
-    config: PromptOptions
+    config: PlacementOptions
 
     def __init__(
-        self, config: PromptOptions, progress: Progress, tracker_folder: Path | None = None
+        self, config: PlacementOptions, progress: Progress, tracker_folder: Path | None = None
     ):
         self.config, self.progress = config, progress
         self.accelerator = make_accelerator(config, tracker_folder)
@@ -178,7 +178,7 @@ def check_same_data(config: Options) -> None:
         )
 
 
-def make_accelerator(config: PromptOptions, tracker_folder: Path | None = None) -> Accelerator:
+def make_accelerator(config: PlacementOptions, tracker_folder: Path | None = None) -> Accelerator:
     """Return the device, the arithmetic and the tracker that the options ask for.
 
     Raises:

@@ -19,7 +19,7 @@ from abft_fast.options.data import CalibrationType, TestType, listed_tests, of_o
 from abft_fast.options.evaluate import DrawnPromptOptions, EvalConfig, Options
 from abft_fast.options.experiments import SweepConfig, TableConfig
 from abft_fast.options.merge import MergeConfig
-from abft_fast.options.model import PromptOptions
+from abft_fast.options.model import PlacementOptions, PromptOptions
 from abft_fast.options.predict import PredictConfig
 from abft_fast.options.report import FigureConfig, ReportConfig
 from abft_fast.options.train import PlanConfig, TrainConfig
@@ -39,6 +39,7 @@ __all__ = [
     "Options",
     "OutputOptions",
     "PathConfig",
+    "PlacementOptions",
     "PlanConfig",
     "PlaneConfig",
     "PredictConfig",

@@ -10,13 +10,13 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from abft_fast.options.base import name_or_count
 from abft_fast.options.evaluate import DrawnPromptOptions
-from abft_fast.options.model import PromptOptions
+from abft_fast.options.model import PlacementOptions
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _GROUPS = ("head", "layer", "induction", "other")
 
 
-class OutputOptions(PromptOptions):
+class OutputOptions(PlacementOptions):
     """Options that say where an analysis goes."""
 
     output_dir: Path | None = Field(

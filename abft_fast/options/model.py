@@ -44,7 +44,28 @@ class ModelOptions(CommandOptions):
         return value
 
 
-class PromptOptions(ModelOptions):
+class PlacementOptions(ModelOptions):
+    """Options that say where the model is and with which arithmetic it runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device to run on.")
+    device_map: Literal["none", "auto"] = Field(
+        "none",
+        description="auto: split a model that is larger than one GPU by layers over all GPUs of "
+        "this machine.",
+    )
+    mixed_precision: Literal["auto", "no", "bf16"] = Field(
+        "auto",
+        description="Arithmetic of the forward pass. bf16: bfloat16. no: float32 throughout. "
+        "auto: bf16 on a GPU, no on a CPU.",
+    )
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads `no` as false
+
+
+class PromptOptions(PlacementOptions):
     """Options that say how prompts are written and what runs the model on them."""
 
     prompt_form: Literal["ours", "staicc"] = Field(
@@ -73,24 +94,8 @@ class PromptOptions(ModelOptions):
         "auto",
         description="What computes attention; `abft-fast doctor` lists what this machine has.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Device to run on.")
-    device_map: Literal["none", "auto"] = Field(
-        "none",
-        description="auto: split a model that is larger than one GPU by layers over all GPUs of "
-        "this machine.",
-    )
-    mixed_precision: Literal["auto", "no", "bf16"] = Field(
-        "auto",
-        description="Arithmetic of the forward pass. bf16: bfloat16. no: float32 throughout. "
-        "auto: bf16 on a GPU, no on a CPU.",
-    )
 
     @field_validator("token_budget", mode="before")
     @classmethod
     def _check_token_budget(cls, value: Any) -> str | int:
         return name_or_count(value, ("auto",), "auto or a number of tokens from 1")
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _yaml_no(cls, value: Any) -> Any:
-        return "no" if value is False else value  # YAML reads `no` as false
