@@ -155,8 +155,8 @@ def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
     for flow, step in plan.steps.items():
         flows.add_row(
             flow.options,
-            f"{step.fixed / 1e9:.3f}",
-            f"{step.a_token / 1e6:.4f}",
+            f"{step.of_large_batches.fixed / 1e9:.3f}",
+            f"{step.of_large_batches.a_token / 1e6:.4f}",
             f"{plan.most_tokens(flow):,}",
             f"{plan.most_demonstrations(flow):,}",
         )

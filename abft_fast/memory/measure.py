@@ -16,7 +16,7 @@ from abft_fast.memory.simulation import (
     peak_memory,
     without_memory,
 )
-from abft_fast.memory.types import Arithmetic, Flow, StaticMemory, StepMemory
+from abft_fast.memory.types import Arithmetic, Flow, Line, StaticMemory, StepMemory
 from abft_fast.models import trainable
 from abft_fast.models.shapes import with_layers
 from abft_fast.models.stored_format import stored_format
@@ -78,20 +78,28 @@ def step_memory(
         The memory of one forward and backward.
     """
     depth = shape.num_hidden_layers
-    few = max(_FEWEST_LAYERS, flow.gradient) if isinstance(flow.gradient, int) else _FEWEST_LAYERS
-    depths = [few, 2 * few] if 2 * few < depth else [depth]
+    block = flow.gradient if isinstance(flow.gradient, int) else 1
+    unit = block * -(-_FEWEST_LAYERS // block)
+    few = max(unit, 2 * block)  # the first block differs from all others
+    depths = [few, few + unit] if few + unit < depth else [depth]
     softcap = getattr(shape.get_text_config(decoder=True), "attn_logit_softcapping", None)
     one_by_one = softcap is not None or _attention(config, arithmetic) == "separate"
     count = 1 if one_by_one else -(-_FEWEST_TOKENS // length)
     counts = [count, 3 * count]
-    peaks = []  # by depth, then by number of prompts
+    peaks = []  # by depth, then by number of prompts, then by what takes them
     for layers in depths:
         model = trainable_without_memory(with_layers(shape, layers), config, arithmetic, flow)
         peaks.append([step_peak(model, config, arithmetic, flow, length, n) for n in counts])
-    at_depth = [_line(depths, of_count, depth) for of_count in zip(*peaks, strict=True)]
     tokens = [n * length for n in counts]
-    slope = (at_depth[1] - at_depth[0]) / (tokens[1] - tokens[0])
-    return StepMemory(fixed=_line(tokens, at_depth, 0), a_token=slope)
+    lines = []
+    for name in peaks[0][0]:
+        at_depth = [
+            _line(depths, [peak[name] for peak in of_count], depth)
+            for of_count in zip(*peaks, strict=True)
+        ]
+        slope = (at_depth[1] - at_depth[0]) / (tokens[1] - tokens[0])
+        lines.append(Line(fixed=_line(tokens, at_depth, 0), a_token=slope))
+    return StepMemory(tuple(lines))
 
 
 def trainable_without_memory(
@@ -114,8 +122,11 @@ def step_peak(
     flow: Flow,
     length: int,
     count: int,
-) -> int:
-    """Return the peak bytes of a forward and backward on `count` prompts of `length` tokens."""
+) -> dict[str, int]:
+    """Return the peak bytes of a forward and backward on `count` prompts of `length` tokens.
+
+    They are apart by what takes them, as in `peak_memory`.
+    """
     prompts = [example_prompt(config, length)] * count
     packed = pack(prompts)
     changes = {"gradient": flow.gradient, "attention_backend": _attention(config, arithmetic)}
@@ -131,7 +142,7 @@ def step_peak(
                 stack.enter_context(float32_as_on_a_gpu())
             method_loss(model, prompts, packed, options, config.penalty).loss.backward()
 
-    return peak_memory(step)
+    return peak_memory(step, arithmetic.device_type)
 
 
 def _line(at: Sequence[float], values: Sequence[float], to: float) -> float:

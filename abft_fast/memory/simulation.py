@@ -1,7 +1,7 @@
 """Count the memory of a computation by running it on fake tensors, which have no memory.
 
 The step's own code runs: shapes, dtypes and lifetimes are real, and nothing is computed. Memory
-that one operation uses inside itself is not counted.
+that one operation takes inside itself is counted where `inside` knows it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
+from abft_fast.memory.inside import bytes_inside
 from abft_fast.models.synthetic import is_quantized
 
 
@@ -89,12 +90,18 @@ class CannotCount(Exception):  # noqa: N818 - the user did nothing wrong
     """The memory cannot be counted, for example because shapes depend on values."""
 
 
+TENSORS = "tensors"
+"""The name of the peak of tensors alone, without what an operation takes inside itself."""
+
+
 class _MemoryCount(TorchDispatchMode):
     """Count the bytes of the fake tensors that live at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self._device_type = device_type
+        self.now = 0
+        self.peaks = {TENSORS: 0}
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -108,6 +115,10 @@ class _MemoryCount(TorchDispatchMode):
         self._see((args, kwargs), counted=False)  # tensors from before the count
         result = function(*args, **kwargs)
         self._see(result, counted=True)
+        inside = bytes_inside(function, args, kwargs, self._device_type)
+        if inside:
+            name = str(function)
+            self.peaks[name] = max(self.peaks.get(name, 0), self.now + inside)
         return result
 
     def _see(self, tensors: Any, counted: bool) -> None:
@@ -119,7 +130,7 @@ class _MemoryCount(TorchDispatchMode):
                 size = storage.nbytes() if counted else 0
                 self._known.add(storage._cdata)
                 self.now += size
-                self.peak = max(self.peak, self.now)
+                self.peaks[TENSORS] = max(self.peaks[TENSORS], self.now)
                 weakref.finalize(storage, self._forget, storage._cdata, size)
 
     def _forget(self, key: int, size: int) -> None:
@@ -148,14 +159,21 @@ def _to_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def peak_memory(run: Callable[[], object]) -> int:
+def peak_memory(run: Callable[[], object], device_type: str) -> dict[str, int]:
     """Return the most bytes that `run` adds at once on fake tensors.
+
+    Each operation that takes memory inside itself has a peak of its own, by its name: the peaks of
+    unlike operations grow unlike with the size of the input. TENSORS is the peak without them.
+
+    Args:
+        run: what is counted.
+        device_type: `cuda` or `cpu`; operations take different memory inside themselves.
 
     Raises:
         CannotCount: an operation in `run` depends on values.
     """
     try:
-        with _MemoryCount() as count:
+        with _MemoryCount(device_type) as count:
             run()
     except (
         DataDependentOutputException,
@@ -163,4 +181,4 @@ def peak_memory(run: Callable[[], object]) -> int:
         UnsupportedOperatorException,
     ) as error:
         raise CannotCount(str(error).splitlines()[0]) from error
-    return count.peak
+    return count.peaks

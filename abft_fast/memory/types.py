@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -75,20 +76,46 @@ class StaticMemory:
         return self.quantized + self.frozen + self.trained + self.gradients + self.optimizer
 
 
-@dataclass(frozen=True)
-class StepMemory:
-    """Most bytes that a step adds to the static ones: `fixed + a_token * tokens`."""
+class Line(NamedTuple):
+    """Bytes that grow with the tokens of a packed batch: `fixed + a_token * tokens`."""
 
     fixed: float
     a_token: float
 
     def at(self, tokens: int) -> float:
-        """Return the bytes for a packed batch of this many tokens."""
+        """Return the bytes for this many tokens."""
         return self.fixed + self.a_token * tokens
 
     def most_tokens(self, room: float) -> int:
-        """Return the tokens of the largest batch that takes at most `room` bytes, or 0."""
+        """Return the most tokens that take at most `room` bytes, or 0."""
         return max(0, int((room - self.fixed) / self.a_token))
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Most bytes that a step adds to the static ones, by what takes them.
+
+    The largest of the lines counts: a dequantized weight is the peak of a small batch, and
+    activations are the peak of a large one.
+
+    Attributes:
+        lines: the tensors alone, and each operation that takes memory inside itself.
+    """
+
+    lines: tuple[Line, ...]
+
+    @property
+    def of_large_batches(self) -> Line:
+        """Return the line that counts where a batch has many tokens."""
+        return max(self.lines, key=lambda line: (line.a_token, line.fixed))
+
+    def at(self, tokens: int) -> float:
+        """Return the bytes for a packed batch of this many tokens."""
+        return max(line.at(tokens) for line in self.lines)
+
+    def most_tokens(self, room: float) -> int:
+        """Return the tokens of the largest batch that takes at most `room` bytes, or 0."""
+        return min(line.most_tokens(room) for line in self.lines)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from abft_kernels import flash_attention_with_last_row_loss
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPTJConfig
 
 from abft_fast.commands import train
@@ -19,8 +21,14 @@ from abft_fast.memory.measure import (
     trainable_without_memory,
 )
 from abft_fast.memory.plan import make_plan
-from abft_fast.memory.simulation import CannotCount, bytes_of
-from abft_fast.memory.types import FLOWS, Arithmetic, Flow
+from abft_fast.memory.simulation import (
+    TENSORS,
+    CannotCount,
+    bytes_of,
+    peak_memory,
+    without_memory,
+)
+from abft_fast.memory.types import FLOWS, Arithmetic, Flow, Line, StepMemory
 from abft_fast.models.synthetic import random_model
 from abft_fast.models.trainable import train_lora, train_weights
 from abft_fast.options import PlanConfig, TrainConfig
@@ -35,6 +43,9 @@ pytestmark = pytest.mark.unit
 ROOT = Path(__file__).parents[2]
 
 FLOAT32 = Arithmetic("cpu", mixed=False)
+ON_GPU = Arithmetic("cuda", mixed=True)
+PRODUCT = "bitsandbytes.gemm_4bit.default"
+FLASH_BACKWARD = "abft.flash_attention_with_last_row_loss_backward.default"
 
 
 def options(**changes):
@@ -65,14 +76,99 @@ def test_weights_are_counted_as_they_are(family, bits, trainable):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.options)
-def test_few_layers_tell_the_memory_of_many(flow):
-    shape = tiny_config("llama", num_hidden_layers=13, hidden_size=64, intermediate_size=176)
-    few = step_memory(shape, options(), FLOAT32, flow, 50)
-    whole = trainable_without_memory(shape, options(), FLOAT32, flow)
+@pytest.mark.parametrize(
+    ("arithmetic", "quantized", "flow"),
+    [*((FLOAT32, False, flow) for flow in FLOWS), (ON_GPU, True, Flow(4))],
+    ids=[*(flow.options for flow in FLOWS), "nf4 on a GPU --gradient 4"],
+)
+def test_few_layers_tell_the_memory_of_many(arithmetic, quantized, flow):
+    shape = tiny_config("llama", num_hidden_layers=16, hidden_size=64, intermediate_size=176)
+    config = options(quantized=quantized)
+    few = step_memory(shape, config, arithmetic, flow, 50)
+    whole = trainable_without_memory(shape, config, arithmetic, flow)
     for count in (50, 200):
-        peak = step_peak(whole, options(), FLOAT32, flow, 50, count)
-        assert few.at(50 * count) == pytest.approx(peak, rel=0.02)
+        peaks = step_peak(whole, config, arithmetic, flow, 50, count)
+        for line, peak in zip(few.lines, peaks.values(), strict=True):
+            assert line.at(50 * count) == pytest.approx(peak, rel=0.02)
+        assert few.at(50 * count) == pytest.approx(max(peaks.values()), rel=0.02)
+
+
+@pytest.mark.parametrize(("device", "statistics"), [("cuda", 2), ("cpu", 1)])
+def test_a_product_in_nf4_takes_its_dequantized_weight(device, statistics):
+    """An MLP's layer of Llama 3 70B without a gradient, 2,400 tokens in bfloat16."""
+    import bitsandbytes as bnb
+
+    with torch.device("meta"):
+        layer = bnb.nn.Linear4bit(8192, 28672, bias=False, quant_type="nf4")
+    layer.compute_dtype = torch.bfloat16
+    without_memory(layer)
+    with layer.weight.fake_mode:
+        hidden = torch.empty(2400, 8192, dtype=torch.bfloat16)
+    with torch.no_grad():
+        peaks = peak_memory(lambda: layer(hidden), device)
+    output, weight, factors = 137_625_600, 469_762_048, 14_680_064  # a float32 each 64 weights
+    assert peaks == {TENSORS: output, PRODUCT: output + weight + statistics * factors}
+
+
+def flash_backward_peaks(device, heads, key_heads, head_dim, uses_output=True):
+    """Peaks of 300 tokens in two prompts, and the operation's own part."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query = torch.empty(300, heads, head_dim, dtype=torch.bfloat16, requires_grad=True)
+        key = torch.empty(300, key_heads, head_dim, dtype=torch.bfloat16, requires_grad=True)
+
+    def run():
+        out, found = flash_attention_with_last_row_loss(
+            query, key, key, torch.tensor([0, 100, 300], dtype=torch.int32),
+            torch.tensor([5, 150], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32),
+            torch.tensor([True, False]), longest=200, bounds=[0, 100, 300],
+            penalty=0.5, reward=1.0, attention="sdpa", backend="torch",
+        )  # fmt: skip
+        (found.loss.sum() + (out.float().sum() if uses_output else 0)).backward()
+
+    return peak_memory(run, device)
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "head_dim", "inside"),
+    [
+        # dq of 300 + 2 x 128 rows in float32, D rounded to 96; softmax_d; dk and dv a query head.
+        (4, 2, 80, 4 * 556 * 4 * 96 + 4 * 556 * 4 + 2 * 2 * 300 * 4 * 80),
+        (2, 2, 192, 4 * 556 * 2 * 192 + 4 * 556 * 2),
+        (2, 1, 129, 4 * 556 * 2 * 192 + 4 * 556 * 2 + 2 * 2 * 300 * 2 * 129),
+    ],
+)
+def test_flash_attention_has_a_workspace_in_its_backward(heads, key_heads, head_dim, inside):
+    size = heads, key_heads, head_dim
+    on_gpu, on_cpu = (flash_backward_peaks(device, *size) for device in ("cuda", "cpu"))
+    assert on_cpu == {TENSORS: on_gpu[TENSORS]}
+    element = 300 * head_dim * 2
+    alive = element * (heads + 2 * key_heads)  # the gradients
+    alive += element * heads * 2 + 4 * 300 * heads  # the output, its gradient, the log-sum-exp
+    found = on_gpu[FLASH_BACKWARD] - inside
+    assert alive <= found <= 1.1 * alive  # losses and their residuals are small
+    assert flash_backward_peaks("cuda", *size, uses_output=False).keys() == {TENSORS}
+
+
+def test_a_plan_counts_what_operations_take_inside():
+    shape = tiny_config("llama", hidden_size=64, intermediate_size=128)
+    of = {
+        (device, quantized): step_memory(
+            shape, options(quantized=quantized), Arithmetic(device, device == "cuda"),
+            Flow("full"), 60,
+        ).lines
+        for device in ("cuda", "cpu") for quantized in (True, False)
+    }  # fmt: skip
+    # Tensors, bitsandbytes' product, flash attention's backward.
+    assert {case: len(lines) for case, lines in of.items()} == {
+        ("cuda", True): 3, ("cuda", False): 2, ("cpu", True): 2, ("cpu", False): 1,
+    }  # fmt: skip
+
+
+def test_the_largest_line_counts_whatever_the_batch():
+    step = StepMemory((Line(100.0, 10.0), Line(500.0, 2.0)))
+    assert [step.at(tokens) for tokens in (0, 50, 100)] == [500, 600, 1100]
+    assert [step.most_tokens(room) for room in (400, 500, 600, 1100)] == [0, 0, 50, 100]
+    assert step.of_large_batches == Line(100.0, 10.0)
 
 
 REAL = """
@@ -195,7 +291,7 @@ def test_a_gpu_is_counted_with_its_own_autocast():
         step_memory(tiny_config("gpt2"), options(), Arithmetic(device, True), Flow("full"), 60)
         for device in ("cuda", "cpu")
     )
-    assert on_gpu.a_token > 1.1 * on_cpu.a_token
+    assert on_gpu.of_large_batches.a_token > 1.1 * on_cpu.of_large_batches.a_token
 
 
 @pytest.mark.slow
@@ -203,7 +299,9 @@ def test_a_loss_at_the_output_is_counted_with_its_logits():
     shape = tiny_config("llama", vocab_size=5000)
     logits = 4 * shape.vocab_size
     abft, e2e, picl = (
-        step_memory(shape, options(method=method, trainable="lora"), FLOAT32, Flow("full"), 60)
+        step_memory(
+            shape, options(method=method, trainable="lora"), FLOAT32, Flow("full"), 60
+        ).of_large_batches
         for method in ("ABFT", "E2E", "PICL")
     )
     assert picl.a_token > e2e.a_token + logits  # of every token; of one in 60
