@@ -28,7 +28,7 @@ import triton
 from abft_kernels import loss_triton
 from abft_kernels.types import Rows, Scores
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
@@ -142,11 +142,18 @@ def run_all(variant: Variant) -> None:
         )  # fmt: skip
 
 
-def compile_launch(processor: Processor, kernel: triton.JITFunction, launch: dict) -> Resources:
-    """Compile one recorded launch, and read its needs from the binary."""
+def compiled_kernel(
+    processor: Processor, kernel: triton.JITFunction, launch: dict
+) -> CompiledKernel:
+    """Compile one recorded launch."""
     source = ASTSource(kernel, launch["signature"], launch["constants"], launch["configs"][0])
     options = {n: launch[n] for n in ("num_warps", "num_stages", "enable_fp_fusion")}
-    compiled = triton.compile(source, target=processor.target, options=options)
+    return triton.compile(source, target=processor.target, options=options)
+
+
+def compile_launch(processor: Processor, kernel: triton.JITFunction, launch: dict) -> Resources:
+    """Compile one recorded launch, and read its needs from the binary."""
+    compiled = compiled_kernel(processor, kernel, launch)
     shared, warps = compiled.metadata.shared, launch["num_warps"]
     if processor.target.backend == "hip":
         assembly = compiled.asm["amdgcn"]
