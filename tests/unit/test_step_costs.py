@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.core import backbone
 from abft_fast.evaluation.behavior import BehaviorMean
-from abft_fast.memory.simulation import bytes_of, peak_memory, without_memory
+from abft_fast.memory.simulation import TENSORS, bytes_of, peak_memory, without_memory
 from abft_fast.memory.types import Flow
 from abft_fast.models.synthetic import skeleton
 from abft_fast.models.trainable import enable_checkpointing, set_trained, trained_parameters
@@ -138,7 +138,8 @@ def peak(layers, flow, lengths):
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)  # of the batch before
     packed = packed_prompts(lengths)
-    return peak_memory(lambda: step(model, packed, flow.gradient)), bytes_of(trained)
+    peaks = peak_memory(lambda: step(model, packed, flow.gradient), "cpu")
+    return peaks[TENSORS], bytes_of(trained)
 
 
 PROMPTS = (64,) * 8
