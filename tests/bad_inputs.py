@@ -163,7 +163,7 @@ OPTIONS = [
     option("train --self_adaption_loss PDI", "--adaptation pdi", "did you mean 'pid'?"),
     option("eval --test-type Gler", "--test-type Gler: 'Gler' is no test: use one or several",
            "'GLER'?"),
-    option("eval --test-type GLER,GLER", "--test-type GLER,GLER: GLER is named twice"),
+    option("eval --test-type GLER,GLER", "--test-type GLER,GLER: the test GLER is named twice"),
     option("eval --test-type Normal,", "'' is no test: use one or several, by commas, of Normal"),
     option("eval --test-type Normal,GLER --k 0", "--k 0: GLER changes demonstrations"),
     option("eval --test-type Normal,LabelFollowing --calibration batch",

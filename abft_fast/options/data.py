@@ -43,7 +43,7 @@ def _tests(value: Any) -> str:
                 f"{closest(name, _TESTS)}"
             )
         if names.count(name) > 1:
-            raise ValueError(f"{name} is named twice")
+            raise ValueError(f"the test {name} is named twice")
     return ",".join(sorted(names, key=_TESTS.index))
 
 
