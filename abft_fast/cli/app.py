@@ -148,6 +148,11 @@ def plan(flags: dict[str, Any]) -> None:
     config = resolve(PlanConfig, flags)
     streams.check_stdout()
     checks.check_plan(config)
+    if config.stream:
+        from abft_fast.commands.plan_streamed import plan_stream
+
+        printing.print_streamed_plan(config.model, *plan_stream(config, Progress()))
+        return
     from abft_fast.commands.plan import plan
 
     printing.print_plan(config.model, *plan(config, Progress()))

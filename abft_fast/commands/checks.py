@@ -114,8 +114,6 @@ def check_plan(config: PlanConfig) -> None:
     if config.resume is not None:
         planned = shell_command("plan", "--config", config.resume / "config.yaml")
         raise UserError(f"--resume works with train only: plan a run with `{planned}`")
-    if config.stream:
-        raise UserError("plan counts a whole model, and --stream keeps one block: leave it out")
     check_model_folder(config.model)
     _check_data(config)
     check_train_data(config)

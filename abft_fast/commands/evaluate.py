@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,10 +13,11 @@ from abft_fast import data
 from abft_fast.commands import adapter_origin
 from abft_fast.commands.session import Session, check_same_data
 from abft_fast.core.label_logits import keep_label_rows
+from abft_fast.data import Dataset
 from abft_fast.evaluation import inference
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.evaluation.evaluation_set import EvaluationSet, Outcome
-from abft_fast.options import EvalConfig
+from abft_fast.options import EvalConfig, Options
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.runtime import processes
 from abft_fast.runtime.environment import uses_cpu
@@ -78,21 +79,33 @@ def prepare_tests(session: Session) -> list[EvaluationSet]:
     Raises:
         UserError: a dataset does not allow the test, or a prompt is too long.
     """
-    config, encoder = session.config, session.encoder
-    places = [(session.dataset, encoder)]
-    if config.generalization_test:
-        others = (name for name in data.PAPER_DATASETS if name != session.dataset.name)
-        for dataset in map(data.load, others):
-            other = PromptEncoder.by_options(
-                config, encoder.tokenizer, dataset, encoder.max_length, encoder.vocabulary
-            )
-            places.append((dataset, other))
-    tests = [EvaluationSet(config, *place, kind) for kind in config.test_types for place in places]
+    config = session.config
+    tests = list(evaluation_sets(config, session.dataset, session.encoder))
     for test in tests:
         what = f"{test.dataset}: {'' if len(config.test_types) == 1 else f'{test.test_type} '}test"
         for encoded in test.encoded:
             session.say_too_long(encoded, what, "with fewer demonstrations")
     return tests
+
+
+def evaluation_sets(
+    config: Options, dataset: Dataset, encoder: PromptEncoder
+) -> Iterator[EvaluationSet]:
+    """Yield each test of a dataset, and of the other datasets that the options ask for.
+
+    Raises:
+        UserError: as `prepare_tests`.
+    """
+    places = [(dataset, encoder)]
+    if config.generalization_test:
+        for other in map(data.load, data.PAPER_DATASETS):
+            if other.name != dataset.name:
+                limits = encoder.max_length, encoder.vocabulary
+                its = PromptEncoder.by_options(config, encoder.tokenizer, other, *limits)
+                places.append((other, its))
+    for kind in config.test_types:
+        for place in places:
+            yield EvaluationSet(config, *place, kind)
 
 
 def keep_rows_of_labels(session: Session, tests: Sequence[EvaluationSet]) -> None:

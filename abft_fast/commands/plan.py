@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
 from abft_fast.commands.data_report import show_data
+from abft_fast.core.packing import EncodedPrompt
+from abft_fast.data import Dataset
 from abft_fast.errors import UserError
 from abft_fast.memory.plan import (
     GPU_RESERVE,
@@ -37,18 +40,12 @@ def plan(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
         UserError: an option, the data or the model does not allow the run, or its memory cannot be
             counted from its config.
     """
-    known = None if Path(config.model).is_dir() else known_shape(_without_prefix(config.model))
-    shape = known or loading.read_config(config.model)
-    lengths, dataset_name = _prompt_lengths(config, shape, known is not None, progress)
+    shape, is_known = shape_of(config.model)
+    prompts, dataset, encoder = training_data(config, shape, is_known)
+    lengths = [len(prompt) for prompt in prompts]
+    show_data(progress, dataset, encoder, lengths)
     longest = max(lengths)
-    on_gpu = config.gpu_memory is not None or not uses_cpu(config.device)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    if config.gpu_memory is None:
-        limit = available_memory(device, all_gpus=config.device_map == "auto")
-    else:
-        limit = int(config.gpu_memory * 1e9) - GPU_RESERVE
-    mixed = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and on_gpu)
-    arithmetic = Arithmetic(device.type, mixed)
+    arithmetic, limit = machine_of(config)
     chosen = Flow(config.gradient, config.checkpointing)
     flows = dict.fromkeys([*flows_of(config), chosen])
     try:
@@ -62,27 +59,59 @@ def plan(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
         raise UserError(
             f"model {config.model}: {error}; `train` finds a budget by trying"
         ) from error
-    tokenizer = ", by the built-in model's tokenizer, which makes many" if known else ""
-    reserve = f" ({GPU_RESERVE / 1e9:.0f} GB is left to CUDA)" if on_gpu else ""
     notes = [
-        f"longest of {len(lengths)} training prompts of {dataset_name}, k={config.k}: "
-        f"{longest} tokens{tokenizer}",
-        f"{limit / 1e9:.1f} GB are available{reserve}",
+        *notes_on_data(config, dataset, prompts, is_known),
+        note_on_limit(arithmetic, limit),
         f"{chosen.options}: {verdict}",
-        *([] if known else loading.left_out(config.model)),
+        *([] if is_known else loading.left_out(config.model)),
         *config.without_effect,
     ]
     return planned, notes
 
 
-def _without_prefix(model: str) -> str:
-    return model.removeprefix(SYNTHETIC)
+def shape_of(model: str) -> tuple[PreTrainedConfig, bool]:
+    """Return a model's config, and whether it is of a known shape instead of a model's files."""
+    known = None if Path(model).is_dir() else known_shape(model.removeprefix(SYNTHETIC))
+    return known or loading.read_config(model), known is not None
 
 
-def _prompt_lengths(
-    config: PlanConfig, shape: PreTrainedConfig, is_known: bool, progress: Progress
-) -> tuple[list[int], str]:
-    """Return the tokens of every training prompt, and the dataset's name.
+def machine_of(config: PlanConfig) -> tuple[Arithmetic, int]:
+    """Return how numbers are kept on the machine to plan for, and its available bytes."""
+    on_gpu = config.gpu_memory is not None or not uses_cpu(config.device)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    if config.gpu_memory is None:
+        limit = available_memory(device, all_gpus=config.device_map == "auto")
+    else:
+        limit = int(config.gpu_memory * 1e9) - GPU_RESERVE
+    mixed = config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and on_gpu)
+    return Arithmetic(device.type, mixed), limit
+
+
+def notes_on_data(
+    config: PlanConfig, dataset: Dataset, prompts: Sequence[EncodedPrompt], is_known: bool
+) -> list[str]:
+    """Say how long the longest training prompt is."""
+    names = config.training_dataset_names
+    several = names != [config.dataset] and names
+    tokenizer = ", by the built-in model's tokenizer, which makes many" if is_known else ""
+    return [
+        f"longest of {len(prompts)} training prompts of "
+        f"{', '.join(names) if several else dataset.name}, k={config.k}: "
+        f"{max(map(len, prompts))} tokens{tokenizer}"
+    ]
+
+
+def note_on_limit(arithmetic: Arithmetic, limit: int) -> str:
+    """Say how much memory is available."""
+    on_gpu = arithmetic.device_type == "cuda"
+    reserve = f" ({GPU_RESERVE / 1e9:.0f} GB is left to CUDA)" if on_gpu else ""
+    return f"{limit / 1e9:.1f} GB are available{reserve}"
+
+
+def training_data(
+    config: PlanConfig, shape: PreTrainedConfig, is_known: bool
+) -> tuple[list[EncodedPrompt], Dataset, PromptEncoder]:
+    """Return the training prompts, the dataset that the run tests on, and its encoder.
 
     A known shape has no tokenizer, so the built-in model's tokenizer stands for it. There a label
     word may have several tokens although the model's own tokenizer makes one.
@@ -93,9 +122,4 @@ def _prompt_lengths(
     context = loading.context_length(shape)
     vocabulary = loading.vocabulary_size(shape)
     encoder = PromptEncoder.by_options(options, tokenizer, dataset, context, vocabulary)
-    prompts = training_prompts(config, dataset, encoder).prompts
-    lengths = [len(prompt) for prompt in prompts]
-    show_data(progress, dataset, encoder, lengths)
-    names = config.training_dataset_names
-    several = names != [config.dataset] and names
-    return lengths, ", ".join(names) if several else dataset.name
+    return training_prompts(config, dataset, encoder).prompts, dataset, encoder

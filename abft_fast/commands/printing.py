@@ -12,6 +12,7 @@ from abft_fast.runtime.progress import plain_console
 from abft_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:  # it imports torch
+    from abft_fast.memory.streamed import Speeds, StreamedPlan
     from abft_fast.memory.types import Plan
 
 _PERCENTAGES = {
@@ -163,6 +164,42 @@ def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
     console = _console()
     console.print(parts)
     console.print(flows)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+
+
+def print_streamed_plan(model: str, plan: StreamedPlan, speeds: Speeds, notes: list[str]) -> None:
+    """Print memory of the device, of the host, and the time of a streamed run."""
+    memory = Table(title=f"abft-fast plan --stream: {model}", title_justify="left")
+    memory.add_column("memory")
+    memory.add_column("GB", justify="right")
+    adds = plan.step.at(plan.batch)
+    states = "hidden states, in files" if plan.states_on_disk else "host: hidden states"
+    for name, size in (
+        *((f"device: {name}", size) for name, size in plan.device.items()),
+        (f"device: a packed batch of {plan.batch:,} tokens", adds),
+        ("device: or a weight that is being quantized", plan.reading),
+        ("device at most", plan.device_peak),
+        (states, plan.states),
+        ("host: a weight that is being read", plan.host_reading),
+        ("host at most, beside programs and tokenizer", plan.host_peak),
+    ):
+        if size:
+            memory.add_row(name, f"{size / 1e9:.3f}")
+    work = Table()
+    seconds = plan.seconds(speeds)
+    for title in ("once a run", "amount", "seconds"):
+        work.add_column(title, justify="left" if title == "once a run" else "right")
+    for name, key, amount in (
+        ("read from the weights' files", "read", f"{plan.read / 1e9:,.3f} GB"),
+        ("copied to the GPU", "copy", f"{plan.copied / 1e9:,.3f} GB"),
+        ("products with weights", "compute", f"{plan.operations / 1e12:,.3f}e12 operations"),
+    ):
+        if key != "copy" or plan.copied:
+            work.add_row(name, amount, f"{seconds[key]:,.1f}" if key in seconds else "")
+    console = _console()
+    console.print(memory)
+    console.print(work)
     for note in notes:
         console.print(note, soft_wrap=True)
 

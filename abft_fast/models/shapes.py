@@ -16,7 +16,8 @@ def known_shape(name: str) -> PreTrainedConfig | None:
 
     The shape of `llama3-56b` is inferred from the paper's Table 2, not read from the model: the 33M
     parameters of LoRA at r = 16 are those of all 80 layers of Llama 3 70B, 409,600 a layer; an MLP
-    of width 21,056 then makes the 55.6B parameters.
+    of width 21,056 then makes the 55.6B parameters. The layers, widths and heads of `llama3.1-405b`
+    are those of the Llama 3 paper (arXiv 2407.21783, Table 3).
     """
     for short, options in _shapes().items():
         hub = options.pop("hub")

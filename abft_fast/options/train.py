@@ -358,7 +358,7 @@ class TrainConfig(TrainingDataOptions):
 
 
 class PlanConfig(TrainConfig):
-    """Options of `abft-fast plan`: the options of `train`, and the GPU to plan for."""
+    """Options of `abft-fast plan`: the options of `train`, and the machine to plan for."""
 
     gpu_memory: float | None = Field(
         None,
@@ -367,3 +367,28 @@ class PlanConfig(TrainConfig):
         description="Memory of the GPU to plan for, in GB (10^9 bytes). Unset: what is free on "
         "this machine.",
     )
+    disk_bandwidth: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="With --stream: GB (10^9 bytes) a second that are read from the disk.",
+    )
+    bus_bandwidth: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="With --stream: GB a second that are copied from the host to the GPU.",
+    )
+    operations: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="With --stream: 10^12 floating-point operations a second of the device.",
+    )
+
+    @model_validator(mode="after")
+    def _check_speeds(self) -> Self:
+        for name in ("disk_bandwidth", "bus_bandwidth", "operations"):
+            if getattr(self, name) is not None and not self.stream:
+                raise ValueError(f"{flag(name)} works with --stream only: add --stream")
+        return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,53 @@ class _Place(NamedTuple):
     module: nn.Module
     own_name: str
     empty: Tensor  # without memory
+
+
+class WeightToRead(NamedTuple):
+    """A weight, or some rows of it, that a walk through a model reads once."""
+
+    name: str
+    layer: int | None  # None outside the layers
+    numbers: int
+    rows: int | None  # None for all
+    is_matrix: bool
+
+
+def weights_to_read(
+    model: PreTrainedModel, tokens: Set[int], label_ids: Set[int]
+) -> Iterator[WeightToRead]:
+    """Yield what a walk reads of a model, as `StreamedModel` does; nothing is read.
+
+    Args:
+        model: without weights, without adapters.
+        tokens: all tokens of all prompts.
+        label_ids: the label words' tokens; none where no LM head is needed.
+    """
+    inner = prepare(model)
+    layers = decoder_layers(inner)
+    inside = {module: index for index, layer in enumerate(layers) for module in layer.modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    is_tied = _is_tied(model, names[head])
+    for module, name in names.items():
+        rows = None
+        if module is embedding:
+            rows = len(tokens | label_ids if is_tied else tokens)
+        elif module is head:
+            rows = 0 if is_tied else len(label_ids)
+        for place in _places_of(name, module):
+            if rows == 0 or (module is embedding and place.own_name != "weight"):
+                continue
+            shape = place.empty.shape
+            count = place.empty.numel() if rows is None else rows * shape[1:].numel()
+            matrix = len(shape) > 1 and rows is None
+            yield WeightToRead(place.name, inside.get(module), count, rows, matrix)
+
+
+def _is_tied(model: PreTrainedModel, head_name: str) -> bool:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    same = embedding.weight is head.weight
+    return same or f"{head_name}.weight" in model.all_tied_weights_keys
 
 
 class StreamedModel:
@@ -169,8 +216,7 @@ class StreamedModel:
             if module not in inside and module is not embedding and module is not head:
                 self._fill(_places_of(names[module], module))
                 self._make_buffers(module)
-        tied = self.model.all_tied_weights_keys
-        is_tied = embedding.weight is head.weight or f"{names[head]}.weight" in tied
+        is_tied = _is_tied(self.model, names[head])
         self.embedded = sorted({*tokens, *(label_ids if is_tied else ())})
         place = next(iter(_places_of(names[embedding], embedding)))
         rows = self._read(place, self.embedded)
@@ -246,15 +292,21 @@ class StreamedModel:
 
     def _fill(self, places: Iterable[_Place]) -> None:
         for place in places:
-            tensor = self._read(place)
-            new = tensor  # of a buffer that the files hold
             if is_quantized(place.module) and place.own_name == "weight":
-                new = _unquantized(place.empty, tensor.cpu()).to(self._device)  # and quantize it
-            elif isinstance(place.empty, nn.Parameter):
-                new = nn.Parameter(tensor, requires_grad=False)
+                tensor = self._read_to(torch.device("cpu"), place)
+                new = _unquantized(place.empty, tensor).to(self._device)  # and quantize it
+            else:
+                new = self._read(place)  # of a buffer that the files hold
+                if isinstance(place.empty, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=False)
             setattr(place.module, place.own_name, new)
 
     def _read(self, place: _Place, rows: Sequence[int] | None = None) -> Tensor:
+        return self._read_to(self._device, place, rows)
+
+    def _read_to(
+        self, device: torch.device, place: _Place, rows: Sequence[int] | None = None
+    ) -> Tensor:
         tensor = self.weights.read(place.name, rows)
         shape = place.empty.shape if rows is None else (len(rows), *place.empty.shape[1:])
         if tensor.shape != shape:
@@ -262,7 +314,7 @@ class StreamedModel:
                 f"model {self.name}: {place.name} has the shape {tuple(tensor.shape)} in the "
                 f"files and {tuple(shape)} by config.json, which is of another model"
             )
-        return tensor.to(self._device, self._dtype_of(place))
+        return tensor.to(device, self._dtype_of(place))
 
     def _dtype_of(self, place: _Place) -> torch.dtype:
         dtype = place.empty.dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +52,32 @@ class StoredWeights:
             return
         self._files = _files_of_tensors(name, config, model)
 
+    def stored_bytes(self, name: str, rows: int | None = None) -> int:
+        """Return how many bytes `read` reads of a tensor, or of so many of its rows.
+
+        Raises:
+            UserError: as `read`.
+        """
+        if name in self._lazy:
+            stored = self._lazy[name].stored
+            share = 1.0 if rows is None else rows / stored.shape[0]
+            return round(stored.nbytes * share)
+        path, key = self._file_of(name)
+        with safe_open(path, framework="np") as opened:
+            part = opened.get_slice(key)
+            shape, kind = part.get_shape(), part.get_dtype()
+        bits = re.search(r"\d+", kind)  # such as BF16; BOOL has no number
+        sizes = shape if rows is None else [rows, *shape[1:]]
+        return math.prod(sizes) * (int(bits.group()) // 8 if bits else 1)
+
+    def _file_of(self, name: str) -> tuple[Path, str]:
+        if name not in self._files:
+            raise UserError(
+                f"model {self.name}: its files hold no {name}, or hold it in another form, which "
+                "--stream does not convert: train without --stream"
+            )
+        return self._files[name]
+
     def read(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
         """Return a tensor, or some of its rows, as it is stored; GGUF's is float32.
 
@@ -63,15 +91,10 @@ class StoredWeights:
         if name in self._lazy:
             lazy = self._lazy[name]
             tensor = lazy[...] if rows is None else lazy.rows(list(rows))
-            share = 1.0 if rows is None else len(rows) / lazy.stored.shape[0]
-            self.read_bytes[str(lazy.path), name] += round(lazy.stored.nbytes * share)
+            read = self.stored_bytes(name, None if rows is None else len(rows))
+            self.read_bytes[str(lazy.path), name] += read
             return tensor
-        if name not in self._files:
-            raise UserError(
-                f"model {self.name}: its files hold no {name}, or hold it in another form, which "
-                "--stream does not convert: train without --stream"
-            )
-        path, key = self._files[name]
+        path, key = self._file_of(name)
         with safe_open(path, framework="pt") as opened:
             if rows is None:
                 tensor = opened.get_tensor(key).clone()

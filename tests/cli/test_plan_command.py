@@ -43,13 +43,29 @@ def test_a_gpu_that_is_not_there_is_not_planned_for():
 def test_train_says_its_plan_and_refuses_what_cannot_fit(tmp_path):
     folder = tmp_path / "run"
     result = abft_fast(
-        "train", "--model", "synthetic:llama3-405b", "--device", "cpu", "--output-dir", folder
+        "train", "--model", "synthetic:llama3.1-405b", "--device", "cpu", "--output-dir", folder
     )
     assert result.returncode == 2
     data, counts, plan, error = result.stderr.strip().splitlines()
     assert data == "data: subj of StaICC"
     assert counts == "on cpu: 512 prompts to train on, 1,024 to test on"
     assert plan.startswith("plan: weights and optimizer 2046")
-    assert error.startswith("abft-fast: synthetic:llama3-405b with --gradient full does not fit in")
+    assert error.startswith(
+        "abft-fast: synthetic:llama3.1-405b with --gradient full does not fit in"
+    )
     assert error.endswith("or pass --force")
     assert not folder.exists()
+
+
+def test_a_streamed_plan_prints_memory_and_seconds():
+    result = abft_fast(
+        "plan", "--stream", "--gradient", "local", "--model", "Qwen/Qwen2.5-0.5B", "--quantized",
+        "--gpu-memory", "8", "--train-samples", "16", "--no-eval", "--disk-bandwidth", "0.1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for part in ("LoRA of all layers", "host: hidden states", "read from the weights' files",
+                 "--stream --gradient local: fits"):  # fmt: skip
+        assert part in result.stdout, part
+    read = next(line for line in result.stdout.splitlines() if "read from" in line)
+    amount, seconds = read.split("\u2502")[2:4]
+    assert float(seconds) == pytest.approx(float(amount.split()[0]) / 0.1, rel=0.02)

@@ -26,7 +26,7 @@ PARAMETERS = {
     "qwen2.5-0.5b": 0.49, "qwen2.5-1.5b": 1.54, "qwen2.5-3b": 3.09, "qwen2.5-7b": 7.61,
     "qwen2.5-14b": 14.7, "qwen2.5-32b": 32.5, "qwen2.5-72b": 72.7,
     "deepseek-r1-distill-qwen-14b": 14.8, "llama3-8b": 8.03, "llama3-42b": 43.2,
-    "llama3-56b": 55.6, "llama3-70b": 70.6, "llama3-405b": 406, "falcon3-7b": 7.46,
+    "llama3-56b": 55.6, "llama3-70b": 70.6, "llama3.1-405b": 406, "falcon3-7b": 7.46,
     "mistral-small": 23.6, "gemma3-27b": 27.0, "gpt-oss-20b": 20.9, "gpt2-l": 0.774,
     "gpt2-xl": 1.56,
 }  # fmt: skip

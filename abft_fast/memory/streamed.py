@@ -1,0 +1,202 @@
+"""Plan a streamed run: memory of the device and of the host, bytes read, operations, seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from abft_fast.core.backbone import decoder_layers, prepare
+from abft_fast.core.objective import block_size
+from abft_fast.memory.measure import step_memory, trainable_without_memory
+from abft_fast.memory.simulation import bytes_of
+from abft_fast.memory.types import Arithmetic, Flow, StepMemory
+from abft_fast.models.shapes import with_layers
+from abft_fast.options import TrainConfig
+from abft_fast.streaming.model import WeightToRead
+
+_ADAM_STATES = 2
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a plan needs of the prompts of a run.
+
+    Attributes:
+        longest: tokens of the longest prompt.
+        steps: tokens of all training prompts, each as often as it is trained on.
+        tests: tokens of all test prompts, each as often as it is tested.
+        batch: most tokens of a packed batch, before memory runs out.
+    """
+
+    longest: int
+    steps: int
+    tests: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How fast the machine is; None where it is not known.
+
+    Attributes:
+        disk: bytes a second that are read from the disk.
+        bus: bytes a second from the host's memory to the device's; not used on a CPU.
+        operations: floating-point operations a second.
+    """
+
+    disk: float | None
+    bus: float | None
+    operations: float | None
+
+
+@dataclass(frozen=True)
+class StreamedPlan:
+    """What a streamed run takes.
+
+    Attributes:
+        device: bytes on the device all the time that the largest block is there, by part.
+        reading: bytes on the device that one weight takes while it is quantized.
+        step: bytes that a packed batch adds.
+        batch: tokens of the largest packed batch; on a GPU halved until it fits.
+        limit: available bytes of the device; a CPU's device is its host.
+        states: bytes of hidden states: those that enter a block, and those that leave it.
+        states_on_disk: whether files hold them.
+        host_reading: bytes on the host of one weight, as stored and as the model has it.
+        read: bytes read from the weights' files.
+        copied: bytes copied to the device; 0 on a CPU.
+        operations: of all products with weights of the layers.
+    """
+
+    device: dict[str, int]
+    reading: int
+    step: StepMemory
+    batch: int
+    limit: int
+    states: int
+    states_on_disk: bool
+    host_reading: int
+    read: int
+    copied: int
+    operations: float
+
+    @property
+    def weights(self) -> int:
+        """Return the bytes on the device without a batch."""
+        return sum(self.device.values())
+
+    @property
+    def device_peak(self) -> float:
+        """Return the most bytes on the device."""
+        return self.weights + max(self.reading, self.step.at(self.batch))
+
+    @property
+    def host_peak(self) -> int:
+        """Return the most bytes on the host beside the device's."""
+        return self.host_reading + (0 if self.states_on_disk else self.states)
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the batch fits on the device; on a CPU, with what the host holds."""
+        shared = 0 if self.copied else self.host_peak
+        return self.device_peak + shared <= self.limit
+
+    def seconds(self, speeds: Speeds) -> dict[str, float]:
+        """Return the seconds of each part whose speed is known; no two parts overlap."""
+        parts = {
+            "read": (self.read, speeds.disk),
+            "copy": (self.copied, speeds.bus),
+            "compute": (self.operations, speeds.operations),
+        }
+        return {name: work / speed for name, (work, speed) in parts.items() if speed and work}
+
+
+def plan_streamed(
+    shape: PreTrainedConfig,
+    config: TrainConfig,
+    arithmetic: Arithmetic,
+    weights: Sequence[tuple[WeightToRead, int]],
+    prompts: Prompts,
+    limit: int,
+) -> StreamedPlan:
+    """Plan `train --stream` with these options.
+
+    Args:
+        shape: the model's config.
+        config: the run's options.
+        arithmetic: how numbers are kept.
+        weights: what is read, by `streaming.model.weights_to_read`, and the bytes stored of it.
+        prompts: tokens of the prompts.
+        limit: available bytes of the device.
+
+    Raises:
+        UserError: the model cannot be trained this way.
+        CannotCount: its memory cannot be counted.
+    """
+    depth = shape.num_hidden_layers
+    size = min(block_size(config.gradient) or depth, depth)
+    device = _on_device(shape, config, arithmetic, size)
+    item = arithmetic.dtype.itemsize
+    outside = sum(each.numbers for each, _ in weights if each.layer is None)
+    device["rows of the embedding and the head, norms"] = item * outside
+    # The layer behind the block lets the block's last layer run whole: a model's last one stops
+    # behind its attention.
+    cut = with_layers(shape, min(size + 1, depth))
+    step = step_memory(cut, config, arithmetic, Flow(config.gradient), prompts.longest)
+    largest, stored = max(((each.numbers, stored) for each, stored in weights if each.is_matrix))
+    reading = item * largest if config.quantized else 0
+    room = limit - sum(device.values())
+    batch = max(prompts.batch, prompts.longest)
+    on_gpu = arithmetic.device_type == "cuda"
+    while on_gpu and batch > prompts.longest and step.at(batch) > room:
+        batch = max(prompts.longest, batch // 2)  # as `TokenBudget` does
+    inside = sum(each.numbers for each, _ in weights if each.layer is not None and each.is_matrix)
+    blocks = math.ceil(depth / size)
+    tokens = prompts.steps + prompts.tests
+    width = shape.get_text_config(decoder=True).hidden_size
+    return StreamedPlan(
+        device=device,
+        reading=reading,
+        step=step,
+        batch=batch,
+        limit=limit,
+        states=min(blocks - 1, 2) * tokens * width * item,
+        states_on_disk=config.stream_states == "disk",
+        host_reading=stored + item * largest,
+        read=sum(stored for _, stored in weights),
+        copied=item * sum(each.numbers for each, _ in weights) if on_gpu else 0,
+        # Forward: 2 a weight and token. Backward: again 2 for the layers that a loss crosses.
+        operations=2.0 * inside * (tokens + prompts.steps * (size - 1) / size),
+    )
+
+
+def _on_device(
+    shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic, size: int
+) -> dict[str, int]:
+    """Return the bytes of the largest block, its gradients and optimizer, and of all of LoRA."""
+    model = trainable_without_memory(shape, config, arithmetic, Flow("local"))
+    layers = decoder_layers(prepare(model))
+    blocks = [layers[start : start + size] for start in range(0, len(layers), size)]
+
+    def of_blocks(trained: bool) -> list[int]:
+        return [bytes_of(_tensors(block, trained)) for block in blocks]
+
+    trained = of_blocks(True)
+    is_lora = config.trainable == "lora"
+    return {
+        "a block's frozen weights": max(of_blocks(False)),
+        "LoRA of all layers" if is_lora else "a block's trained weights": (
+            sum(trained) if is_lora else max(trained)
+        ),
+        "a block's gradients": max(trained),
+        "Adam's moments of a block": _ADAM_STATES * max(trained),
+    }
+
+
+def _tensors(block: object, trained: bool) -> list[Tensor]:
+    parameters = list(block.parameters())  # type: ignore[attr-defined]
+    chosen: list[Tensor] = [p for p in parameters if p.requires_grad == trained]
+    return chosen if trained else [*chosen, *block.buffers()]  # type: ignore[attr-defined]
