@@ -60,7 +60,10 @@ def test_a_larger_block_takes_more_and_reads_the_same():
     name = "a block's frozen weights"
     assert three.device[name] == 3 * one.device[name]
     assert three.device["LoRA of all layers"] == one.device["LoRA of all layers"]
-    assert three.step.a_token > one.step.a_token and three.read == one.read
+    assert (
+        three.step.of_large_batches.a_token > one.step.of_large_batches.a_token
+        and three.read == one.read
+    )
 
 
 def test_operations_and_seconds():
