@@ -23,9 +23,15 @@ def rows():
     return {(row["setting_name"], row["dataset"]): row for row in rows_of("builtin_labels")}
 
 
+@pytest.fixture(scope="module")
+def gemma():
+    """By setting, on SST2."""
+    return {row["setting_name"]: row for row in rows_of("real_labels")}
+
+
 def lines_of(title):
     text = (ROOT / "docs/science/label-words.md").read_text(encoding="utf-8")
-    table = text[text.index(f"| Training | {title}") :].split("\n\n")[0]
+    table = text[text.index(f"| {title}") :].split("\n\n")[0]
     for line in table.splitlines()[2:]:
         name, *cells = re.split(r" \| ", line.strip("| "))
         yield NAMES.get(name, name), cells
@@ -37,7 +43,7 @@ def test_rows_are_cells_of_the_sweep(rows):
 
 
 def test_the_page_has_the_means_of_the_rows(rows):
-    said = dict(lines_of("Own"))
+    said = dict(lines_of("Training | Own"))
     assert said.keys() == {setting for setting, _ in rows}
     for setting, cells in said.items():
         for metric, cell in zip(METRICS, cells, strict=True):
@@ -46,6 +52,22 @@ def test_the_page_has_the_means_of_the_rows(rows):
 
 
 def test_the_page_has_the_rotated_accuracy_of_each_dataset(rows):
-    for setting, cells in lines_of("SST2"):
+    for setting, cells in lines_of("Training | SST2"):
         exact = [float(rows[setting, dataset]["rotated"]) for dataset in PAPER_DATASETS]
         assert cells == [f"{100 * value:.1f}" for value in exact]
+
+
+def test_rows_of_gemma_are_cells_of_its_sweep(gemma):
+    cells = {cell.name for cell in read_cells(ROOT / "configs/real/gemma_labels.yaml", {})}
+    assert {row["cell"] for row in gemma.values()} <= cells
+
+
+def test_the_page_has_the_rows_of_gemma(gemma):
+    said = dict(lines_of("Training of Gemma"))
+    assert said.keys() == gemma.keys()
+    for setting, cells in said.items():
+        row = {name: f"{100 * float(gemma[setting][name]):.1f}" for name in METRICS}
+        for rate in ("override_rate", "prior_rate"):
+            low, high = (float(gemma[setting][f"{rate}_{end}"]) for end in ("low", "high"))
+            row[rate] += f" ({100 * low:.1f} to {100 * high:.1f})"
+        assert cells == list(row.values()), setting

@@ -22,7 +22,7 @@ from abft_fast.options.resolve import resolve
 from abft_fast.runtime.progress import Progress
 from abft_fast.training.run_folder import RunFolder
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 TESTS = ["Normal", "GLER", "UnseenLabel"]
 OPTIONS = {"dataset": "mr", "k": 2, "device": "cpu"}
