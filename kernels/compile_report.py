@@ -130,14 +130,14 @@ def run_all(variant: Variant) -> None:
         normalizer, _ = loss_triton.scan_keys(
             query, key, rows, scores, sinks, active=selected, sum_keys=sum_keys
         )
-    for sum_keys in (True, False):
+    for sum_keys, hold in itertools.product((True, False), (None, factor)):
         loss_triton.label_loss(
             query, key, rows, scores, normalizer, factor, factor,
-            head_filter=True, sum_keys=sum_keys,
+            head_filter=True, sum_keys=sum_keys, hold=hold,
         )  # fmt: skip
-    for grad in (None, torch.zeros_like(key)):
+    for grad, weight in itertools.product((None, torch.zeros_like(key)), (factor, per_head)):
         loss_triton.grad_key(
-            query, key, rows, scores, normalizer, per_head, per_head, factor, factor,
+            query, key, rows, scores, normalizer, per_head, per_head, weight, weight,
             accumulate_into=grad,
         )  # fmt: skip
 

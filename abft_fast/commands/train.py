@@ -30,6 +30,7 @@ from abft_fast.models import gguf, loading, trainable
 from abft_fast.models.base_identity import compare_bases, describe_base
 from abft_fast.models.preflight import check_gradients
 from abft_fast.options import TrainConfig, datasets
+from abft_fast.options.methods import METHODS
 from abft_fast.runtime import processes
 from abft_fast.runtime.environment import describe, uses_cpu
 from abft_fast.runtime.files import atomic_folder
@@ -163,6 +164,11 @@ def prepare_data(
         run.check_data(files)
     for line in config.without_effect:
         progress.say(line)
+    if config.objective == "share" and METHODS[config.method].uses_penalty:
+        progress.say(
+            "--objective share has no penalty to control, so --adaptation is none; the factor of "
+            f"ln S is {config.hold:g} times the relative change of induction heads since step 1"
+        )
     prompts = session.encode_training()
     tests = prepare_tests(session) if config.sides else []
     session.show_data(prompts, *(test.prompts for test in tests[:1]))

@@ -26,6 +26,8 @@ def attention_behavior_loss(
     head_filter: bool = True,
     gradient: str | int = "full",
     attention: str = "auto",
+    objective: str = "mass",
+    hold: float | Tensor = 0.0,
 ) -> AttentionBehavior:
     """Run the decoder once, without its LM head, and return the loss of all its last rows.
 
@@ -45,6 +47,11 @@ def attention_behavior_loss(
             are computed when its last attention is done (hooks on parameters run then, and again
             in the backward), unless layers are checkpointed.
         attention: which attention runs; see `abft_kernels.choose_attention`.
+        objective: `"mass"`, the paper's equation 1, or `"share"` (ours): 1 - C / S of each head, C
+            the attention on correct labels and S that on all labels, without penalty and reward. A
+            prompt with labels of one kind alone has no such loss.
+        hold: factor of ln S in `"share"`, above 0 against attention on all labels and below 0 for
+            it; a float or a 0-d tensor.
 
     Returns:
         AttentionBehavior; `layers` counts the layers that have attention.
@@ -56,9 +63,15 @@ def attention_behavior_loss(
         RuntimeError: a parameter is trained but the loss has no gradient, as under reentrant
             checkpointing.
     """
-    check_options(penalty, reward, None, None, None)
+    check_options(penalty, reward, objective=objective, hold=hold)
     block = block_size(gradient)
-    options = {"penalty": penalty, "reward": reward, "head_filter": head_filter}
+    options = {
+        "penalty": penalty,
+        "reward": reward,
+        "head_filter": head_filter,
+        "objective": objective,
+        "hold": hold,
+    }
     inner = prepare(model)
     batches = [packed]
     if len(packed) > 1 and must_run_alone(inner, packed.longest):

@@ -56,8 +56,8 @@ class PackedForward:
 
     Attributes:
         packed: the batch.
-        loss_options: penalty, reward and, where it is not the default, head_filter. By default both
-            factors are 0: the forward asks for attention alone.
+        loss_options: penalty, reward and, where they are not the default, head_filter, objective
+            and hold. By default both factors are 0: the forward asks for attention alone.
         attention: what is to compute attention; see `abft_kernels.choose_attention`.
         block: layers that a gradient may cross; None for all of them.
         stop_after: layer whose attention ends the forward; None runs the forward to its end.
@@ -110,9 +110,10 @@ class PackedForward:
 
     def _moved(self, device: torch.device) -> tuple[PackedPrompts, dict[str, Any]]:
         if device not in self._by_device:
-            factors = {
-                name: _scalar_on(self.loss_options[name], device) for name in ("penalty", "reward")
-            }
+            names = ["penalty", "reward"]
+            if self.loss_options.get("objective") == "share":
+                names.append("hold")
+            factors = {name: _scalar_on(self.loss_options[name], device) for name in names}
             self._by_device[device] = self.packed.to(device), {**self.loss_options, **factors}
         return self._by_device[device]
 

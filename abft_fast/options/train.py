@@ -56,11 +56,13 @@ def _lora_is_meant(given: Mapping[str, Any]) -> bool:
 def default_adaptation(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return `adaptation: none` where ABFT has no filter or no penalty, unless it is given.
 
-    The paper switches the control off in both ablations (Table 4).
+    The paper switches the control off in both ablations (Table 4). The objective `share` has no
+    penalty either.
     """
     method = METHODS.get(str(spelled_method(given.get("method", "ABFT"))))
     is_ablation = given.get("head_filter", True) is False or _is_zero(given.get("penalty"))
-    if "adaptation" in given or method is None or not (method.uses_penalty and is_ablation):
+    has_no_control = is_ablation or given.get("objective") == "share"
+    if "adaptation" in given or method is None or not (method.uses_penalty and has_no_control):
         return {}
     return {"adaptation": "none"}
 
@@ -143,6 +145,19 @@ class TrainConfig(TrainingDataOptions):
         description="E2E: train the LM head too, in float32, as in the paper's Table 2. A head "
         "that shares the embedding's weight gets one of its own.",
     )
+    objective: Literal["mass", "share"] = Field(
+        "mass",
+        description="The loss of a head, in ABFT. mass: equation 1 of the paper. share (ours): 1 "
+        "- C / S, C the attention on right labels and S that on all labels, so that attention on "
+        "all labels together changes nothing; --hold takes the place of --adaptation.",
+    )
+    hold: float = Field(
+        0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of what keeps the number n of induction heads, with --objective "
+        "share: the loss of a head gets hold * (n / n at step 1 - 1) * ln S. 0: nothing does.",
+    )
     penalty: float = Field(
         0.5,
         ge=0,
@@ -158,7 +173,7 @@ class TrainConfig(TrainingDataOptions):
     adaptation: Literal["pid", "p", "none"] = Field(
         "pid",
         description="How the number of induction heads controls the penalty (paper, A.3). Unset "
-        "with --no-head-filter or --penalty 0: none.",
+        "with --no-head-filter, --penalty 0 or --objective share: none.",
     )
     p_factor: float | None = Field(
         None,
@@ -273,6 +288,16 @@ class TrainConfig(TrainingDataOptions):
             raise ValueError(
                 f"--gradient {self.gradient} works with ABFT only: the loss of {self.method} is at "
                 "the model's output, so use --gradient full"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        is_share = self.objective == "share" and METHODS[self.method].uses_penalty
+        if is_share and self.adaptation != "none":
+            raise ValueError(
+                f"--adaptation {self.adaptation} controls the penalty, and --objective share has "
+                "none: leave --adaptation out (--hold keeps the number of induction heads)"
             )
         return self
 

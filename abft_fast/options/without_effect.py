@@ -58,9 +58,11 @@ TRAINING = (
     ),
     Rule("--adaptation pid and p", ("pid_p",), lambda run: run.adaptation == "none"),
     Rule("--adaptation p", ("p_factor",), lambda run: run.adaptation != "p"),
+    Rule("--objective mass", ("penalty", "reward"), lambda run: run.objective == "share"),
+    Rule("--objective share", ("hold",), lambda run: run.objective != "share"),
     Rule(
         "--method ABFT",
-        ("penalty", "reward", *_CONTROL, "head_filter"),
+        ("objective", "hold", "penalty", "reward", *_CONTROL, "head_filter"),
         lambda run: not METHODS[run.method].uses_penalty,
     ),
 )

@@ -22,6 +22,7 @@ from abft_fast.streaming.group import PromptGroup, WalkingPrompt
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import Stage
 from abft_fast.training.loop import Training, TrainState, check_step, pseudo_batches, train_step
+from abft_fast.training.methods import loss_options
 from abft_fast.training.penalty import PenaltyController
 
 
@@ -85,7 +86,7 @@ class TrainingSteps(Stage):
         group = next(g for g in self.groups if g.prompts[places[0]] is prompts[0])
         forward = PackedForward(
             packed,
-            {"penalty": penalty, "reward": config.reward, "head_filter": config.head_filter},
+            loss_options(config, penalty),
             config.attention_backend,
             self._size,
             stop_after=max(attention_layers(prepare(model))),

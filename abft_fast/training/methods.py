@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -79,7 +79,8 @@ def method_loss(
         prompts: some of those from `training_prompts`.
         packed: the same prompts on the model's device.
         config: the run's options.
-        penalty: the current A, for the methods that use one.
+        penalty: the current A, for the methods that use one; the current factor of ln S with
+            `--objective share`.
     """
     return TRAINING_METHODS[config.method].loss(model, prompts, packed, config, penalty)
 
@@ -102,12 +103,18 @@ def _attention_loss(
     return attention_behavior_loss(
         model,
         packed,
-        penalty=penalty,
-        reward=config.reward,
-        head_filter=config.head_filter,
+        **loss_options(config, penalty),
         gradient=config.gradient,
         attention=config.attention_backend,
     )
+
+
+def loss_options(config: TrainConfig, penalty: float) -> dict[str, Any]:
+    """Return the options of ABFT's loss at a step; `penalty` is as for `method_loss`."""
+    factors = {"penalty": penalty, "reward": config.reward}
+    if config.objective == "share":
+        factors = {"penalty": config.penalty, "reward": config.reward, "hold": penalty}
+    return {**factors, "head_filter": config.head_filter, "objective": config.objective}
 
 
 def _output_loss(

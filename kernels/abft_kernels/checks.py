@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
 
-from abft_kernels.types import Rows
+from abft_kernels.types import OBJECTIVES, Rows
 
 
 def check_tensors(
@@ -77,18 +78,27 @@ def check_options(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    objective: str = "mass",
+    hold: float | Tensor = 0.0,
 ) -> None:
     """Check numbers; the value of a tensor is not read, because that would wait for the device.
 
     Raises:
         ValueError: a number is outside its range, or a tensor is not 0-d.
     """
-    for name, value in (("penalty", penalty), ("reward", reward)):
+    for name, value in (("penalty", penalty), ("reward", reward), ("hold", hold)):
         if isinstance(value, Tensor):
             if value.ndim:
                 raise ValueError(f"{name} must be a float or a 0-d tensor")
+        elif name == "hold":
+            if not math.isfinite(value):
+                raise ValueError(f"hold must be finite, not {value}")
         elif not value >= 0:
             raise ValueError(f"{name} must be at least 0, not {value}")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {objective!r}")
+    if objective == "mass" and (isinstance(hold, Tensor) or hold != 0):
+        raise ValueError("hold works with objective='share' only: leave it out")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be above 0, not {scale}")
     if softcap is not None and not softcap > 0:

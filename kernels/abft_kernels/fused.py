@@ -26,6 +26,7 @@ from abft_kernels.checks import bounds_on_host, check_bounds, check_options, che
 from abft_kernels.loss import (
     choose_backend,
     empty_results,
+    label_factors,
     last_row_loss,
     loss_coefficient,
     loss_forward,
@@ -67,6 +68,7 @@ class _Inputs(NamedTuple):
     attention: str
     backend: str
     needs_grad: bool
+    hold: Tensor | None = None
 
 
 class _Outputs(NamedTuple):
@@ -82,6 +84,7 @@ class _Outputs(NamedTuple):
     total: Tensor
     mean_weight: Tensor
     key_sum: Tensor
+    head_factors: Tensor
 
 
 class _Saved(NamedTuple):
@@ -104,6 +107,7 @@ class _Saved(NamedTuple):
     total: Tensor
     mean_weight: Tensor
     key_sum: Tensor
+    head_factors: Tensor
 
 
 class _Options(NamedTuple):
@@ -147,8 +151,9 @@ def _forward_op(
     attention: str,
     backend: str,
     needs_grad: bool,
+    hold: Tensor | None = None,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     if cu_seqlens.device.type == "cpu":
         check_bounds(cu_seqlens.tolist(), len(query))
@@ -172,6 +177,7 @@ def _forward_op(
         head_filter,
         needs_grad,
         normalizer,
+        hold,
     )
     return (out.contiguous(), lse, *result, *residuals)
 
@@ -190,7 +196,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     tokens, heads, head_dim = query.shape
     last_rows = query.new_empty(inputs.cu_seqlens.shape[0] - 1, heads, head_dim)
     lse = query.new_empty(heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32))
-    result, residuals = empty_results(last_rows, inputs.needs_grad)
+    share = inputs.hold is not None
+    result, residuals = empty_results(last_rows, inputs.needs_grad, share)
     return (query.new_empty(query.shape), lse, *result, *residuals)
 
 
@@ -215,6 +222,7 @@ def _backward_op(
     total: Tensor,
     mean_weight: Tensor,
     key_sum: Tensor,
+    head_factors: Tensor,
     longest: int,
     scale: float,
     softcap: float | None,
@@ -224,7 +232,7 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     prompts, scores = Prompts(cu_seqlens, longest), Scores(scale, softcap, window)
-    residuals = Residuals(peak, total, mean_weight, key_sum)
+    residuals = Residuals(peak, total, mean_weight, key_sum, head_factors)
     if grad_out is None:  # nothing uses the output, as in the last layer
         grads = [t.new_zeros(t.shape) for t in (query, key, value)]
         grad_sinks = None if sinks is None else sinks.new_zeros(sinks.shape)
@@ -247,8 +255,7 @@ def _backward_op(
             Normalizer(peak, total),
             mean_weight,
             coefficient,
-            penalty,
-            reward,
+            *label_factors(penalty, reward, head_factors),
             accumulate_into=grad_key,
         )
         if sinks is not None and grad_sinks is not None:
@@ -318,6 +325,8 @@ def flash_attention_with_last_row_loss(
     dropout: float = 0.0,
     attention: str = "auto",
     backend: str = "auto",
+    objective: str = "mass",
+    hold: float | Tensor = 0.0,
 ) -> tuple[Tensor, LastRowLoss]:
     """Compute causal attention of packed prompts, and the loss of their last rows.
 
@@ -341,6 +350,8 @@ def flash_attention_with_last_row_loss(
         dropout: probability of dropping an attention weight; the loss uses the undropped weights.
         attention: see `choose_attention`.
         backend: of the loss, as in `last_row_loss`.
+        objective: as in `last_row_loss`.
+        hold: as in `last_row_loss`.
 
     Returns:
         The attention output, (T, Hq, D), and a LastRowLoss of four (R, Hq) tensors. The gradients
@@ -356,7 +367,7 @@ def flash_attention_with_last_row_loss(
         )
     rows = _rows(cu_seqlens, label_positions, label_offsets, label_is_correct)
     check_tensors(q, k, len(cu_seqlens) - 1, rows, sinks)
-    check_options(penalty, reward, scale, softcap, window)
+    check_options(penalty, reward, scale, softcap, window, objective, hold)
     if (v.shape, v.dtype, v.device) != (k.shape, k.dtype, k.device):
         raise ValueError(
             f"v must be like k, {tuple(k.shape)} {k.dtype} on {k.device}, "
@@ -370,6 +381,7 @@ def flash_attention_with_last_row_loss(
         result = last_row_loss(
             q[cu_seqlens[1:].long() - 1], k, *rows, penalty=penalty, reward=reward, scale=scale,
             head_filter=head_filter, softcap=softcap, window=window, sinks=sinks, backend=backend,
+            objective=objective, hold=hold,
         )  # fmt: skip
         scores = Scores(scale, softcap, window)
         return attend_separately(q, k, v, bounds, scores, sinks, dropout), result
@@ -392,6 +404,7 @@ def flash_attention_with_last_row_loss(
         attention=chosen,
         backend=choose_backend(q, backend),
         needs_grad=wants_gradient(q, k, v, sinks),
+        hold=scalar_like(hold, q) if objective == "share" else None,
     )
     outputs = _Outputs(*results)
     return outputs.out, pick(LastRowLoss, outputs)

@@ -2,7 +2,8 @@
 
 Source: Cho et al. 2025, "Mechanistic Fine-tuning for In-context Learning", section 3. With
 alpha = softmax(s), g = penalty on wrong labels, -reward on correct ones, 0 elsewhere, and
-G = sum_j alpha_j g_j, the gradient of one head's loss is ds_j = alpha_j (g_j - G). So
+G = sum_j alpha_j g_j, the gradient of one head's loss is ds_j = alpha_j (g_j - G). The objective
+`share`, ours, has a penalty and a reward of its own for each row and head. So
 dq = scale (sum_j alpha_j g_j k_j - G sum_j alpha_j k_j). The forward finds both sums in its one
 pass over the keys. The backward only writes dk_j = scale ds_j q, for heads that have a loss.
 """
@@ -67,16 +68,17 @@ def loss_forward(
     head_filter: bool,
     needs_grad: bool,
     normalizer: Normalizer | None = None,
+    hold: Tensor | None = None,
 ) -> tuple[LastRowLoss, Residuals]:
     """Compute the losses of all rows.
 
     If the caller knows the normalizer, only key heads with a loss have all their keys read, and
-    only for a gradient.
+    only for a gradient. With `hold` the objective is `share`, else `mass`.
     """
     if backend == "torch" or query.device.type == "cpu":
         check_values(key.shape[0], rows)
     if len(rows.label_positions) == 0:
-        return _without_labels(query, needs_grad)
+        return _without_labels(query, needs_grad, hold is not None)
     compute = _backend(backend)
     rows = Rows(*(index.contiguous() for index in rows))
     sinks = None if sinks is None else sinks.contiguous()
@@ -88,25 +90,30 @@ def loss_forward(
             )
         labels = compute.label_loss(
             query, key, rows, scores, normalizer, penalty, reward,
-            head_filter=head_filter, sum_keys=needs_grad,
+            head_filter=head_filter, sum_keys=needs_grad, hold=hold,
         )  # fmt: skip
         result = pick(LastRowLoss, labels)
+        residuals = Residuals(
+            normalizer.peak,
+            normalizer.total,
+            labels.mean_weight,
+            labels.label_key,
+            labels.head_factors,
+        )
         if not needs_grad:
-            return result, Residuals(
-                normalizer.peak, normalizer.total, labels.mean_weight, labels.label_key
-            )
+            return result, residuals
         if mean_key is None:
             active = labels.is_induction if head_filter else torch.ones_like(labels.is_induction)
             _, mean_key = compute.scan_keys(
                 query, key, rows, scores, sinks, active=active, sum_keys=True
             )
         key_sum = torch.addcmul(labels.label_key, labels.mean_weight[..., None], mean_key, value=-1)
-    return result, Residuals(normalizer.peak, normalizer.total, labels.mean_weight, key_sum)
+    return result, residuals._replace(key_sum=key_sum)
 
 
-def _without_labels(query: Tensor, needs_grad: bool) -> tuple[LastRowLoss, Residuals]:
+def _without_labels(query: Tensor, needs_grad: bool, share: bool) -> tuple[LastRowLoss, Residuals]:
     """Return losses of 0 without reading a key; an infinite peak makes every alpha 0."""
-    result, residuals = empty_results(query, needs_grad)
+    result, residuals = empty_results(query, needs_grad, share)
     for tensor in (*result, *residuals):
         tensor.zero_()
     residuals.peak.fill_(torch.inf)
@@ -114,7 +121,7 @@ def _without_labels(query: Tensor, needs_grad: bool) -> tuple[LastRowLoss, Resid
     return result, residuals
 
 
-def empty_results(query: Tensor, needs_grad: bool) -> tuple[LastRowLoss, Residuals]:
+def empty_results(query: Tensor, needs_grad: bool, share: bool) -> tuple[LastRowLoss, Residuals]:
     """Allocate what `loss_forward` returns for (R, Hq, D) queries."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     loss, label_mass, correct_mass, peak, total, mean_weight = (
@@ -123,7 +130,15 @@ def empty_results(query: Tensor, needs_grad: bool) -> tuple[LastRowLoss, Residua
     is_induction = query.new_empty(query.shape[:2], dtype=torch.bool)
     key_sum = query.new_empty(query.shape if needs_grad else 0, dtype=dtype)
     result = LastRowLoss(loss, label_mass, correct_mass, is_induction)
-    return result, Residuals(peak, total, mean_weight, key_sum)
+    head_factors = query.new_empty((2, *query.shape[:2]) if share else 0, dtype=dtype)
+    return result, Residuals(peak, total, mean_weight, key_sum, head_factors)
+
+
+def label_factors(penalty: Tensor, reward: Tensor, head_factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the penalty and the reward of a backward: of all heads, or (R, Hq) of each."""
+    if head_factors.numel():
+        return head_factors[0], head_factors[1]
+    return penalty, reward
 
 
 def loss_coefficient(
@@ -184,6 +199,7 @@ class _Inputs(NamedTuple):
     head_filter: bool
     backend: str
     needs_grad: bool
+    hold: Tensor | None = None
 
 
 class _Outputs(NamedTuple):
@@ -197,6 +213,7 @@ class _Outputs(NamedTuple):
     total: Tensor
     mean_weight: Tensor
     key_sum: Tensor
+    head_factors: Tensor
 
 
 class _Saved(NamedTuple):
@@ -217,6 +234,7 @@ class _Saved(NamedTuple):
     total: Tensor
     mean_weight: Tensor
     key_sum: Tensor
+    head_factors: Tensor
 
 
 @torch.library.custom_op("abft::last_row_loss", mutates_args=())
@@ -237,11 +255,12 @@ def _forward_op(
     head_filter: bool,
     backend: str,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hold: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = Rows(key_start, key_end, label_positions, label_offsets, label_is_correct)
     result, residuals = loss_forward(
         backend, query, key, rows, Scores(scale, softcap, window), sinks,
-        penalty, reward, head_filter, needs_grad,
+        penalty, reward, head_filter, needs_grad, hold=hold,
     )  # fmt: skip
     return (*result, *residuals)
 
@@ -249,7 +268,8 @@ def _forward_op(
 @_forward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
-    result, residuals = empty_results(inputs.query, inputs.needs_grad)
+    share = inputs.hold is not None
+    result, residuals = empty_results(inputs.query, inputs.needs_grad, share)
     return (*result, *residuals)
 
 
@@ -311,8 +331,7 @@ def _backward(ctx: Any, *grads: Tensor) -> _Inputs:
             saved.total,
             saved.mean_weight,
             coefficient,
-            saved.penalty,
-            saved.reward,
+            *label_factors(saved.penalty, saved.reward, saved.head_factors),
             *ctx.scores,
             ctx.backend,
         )
@@ -342,6 +361,8 @@ def last_row_loss(
     window: int | None = None,
     sinks: Tensor | None = None,
     backend: str = "auto",
+    objective: str = "mass",
+    hold: float | Tensor = 0.0,
 ) -> LastRowLoss:
     """Compute the attention-behavior loss of one attention layer (paper, equation 1).
 
@@ -349,6 +370,10 @@ def last_row_loss(
     `key_start[r] <= j < key_end[r]`, n of them, k of which are label tokens. With S the attention
     on all labels, the head is an induction head when `S > k / (k + ln n)`. Its loss is then
     `penalty * sum(alpha of wrong labels) + reward * sum(1 - alpha of correct labels)`, else 0.
+
+    With `objective="share"` (ours) the loss is `1 - C / S + hold * ln S`, C the attention on
+    correct labels. Without `hold`, more or less attention on all labels together changes nothing.
+    A row that sees labels of one kind alone has loss 0 in this objective.
 
     Args:
         query: (R, Hq, D), one query row a prompt, already rotated and normalized.
@@ -366,6 +391,8 @@ def last_row_loss(
         window: the row sees its last `window` keys only; n stays the prompt's length.
         sinks: (Hq,) logits that take part in the softmax and are dropped afterwards (GPT-OSS).
         backend: `"triton"` (a GPU; arithmetic in float32), `"torch"` (anything), or `"auto"`.
+        objective: `"mass"`, equation 1, or `"share"`, which does not use penalty and reward.
+        hold: factor of ln S in `"share"`, of either sign; a float or a 0-d tensor.
 
     Returns:
         LastRowLoss of four (R, Hq) tensors. A row without labels has loss 0. The gradient reaches
@@ -377,7 +404,7 @@ def last_row_loss(
     """
     rows = Rows(key_start, key_end, label_positions, label_offsets, label_is_correct)
     check_tensors(query, key, query.shape[0] if query.ndim else 0, rows, sinks)
-    check_options(penalty, reward, scale, softcap, window)
+    check_options(penalty, reward, scale, softcap, window, objective, hold)
     results = _forward_op(
         query,
         key,
@@ -391,6 +418,7 @@ def last_row_loss(
         head_filter=head_filter,
         backend=choose_backend(query, backend),
         needs_grad=wants_gradient(query, key, sinks),
+        hold=scalar_like(hold, query) if objective == "share" else None,
     )
     return pick(LastRowLoss, _Outputs(*results))
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from abft_kernels.types import LabelLoss, Normalizer, Rows, Scores
+from abft_kernels.types import SMALLEST_MASS, LabelLoss, Normalizer, Rows, Scores
 
 _KEYS_AT_ONCE = 512
 
@@ -80,8 +80,12 @@ def label_loss(
     *,
     head_filter: bool,
     sum_keys: bool,
+    hold: Tensor | None = None,
 ) -> LabelLoss:
-    """Compute the losses and masses of all rows, given their normalizers."""
+    """Compute the losses and masses of all rows, given their normalizers.
+
+    With `hold` the objective is `share`, else `mass`.
+    """
     grouped = _grouped(query, key)
     counts = rows.label_offsets.diff().long()
     owner = torch.repeat_interleave(torch.arange(len(query), device=query.device), counts)
@@ -91,9 +95,10 @@ def label_loss(
     # Rounding must not lift a probability above 1, where S = T = 1 is no induction head.
     alpha = torch.exp(label_scores.flatten(1) - normalizer.peak[owner]) / normalizer.total[owner]
     alpha = alpha.clamp_max(1.0)
+    seen = torch.ones_like(positions, dtype=torch.bool)
     if scores.window is not None:
-        first = rows.key_end[owner].long() - scores.window
-        alpha = alpha * (positions >= first)[:, None]
+        seen = positions >= rows.key_end[owner].long() - scores.window
+        alpha = alpha * seen[:, None]
 
     def by_row(values: Tensor) -> Tensor:
         return values.new_zeros(len(query), *values.shape[1:]).index_add_(0, owner, values)
@@ -104,17 +109,29 @@ def label_loss(
     lengths = (rows.key_end - rows.key_start).to(alpha.dtype)
     threshold = torch.where(counts > 0, counts / (counts + lengths.log()), 0.0)
     is_induction = label_mass > threshold[:, None]
-    loss = penalty * wrong_mass + reward * (by_row(is_correct) - correct_mass)
+    dtype = _result_dtype(query)
+    head_factors = alpha.new_empty(0)
+    if hold is None:
+        loss = penalty * wrong_mass + reward * (by_row(is_correct) - correct_mass)
+        mean_weight = penalty * wrong_mass - reward * correct_mass
+    else:
+        both_kinds = by_row(is_correct * seen[:, None]) * by_row((1 - is_correct) * seen[:, None])
+        has_share = (both_kinds > 0) & (label_mass >= SMALLEST_MASS)
+        mass = torch.where(has_share, label_mass, 1.0)
+        loss = torch.where(has_share, wrong_mass / mass + hold * mass.log(), 0.0)
+        penalty = torch.where(has_share, (correct_mass / mass + hold) / mass, 0.0)
+        reward = torch.where(has_share, (wrong_mass / mass - hold) / mass, 0.0)
+        head_factors = torch.stack([penalty, reward])
+        mean_weight = torch.where(has_share, hold.to(mass.dtype), 0.0)
     if head_filter:
         loss = torch.where(is_induction, loss, 0.0)
 
     label_key = alpha.new_empty(0)
     if sum_keys:
-        weight = alpha * slope.flatten(1) * (penalty - (penalty + reward) * is_correct)
+        wrong, correct = (penalty, reward) if hold is None else (penalty[owner], reward[owner])
+        weight = alpha * slope.flatten(1) * (wrong - (wrong + correct) * is_correct)
         weight = weight.unflatten(1, grouped.shape[1:3])
         label_key = by_row(torch.einsum("mhg,mhd->mhgd", weight, keys).flatten(1, 2))
-    mean_weight = penalty * wrong_mass - reward * correct_mass
-    dtype = _result_dtype(query)
     return LabelLoss(
         loss.to(dtype),
         label_mass.to(dtype),
@@ -122,6 +139,7 @@ def label_loss(
         is_induction,
         mean_weight.to(dtype),
         label_key.to(dtype),
+        head_factors.to(dtype),
     )
 
 
@@ -141,12 +159,16 @@ def grad_key(
     """Compute the gradient of the keys, (T, Hkv, D), or add it in place to `accumulate_into`.
 
     `coefficient`, (R, Hq), is the incoming gradient times the scale, 0 for heads without a loss.
+    `penalty` and `reward` are 0-d, or (R, Hq).
     """
     grouped = _grouped(query, key)
     groups = grouped.shape[1:3]
     grad = key.new_zeros(key.shape) if accumulate_into is None else accumulate_into
     offsets = rows.label_offsets.tolist()
-    label_weight = torch.where(rows.label_is_correct, -reward, penalty).to(grouped.dtype)
+    wrong, correct = (
+        part.to(grouped.dtype).expand(query.shape[:2]).unflatten(1, groups)
+        for part in (penalty, reward)
+    )
     for row in (coefficient != 0).any(dim=1).nonzero()[:, 0].tolist():
         first, end = _visible(rows, scores, row)
         heads = (coefficient[row] != 0).view(groups).any(dim=1).nonzero()[:, 0]
@@ -157,8 +179,11 @@ def grad_key(
         owned = slice(offsets[row], offsets[row + 1])
         column = rows.label_positions[owned].long() - first
         inside = column >= 0  # a window may hide labels
-        weight = alpha.new_zeros(end - first)
-        weight.index_add_(0, column[inside], label_weight[owned][inside])
+        is_correct = rows.label_is_correct[owned][inside]
+        label_weight = torch.where(
+            is_correct, -correct[row, heads, :, None], wrong[row, heads, :, None]
+        )
+        weight = torch.zeros_like(alpha).index_add_(2, column[inside], label_weight)
         grad_scores = alpha * (weight - mean_weight[row].view(groups)[heads, :, None]) * slope
         grad_scores *= coefficient[row].view(groups)[heads, :, None]
         for part in grad_scores.split(_KEYS_AT_ONCE, dim=-1):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from abft_kernels.types import LabelLoss, Normalizer, Rows, Scores
+from abft_kernels.types import SMALLEST_MASS, LabelLoss, Normalizer, Rows, Scores
 
 NO_WINDOW = 2**31 - 1
 _LABEL_BLOCK = 16
@@ -302,13 +302,16 @@ def _label_loss_kernel(
     label_offsets_ptr,  # (R + 1,)
     label_is_correct_ptr,  # (M,) bool
     peak_ptr, total_ptr,  # (R, Hq)
-    penalty_ptr, reward_ptr,  # scalars
+    penalty_ptr, reward_ptr,  # scalars, read unless SHARE
+    hold_ptr,  # scalar, read if SHARE
     loss_ptr, label_mass_ptr, correct_mass_ptr, is_induction_ptr, mean_weight_ptr,  # (R, Hq) out
     label_key_ptr,  # (R, Hq, D) out, if SUM_KEYS
+    head_factors_ptr,  # (2, R, Hq) out, if SHARE
     scale, softcap, window, tokens, rows, labels, head_filter,
     query_row_stride, query_head_stride, key_token_stride, key_head_stride,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     LABEL_BLOCK: tl.constexpr, CAPPED: tl.constexpr, SUM_KEYS: tl.constexpr,
+    SHARE: tl.constexpr, SMALLEST_MASS: tl.constexpr,
 ):  # fmt: skip
     """Compute loss, masses and filter of one row's group of heads, from its label keys alone.
 
@@ -324,8 +327,14 @@ def _label_loss_kernel(
     )  # fmt: skip
     peak = tl.load(peak_ptr + offsets, mask=exists, other=0.0)
     total = tl.load(total_ptr + offsets, mask=exists, other=1.0)
-    penalty = tl.load(penalty_ptr)
-    reward = tl.load(reward_ptr)
+    if SHARE:
+        hold = tl.load(hold_ptr)
+        correct_key = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
+        seen_correct = tl.zeros([1], tl.float32)
+        seen_wrong = tl.zeros([1], tl.float32)
+    else:
+        penalty = tl.load(penalty_ptr)
+        reward = tl.load(reward_ptr)
     start = tl.load(key_start_ptr + row)
     end = tl.load(key_end_ptr + row)
     first_label, last_label, sound = _own_labels(label_offsets_ptr, row, rows, labels)
@@ -354,7 +363,13 @@ def _label_loss_kernel(
         correct_count += tl.sum(correct, 0)
         correct_mass += tl.sum(alpha * correct[None, :], 1)
         wrong_mass += tl.sum(alpha * (1 - correct)[None, :], 1)
-        if SUM_KEYS:
+        if SHARE:
+            seen_correct += tl.sum(tl.where(seen, correct, 0.0), 0)
+            seen_wrong += tl.sum(tl.where(seen, 1 - correct, 0.0), 0)
+            if SUM_KEYS:  # the factors follow from the masses, known after the last label
+                label_key += _dot_float32(alpha * slope * (1 - correct)[None, :], key)
+                correct_key += _dot_float32(alpha * slope * correct[None, :], key)
+        elif SUM_KEYS:
             weight = penalty - (penalty + reward) * correct
             label_key += _dot_float32(alpha * slope * weight[None, :], key)
 
@@ -363,7 +378,21 @@ def _label_loss_kernel(
     length = tl.maximum(end - start, 1).to(tl.float32)
     threshold = tl.where(count > 0, count / (count + tl.log(length)), 0.0)
     is_induction = label_mass > threshold
-    loss = penalty * wrong_mass + reward * (correct_count - correct_mass)
+    if SHARE:
+        has_share = (label_mass >= SMALLEST_MASS) & (seen_correct > 0) & (seen_wrong > 0)
+        mass = tl.where(has_share, label_mass, 1.0)
+        loss = tl.where(has_share, wrong_mass / mass + hold * tl.log(mass), 0.0)
+        penalty = tl.where(has_share, (correct_mass / mass + hold) / mass, 0.0)
+        reward = tl.where(has_share, (wrong_mass / mass - hold) / mass, 0.0)
+        mean_weight = tl.where(has_share, hold, 0.0)
+        if SUM_KEYS:
+            label_key = penalty[:, None] * label_key - reward[:, None] * correct_key
+        second = head_factors_ptr + rows * tl.num_programs(1) * GROUP
+        tl.store(head_factors_ptr + offsets, penalty, mask=exists)
+        tl.store(second + offsets, reward, mask=exists)
+    else:
+        loss = penalty * wrong_mass + reward * (correct_count - correct_mass)
+        mean_weight = penalty * wrong_mass - reward * correct_mass
     loss = tl.where(is_induction | (head_filter == 0), loss, 0.0)
     # To report a bad index, the host would have to wait; NaN marks the row instead.
     bad = exists & (broken > 0)
@@ -372,7 +401,6 @@ def _label_loss_kernel(
     tl.store(label_mass_ptr + offsets, tl.where(bad, nan, label_mass), mask=exists)
     tl.store(correct_mass_ptr + offsets, tl.where(bad, nan, correct_mass), mask=exists)
     tl.store(is_induction_ptr + offsets, is_induction, mask=exists)
-    mean_weight = penalty * wrong_mass - reward * correct_mass
     tl.store(mean_weight_ptr + offsets, tl.where(bad, nan, mean_weight), mask=exists)
     if SUM_KEYS:
         dim = tl.arange(0, DIM_BLOCK)
@@ -389,14 +417,14 @@ def _grad_key_kernel(
     label_positions_ptr, label_offsets_ptr, label_is_correct_ptr,
     peak_ptr, total_ptr, mean_weight_ptr,  # (R, Hq)
     coefficient_ptr,  # (R, Hq), scale * incoming gradient, 0 for heads without loss
-    penalty_ptr, reward_ptr,
+    penalty_ptr, reward_ptr,  # scalars, or (R, Hq) if FACTOR_PER_HEAD
     grad_key_ptr,  # (T, Hkv, D) out, or in and out if ACCUMULATE
     scale, softcap, window, tokens, rows, labels,
     query_row_stride, query_head_stride, key_token_stride, key_head_stride,
     grad_token_stride, grad_head_stride,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr, LABEL_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, ACCUMULATE: tl.constexpr,
+    CAPPED: tl.constexpr, ACCUMULATE: tl.constexpr, FACTOR_PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Compute dk for one block of keys of one head.
 
@@ -434,11 +462,24 @@ def _grad_key_kernel(
             alpha = tl.exp(scores - peak[:, None]) / total[:, None]
             alpha = tl.where(visible[None, :], alpha, 0.0)
             first_label, last_label, _ = _own_labels(label_offsets_ptr, row, rows, labels)
-            weight = _label_weights(
-                label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions,
-                tl.load(penalty_ptr), tl.load(reward_ptr), KEY_BLOCK, LABEL_BLOCK,
-            )  # fmt: skip
-            grad_scores = alpha * (weight[None, :] - mean_weight[:, None]) * slope
+            if FACTOR_PER_HEAD:
+                wrong = _label_weights(
+                    label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions,
+                    1.0, 0.0, KEY_BLOCK, LABEL_BLOCK,
+                )  # fmt: skip
+                correct = _label_weights(
+                    label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions,
+                    0.0, -1.0, KEY_BLOCK, LABEL_BLOCK,
+                )  # fmt: skip
+                penalty = tl.load(penalty_ptr + offsets, mask=exists, other=0.0)
+                reward = tl.load(reward_ptr + offsets, mask=exists, other=0.0)
+                weight = penalty[:, None] * wrong[None, :] - reward[:, None] * correct[None, :]
+            else:
+                weight = _label_weights(
+                    label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions,
+                    tl.load(penalty_ptr), tl.load(reward_ptr), KEY_BLOCK, LABEL_BLOCK,
+                )[None, :]  # fmt: skip
+            grad_scores = alpha * (weight - mean_weight[:, None]) * slope
             grad_scores *= coefficient[:, None]
             # Scale to at most 1, so that float16's range does not cut small gradients off.
             largest = tl.maximum(tl.max(tl.abs(grad_scores)), 1e-30)
@@ -512,8 +553,12 @@ def label_loss(
     *,
     head_filter: bool,
     sum_keys: bool,
+    hold: Tensor | None = None,
 ) -> LabelLoss:
-    """Compute the losses and masses of all rows, given their normalizers."""
+    """Compute the losses and masses of all rows, given their normalizers.
+
+    With `hold` the objective is `share`, else `mass`.
+    """
     query, key = _readable(query), _readable(key)
     shape = _Shape(query, key)
     heads = (shape.rows, shape.query_heads)
@@ -522,16 +567,20 @@ def label_loss(
     )
     is_induction = query.new_empty(heads, dtype=torch.bool)
     label_key = query.new_empty(query.shape if sum_keys else 0, dtype=torch.float32)
+    head_factors = query.new_empty(0 if hold is None else (2, *heads), dtype=torch.float32)
     with _on_device(query):
         _label_loss_kernel[(shape.rows, shape.key_heads)](
-            query, key, *rows, *normalizer, penalty, reward,
-            loss, label_mass, correct_mass, is_induction, mean_weight, label_key,
+            query, key, *rows, *normalizer, penalty, reward, penalty if hold is None else hold,
+            loss, label_mass, correct_mass, is_induction, mean_weight, label_key, head_factors,
             *shape.scores(scores), shape.tokens, shape.rows, len(rows.label_positions),
             int(head_filter), *shape.strides(query, key), **shape.constants(),
             LABEL_BLOCK=shape.key_block, CAPPED=scores.softcap is not None, SUM_KEYS=sum_keys,
+            SHARE=hold is not None, SMALLEST_MASS=SMALLEST_MASS,
             num_warps=shape.warps, **_OPTIONS,
         )  # fmt: skip
-    return LabelLoss(loss, label_mass, correct_mass, is_induction, mean_weight, label_key)
+    return LabelLoss(
+        loss, label_mass, correct_mass, is_induction, mean_weight, label_key, head_factors
+    )
 
 
 def grad_key(
@@ -550,7 +599,7 @@ def grad_key(
     """Compute the gradient of the keys, (T, Hkv, D), or add it in place to `accumulate_into`.
 
     `coefficient`, (R, Hq), is the incoming gradient times the scale, 0 for heads without a loss.
-    Keys that only such heads share are not read.
+    Keys that only such heads share are not read. `penalty` and `reward` are 0-d, or (R, Hq).
     """
     dtype = key.dtype
     query, key = _readable(query), _readable(key)
@@ -559,12 +608,13 @@ def grad_key(
     with _on_device(query):
         _grad_key_kernel[(triton.cdiv(shape.tokens, shape.key_block), shape.key_heads)](
             query, key, *rows, *normalizer, mean_weight, coefficient.contiguous(),
-            penalty, reward, grad,
+            penalty.contiguous(), reward.contiguous(), grad,
             *shape.scores(scores), shape.tokens, shape.rows, len(rows.label_positions),
             *shape.strides(query, key), *grad.stride()[:2],
             **shape.constants(), KEY_BLOCK=shape.key_block, LABEL_BLOCK=_LABEL_BLOCK,
             ROW_BLOCK=_ROW_BLOCK, CAPPED=scores.softcap is not None,
-            ACCUMULATE=accumulate_into is not None, **shape.launch(),
+            ACCUMULATE=accumulate_into is not None, FACTOR_PER_HEAD=penalty.ndim > 0,
+            **shape.launch(),
         )  # fmt: skip
     if accumulate_into is None:
         return grad.to(dtype)

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from abft_kernels.types import LastRowLoss
+from abft_kernels.types import SMALLEST_MASS, LastRowLoss
 
 
 def last_row_loss(
@@ -29,6 +29,8 @@ def last_row_loss(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    objective: str = "mass",
+    hold: float | Tensor = 0.0,
 ) -> LastRowLoss:
     """Compute `abft_kernels.last_row_loss`, with the same arguments, one row and head at a time."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -58,7 +60,14 @@ def last_row_loss(
 
             label_mass = alpha.sum()
             is_induction = label_mass > threshold
-            loss = penalty * alpha[~correct].sum() + reward * (1 - alpha[correct]).sum()
+            if objective == "mass":
+                loss = penalty * alpha[~correct].sum() + reward * (1 - alpha[correct]).sum()
+            else:
+                seen = positions >= (0 if window is None else n - window)
+                both_kinds = (seen & correct).any() and (seen & ~correct).any()
+                loss = 0 * label_mass
+                if both_kinds and label_mass >= SMALLEST_MASS:
+                    loss = alpha[~correct].sum() / label_mass + hold * label_mass.log()
             if head_filter:
                 loss = torch.where(is_induction, loss, loss.new_zeros(()))
             rows.append((loss, label_mass.detach(), alpha[correct].sum().detach(), is_induction))

@@ -9,12 +9,16 @@ from torch import Tensor
 
 Named = TypeVar("Named", bound=NamedTuple)
 
+OBJECTIVES = ("mass", "share")
+SMALLEST_MASS = 1e-30
+"""Less attention on labels than this has no share: its inverse would leave float32's range."""
+
 
 class LastRowLoss(NamedTuple):
     """The loss of one attention layer, by prompt and query head; every field is (R, Hq).
 
     Attributes:
-        loss: paper, equation 1; 0 for a head that the filter leaves out. Differentiable; float32
+        loss: the objective's loss; 0 for a head that the filter leaves out. Differentiable; float32
             (float64 for float64 inputs), as are the masses.
         label_mass: S, the attention that the last row pays to all label tokens.
         correct_mass: the part of S on labels that are the query's own.
@@ -99,7 +103,9 @@ class LabelLoss(NamedTuple):
     """What follows from a row's label keys and its normalizer.
 
     g is the derivative of the loss by a key's probability alpha: penalty on wrong labels, -reward
-    on correct ones, 0 elsewhere. c is the slope of the soft-cap, 1 without a soft-cap.
+    on correct ones, 0 elsewhere. The objective `mass` has the same two factors for all heads, the
+    objective `share` has two for each row and head. c is the slope of the soft-cap, 1 without a
+    soft-cap.
 
     Attributes:
         loss: (R, Hq).
@@ -108,6 +114,7 @@ class LabelLoss(NamedTuple):
         is_induction: (R, Hq) bool.
         mean_weight: (R, Hq), G = sum_j alpha_j g_j.
         label_key: (R, Hq, D), sum_j alpha_j g_j c_j k_j; (0,) if the caller does not ask for it.
+        head_factors: (2, R, Hq), penalty and reward of `share`; (0,) for `mass`.
     """
 
     loss: Tensor
@@ -116,6 +123,7 @@ class LabelLoss(NamedTuple):
     is_induction: Tensor
     mean_weight: Tensor
     label_key: Tensor
+    head_factors: Tensor
 
 
 class Residuals(NamedTuple):
@@ -127,12 +135,14 @@ class Residuals(NamedTuple):
         mean_weight: (R, Hq), G.
         key_sum: (R, Hq, D), dq before the factors scale and incoming gradient; (0,) without
             gradient.
+        head_factors: (2, R, Hq), penalty and reward of `share`; (0,) for `mass`.
     """
 
     peak: Tensor
     total: Tensor
     mean_weight: Tensor
     key_sum: Tensor
+    head_factors: Tensor
 
 
 def pick(kind: type[Named], *sources: NamedTuple) -> Named:

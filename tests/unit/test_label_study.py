@@ -71,3 +71,17 @@ def test_the_page_has_the_rows_of_gemma(gemma):
             low, high = (float(gemma[setting][f"{rate}_{end}"]) for end in ("low", "high"))
             row[rate] += f" ({100 * low:.1f} to {100 * high:.1f})"
         assert cells == list(row.values()), setting
+
+
+def test_the_page_has_the_rows_of_both_objectives(rows):
+    share = {(row["setting_name"], row["dataset"]): row for row in rows_of("builtin_share")}
+    sweep = read_cells(ROOT / "configs/builtin/share.yaml", {})
+    assert {row["cell"] for row in share.values()} <= {cell.name for cell in sweep}
+    said = set()
+    for line, cells in lines_of("Dataset, labels, objective"):
+        dataset, labels, objective = line.split(", ")
+        place = (f"share, {labels}" if objective == "share" else labels, dataset.lower())
+        row = (share if objective == "share" else rows)[place]
+        assert cells == [f"{100 * float(row[name]):.1f}" for name in METRICS], line
+        said |= {place}
+    assert share.keys() <= said
