@@ -30,6 +30,7 @@ def test_it_is_small_standard_and_float32(builtin):
     assert {p.dtype for p in builtin[0].parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_both_prompt_forms_are_the_same_tokens(builtin):
     _, tokenizer = builtin
     assert tokenizer("sentiment: ")["input_ids"] == tokenizer("Sentiment:")["input_ids"]

@@ -44,6 +44,7 @@ def test_staicc_form_is_staiccs_own_prompts(name):
     assert len(prompts) == 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_split_sizes(name):
     dataset = data.load(name)

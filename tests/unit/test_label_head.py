@@ -31,6 +31,7 @@ def prompts():
     return [EncodedPrompt(torch.randint(3, 97, (n,)).tolist(), [1], [True]) for n in (9, 23, 4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_stay_and_rows_go(name, adapted):

@@ -57,6 +57,7 @@ def test_permuted_labels_are_a_bijection_in_each_prompt(method):
     assert all(token in encoder.label_ids for token in targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["ours", "staicc"])
 def test_symbols_mean_nothing_in_their_prompt(form):
     own, encoder = prompts_of(method="E2E", prompt_form=form)

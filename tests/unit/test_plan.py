@@ -149,6 +149,7 @@ def test_flash_attention_has_a_workspace_in_its_backward(heads, key_heads, head_
     assert flash_backward_peaks("cuda", *size, uses_output=False).keys() == {TENSORS}
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_operations_take_inside():
     shape = tiny_config("llama", hidden_size=64, intermediate_size=128)
     of = {

@@ -17,7 +17,7 @@ from abft_fast.options.resolve import resolve
 from abft_fast.streaming.model import weights_to_read
 from tests.tiny_models import tiny_config
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 CPU = Arithmetic("cpu", mixed=False)

@@ -107,6 +107,7 @@ def test_chunks_that_share_less_than_those_before(folder, monkeypatch):
     assert_predicted(run(), expected)
 
 
+@pytest.mark.slow
 def test_an_adapter_and_the_merged_model(folder):
     adapted = train_lora(load("builtin", CPU, torch.float32), 4)
     for name, parameter in adapted.named_parameters():

@@ -93,6 +93,7 @@ def test_prompts_of_unseen_labels_are_staiccs_own(name):
         assert prompt.query.label not in [d.label for d in prompt.demonstrations]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test_type", TEST_TYPES)
 @pytest.mark.parametrize("name", ["fp", "tee"])
 def test_metrics_are_staiccs_bit_for_bit(name, test_type):

@@ -35,6 +35,7 @@ def test_torch_backend_is_the_specification(options, hold):
     torch.testing.assert_close(grads, expected_grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES.keys())
 def test_kernels_are_the_specification_in_float64(options, dtype):
@@ -133,6 +134,7 @@ def test_mistakes_are_named(options, named):
         last_row_loss(**make_case([9], [3]), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend):
     case = both_kinds(make_case([17, 9], [4, 2], dtype=torch.float32, head_dim=16))

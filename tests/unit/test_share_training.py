@@ -102,6 +102,7 @@ def test_the_methods_loss_has_the_hold():
     assert abs(found.item() - without.item()) > 1e-3
 
 
+@pytest.mark.slow
 def test_streamed_in_one_block_is_an_ordinary_run(tmp_path):
     share = {"objective": "share", "hold": 3.0, "gradient": 4, "epochs": 4}
     config = config_of(saved("llama", tmp_path), **share)
