@@ -18,13 +18,12 @@ from abft_fast.memory.simulation import CannotCount
 from abft_fast.memory.streamed import Prompts, Speeds, StreamedPlan, plan_streamed
 from abft_fast.memory.types import Arithmetic
 from abft_fast.models import loading
-from abft_fast.models.stored_format import stored_format
 from abft_fast.models.synthetic import skeleton
 from abft_fast.options import PlanConfig
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import tokens_at_once
 from abft_fast.streaming.model import WeightToRead, weights_to_read
-from abft_fast.streaming.weights import StoredWeights
+from abft_fast.streaming.weights import StoredWeights, check_stored_format
 from abft_fast.training.loop import pseudo_batches
 
 _STORED_BYTES = 2  # of a number of a known shape, which has no files: bfloat16
@@ -97,11 +96,8 @@ def _weights(
     label_ids: set[int],
 ) -> list[tuple[WeightToRead, int]]:
     """Return what the walk reads, and how many bytes are stored of it."""
-    if not is_known and stored_format(shape) is not None:
-        raise UserError(
-            f"model {config.model} is stored quantized ({stored_format(shape)}): --stream reads "
-            "float weights or GGUF; use the unquantized checkpoint with --quantized"
-        )
+    if not is_known:
+        check_stored_format(config.model, shape)
     model = skeleton(shape, arithmetic.dtype, config.bits if config.quantized else None)
     wanted = list(weights_to_read(model, tokens, label_ids))
     if is_known:

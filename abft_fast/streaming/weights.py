@@ -105,6 +105,20 @@ class StoredWeights:
         return tensor
 
 
+def check_stored_format(name: str, config: PreTrainedConfig) -> None:
+    """Refuse a model that is stored quantized, other than in GGUF.
+
+    Raises:
+        UserError: the model is stored so.
+    """
+    stored = stored_format(config)
+    if stored is not None:
+        raise UserError(
+            f"model {name} is stored quantized ({stored}): --stream reads float weights or GGUF; "
+            "use the unquantized checkpoint with --quantized"
+        )
+
+
 def _files_of_tensors(
     name: str, config: PreTrainedConfig, model: PreTrainedModel
 ) -> dict[str, tuple[Path, str]]:
@@ -115,12 +129,7 @@ def _files_of_tensors(
     """
     if name.startswith(SYNTHETIC):
         raise UserError(f"model {name}: --stream reads weights from files, and this model has none")
-    stored = stored_format(config)
-    if stored is not None:
-        raise UserError(
-            f"model {name} is stored quantized ({stored}): --stream reads float weights or GGUF; "
-            "use the unquantized checkpoint with --quantized"
-        )
+    check_stored_format(name, config)
     check_model_folder(name)
     folder = builtin_model_path() if name == "builtin" else checkpoint_folder(name)
     if folder is None:
