@@ -119,7 +119,6 @@ def run_prompt_at(
     return last, stacked
 
 
-@torch.no_grad()
 def run_rows(
     model: PreTrainedModel,
     tokens: Sequence[int],

@@ -67,7 +67,8 @@ def patched_logits(
         prompt: the prompt.
         target: the model's own forward on the prompt, which has its keys and values.
         outputs: (layers, Hq, D), or (R, layers, Hq, D) where rows get different ones.
-        masks: (R, layers, Hq) bool, which heads each row replaces.
+        masks: (R, layers, Hq), which heads each row replaces: bool, or the part of each head's
+            output that is replaced, 0 to 1, under autograd.
         label_ids: the label words' tokens.
         attention: which attention runs.
 
@@ -90,7 +91,11 @@ def replaced(model: PreTrainedModel, outputs: Tensor, masks: Tensor) -> Iterator
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             own = inputs[0].view(rows, heads, -1)
             mask = masks[:, index, :, None].to(own.device)
-            mixed = torch.where(mask, new[:, index].to(own), own)
+            source = new[:, index].to(own)
+            if mask.dtype == torch.bool:
+                mixed = torch.where(mask, source, own)
+            else:
+                mixed = torch.lerp(own, source, mask.to(own.dtype))
             return mixed.view_as(inputs[0]), *inputs[1:]
 
         return hook

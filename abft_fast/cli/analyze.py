@@ -13,6 +13,7 @@ from abft_fast.commands import checks
 from abft_fast.options import (
     AttentionConfig,
     CmapConfig,
+    DcmConfig,
     PathConfig,
     PlaneConfig,
     RestrictConfig,
@@ -63,6 +64,12 @@ def restrict(flags: dict[str, Any]) -> None:
 def path(flags: dict[str, Any]) -> None:
     """Measure what each head does to the answer directly, and through induction heads."""
     _run("path", resolve(PathConfig, flags), checks.check_analyze_prompts)
+
+
+@command_with(DcmConfig, verbs)
+def dcm(flags: dict[str, Any]) -> None:
+    """Learn which heads carry the label word, the position, and the query's text."""
+    _run("dcm", resolve(DcmConfig, flags), checks.check_analyze_prompts)
 
 
 @command_with(PlaneConfig, verbs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -14,6 +15,7 @@ from abft_fast.options.model import PlacementOptions
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _GROUPS = ("head", "layer", "induction", "other")
+_DESIDERATA = ("label-word", "position", "text-prior")
 
 
 class OutputOptions(PlacementOptions):
@@ -152,16 +154,21 @@ class ShiftConfig(ComparedOptions):
     """Options of `abft-fast analyze shift`."""
 
 
-def _groups(value: Any) -> Any:
-    parts = value.split(",") if isinstance(value, str) else value
-    if isinstance(parts, list):
-        parts = list(dict.fromkeys(str(part).strip() for part in parts))
-        unknown = [part for part in parts if part not in _GROUPS]
-        if unknown or not parts:
-            given = unknown[0] if unknown else ""
-            raise ValueError(f"{given!r} is no group: use some of {', '.join(_GROUPS)}")
-        return ",".join(parts)
-    return value
+def _some_of(allowed: Sequence[str], kind: str) -> BeforeValidator:
+    """Return what checks names that are separated by commas, or a list of them."""
+
+    def check(value: Any) -> Any:
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, list):
+            parts = list(dict.fromkeys(str(part).strip() for part in parts))
+            unknown = [part for part in parts if part not in allowed]
+            if unknown or not parts:
+                given = unknown[0] if unknown else ""
+                raise ValueError(f"{given!r} is no {kind}: use some of {', '.join(allowed)}")
+            return ",".join(parts)
+        return value
+
+    return BeforeValidator(check)
 
 
 def _heads(value: Any) -> Any:
@@ -182,7 +189,7 @@ class CmapConfig(ComparedOnPromptsOptions):
         "attention, over the values of the model that receives. values: the values, under the "
         "attention of the model that receives.",
     )
-    groups: Annotated[str, BeforeValidator(_groups)] = Field(
+    groups: Annotated[str, _some_of(_GROUPS, "group")] = Field(
         "head,layer,induction,other",
         description="Groups of heads that are patched, separated by commas. head: each head alone. "
         "layer: each layer's heads. induction: the heads with S > T for the prompt, in one of the "
@@ -231,6 +238,46 @@ class PathConfig(ComparedOnPromptsOptions):
     """Options of `abft-fast analyze path`."""
 
     _needs_tuned: ClassVar[bool] = False
+
+
+class DcmConfig(ComparedOnPromptsOptions):
+    """Options of `abft-fast analyze dcm`."""
+
+    _needs_tuned: ClassVar[bool] = False
+
+    desiderata: Annotated[str, _some_of(_DESIDERATA, "desideratum")] = Field(
+        ",".join(_DESIDERATA),
+        description="What heads may carry, separated by commas; a mask is learnt for each. "
+        "label-word: label words are rotated in the demonstrations. position: right demonstrations "
+        "change places with wrong ones. text-prior: another query follows the same demonstrations.",
+    )
+    head_cost: float = Field(
+        0.01, ge=0, allow_inf_nan=False, description="What a head in use costs, in logits."
+    )
+    learning_rate: float = Field(
+        0.1, gt=0, allow_inf_nan=False, description="Adam's learning rate of the masks."
+    )
+    steps: int = Field(50, ge=1, description="Steps of each mask.")
+    batch_size: int = Field(
+        16, ge=1, description="Prompts of a step, drawn from one half of --prompts."
+    )
+
+    @property
+    def chosen(self) -> list[str]:
+        """Return the desiderata that `--desiderata` names."""
+        return self.desiderata.split(",")
+
+    @model_validator(mode="after")
+    def _check_prompts(self) -> Self:
+        if self.test_type == "UnseenLabel":
+            raise ValueError(
+                "--test-type UnseenLabel: no demonstration has the right label: use Normal"
+            )
+        if self.k < 2:
+            raise ValueError(
+                f"--k {self.k}: labels cannot change places: use two demonstrations or more"
+            )
+        return self
 
 
 def _grid(value: Any) -> Any:

@@ -15,7 +15,6 @@ from abft_kernels.checks import bounds_on_host
 from abft_kernels.types import Prompts, Scores, one_prompt_bounds
 
 
-@torch.no_grad()  # a log-sum-exp has no gradient
 def attention_after_prefix(
     q: Tensor,
     k: Tensor,
@@ -32,7 +31,7 @@ def attention_after_prefix(
     sinks: Tensor | None = None,
     attention: str = "auto",
 ) -> Tensor:
-    """Compute causal attention of packed prompts, each after the prefix; without gradients.
+    """Compute causal attention of packed prompts, each after the prefix.
 
     Args:
         q: (T, Hq, D), R prompts laid end to end, without the prefix.
@@ -49,7 +48,7 @@ def attention_after_prefix(
         window: a row sees its last `window` keys only; keys of the prefix count.
         sinks: as in `last_row_loss`.
         attention: see `choose_attention`. Prompts attend one at a time if a window ends inside the
-            prefix or no flash attention can run.
+            prefix, a gradient is asked for, or no flash attention can run.
 
     Returns:
         (T, Hq, D).
@@ -63,7 +62,9 @@ def attention_after_prefix(
     if window is not None and length + longest <= window:
         window = None
     scores = Scores(scale, softcap, window)
-    if name == "separate" or window is not None:
+    # The parts of the softmax are joined by log-sum-exps, which have no gradient.
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, prefix_k, prefix_v))
+    if name == "separate" or window is not None or learns:
         prefix = prefix_k, prefix_v
         own_bounds = bounds_on_host(cu_seqlens, bounds)
         return attend_separately(q, k, v, own_bounds, scores, sinks, prefix=prefix)

@@ -135,6 +135,27 @@ def test_path(adapters):
     assert {abs(float(effect)) < 1e-4 for effect in effects["before", "queries", "3"]} == {True}
 
 
+def test_dcm(adapters):
+    rows, result, paths = analyze(
+        "dcm", adapters, "--desiderata", "label-word,text-prior", "--steps", 3, "--batch-size", 2,
+        "--output-dir", "d",
+    )  # fmt: skip
+    assert [path.name for path in paths] == ["dcm.csv", "dcm.svg"]
+    assert len(rows) == 2 * 2 * (24 + 3)
+    by_group = {}
+    for row in rows:
+        by_group.setdefault((row["model"], row["desideratum"], row["group"]), []).append(row)
+    for model in ("before", "after"):
+        for name in ("label-word", "text-prior"):
+            masks = [float(row["mask"]) for row in by_group[model, name, "head"]]
+            assert 0 < max(masks) <= 1 and min(masks) >= 0
+            (chosen,) = by_group[model, name, "chosen"]
+            assert int(chosen["heads"]) == sum(mask > 0.5 for mask in masks)
+            (every,) = by_group[model, name, "all"]
+            assert every["heads"] == "24" and 0 <= float(every["answered"]) <= 1
+    assert result.stderr.count("heads; ") == 4
+
+
 def test_plane(adapters):
     result = abft_fast(
         "analyze", "plane", "--a", "strong", "--e", "zeros", "--grid", "0:1:2", *FEW,

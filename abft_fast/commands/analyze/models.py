@@ -112,6 +112,8 @@ class DrawnPrompts(PromptSession):
     """Add prompts that are drawn from a dataset's test.
 
     Attributes:
+        drawn: the prompts.
+        template: how they are written.
         encoded: the prompts, tokenized.
     """
 
@@ -119,7 +121,7 @@ class DrawnPrompts(PromptSession):
 
     def __init__(self, config: AnalyzeOptions, progress: Progress):
         super().__init__(config, progress)
-        self.encoded = self._draw()
+        self.drawn, self.template, self.encoded = self._draw()
         self.show_data(self.encoded.prompts)
 
     @property
@@ -132,13 +134,14 @@ class DrawnPrompts(PromptSession):
         """Return the tokens of the longest prompt."""
         return max(map(len, self.encoded.prompts))
 
-    def _draw(self) -> EncodedPrompts:
+    def _draw(self) -> tuple[list[Prompt], Template, EncodedPrompts]:
         prompts, template = prompts_of_test(self.config, self.dataset)
         count = min(self.config.prompts, len(prompts))
         chosen = sorted(random.Random("analyze").sample(range(len(prompts)), count))
-        encoded = self.encoder.encode([prompts[i] for i in chosen], template)
+        drawn = [prompts[i] for i in chosen]
+        encoded = self.encoder.encode(drawn, template)
         self.say_too_long(encoded, "test", "with fewer demonstrations")
-        return encoded
+        return [drawn[i] for i in encoded.kept], template, encoded
 
 
 class AnalysisSession(DrawnPrompts, ComparedModels):

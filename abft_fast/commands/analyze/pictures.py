@@ -21,6 +21,7 @@ from abft_fast.analysis.shift import Shift
 from abft_fast.plots import style
 
 if TYPE_CHECKING:
+    from abft_fast.commands.analyze.dcm import Learnt
     from abft_fast.commands.analyze.show import Token
     from abft_fast.options import CmapConfig
 
@@ -337,4 +338,15 @@ def paths(layers: Sequence[int], means: Mapping[str, PathEffects]) -> Figure:
         for row, (side, each) in enumerate(values.items()):
             shown = f"{title}, {side} (log-odds)"
             heatmap(axes[row][column], layers, each, shown, center=True, limit=limit)
+    return figure
+
+
+def masks(layers: Sequence[int], learnt: Mapping[tuple[str, str], Learnt]) -> Figure:
+    """Draw each desideratum's mask as a heatmap, a row of panels a model."""
+    names, sides = (list(dict.fromkeys(key[i] for key in learnt)) for i in (0, 1))
+    figure, axes = grid(len(sides), len(names))
+    for (name, side), one in learnt.items():
+        title = f"mask of {name}, {side}: {one.chosen.sum()} heads"
+        axis = axes[sides.index(side)][names.index(name)]
+        heatmap(axis, layers, one.mask, title, limit=1.0)
     return figure
