@@ -141,13 +141,13 @@ def test_a_finished_run_resumes_to_its_own_table(run):
 def test_prompts_too_long_are_counted_in_the_log(tmp_path):
     folder = tmp_path / "run"
     result = abft_fast(
-        "train", "--dataset", "teh", "--k", 64, "--train-samples", 40, "--epochs", 1, "--no-eval",
+        "train", "--dataset", "teh", "--k", 64, "--train-samples", 8, "--epochs", 1, "--no-eval",
         "--on-long-prompt", "fewer-demonstrations", "--output-dir", folder,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (line,) = [x for x in (folder / "run.log").read_text().splitlines() if "context" in x]
-    shortened = int(re.search(r"0 dropped, (\d+) with fewer demonstrations, of 40", line)[1])
-    assert 0 < shortened <= 40
+    shortened = int(re.search(r"0 dropped, (\d+) with fewer demonstrations, of 8", line)[1])
+    assert 0 < shortened <= 8
 
 
 def test_zero_shot_evaluation(tmp_path):

@@ -47,6 +47,7 @@ def prompts(encoder):
     return encoder.encode(data.load("sst2").training_prompts(2, 3, seed=0)).prompts
 
 
+@pytest.mark.slow  # transformers takes minutes to read one
 def test_weights_are_what_transformers_reads(path):
     expected = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
