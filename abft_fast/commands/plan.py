@@ -20,7 +20,7 @@ from abft_fast.memory.plan import (
     what_to_change,
 )
 from abft_fast.memory.simulation import CannotCount
-from abft_fast.memory.types import Arithmetic, Flow, Plan
+from abft_fast.memory.types import EVALUATION, Arithmetic, Flow, Plan
 from abft_fast.models import loading
 from abft_fast.models.shapes import SYNTHETIC, known_shape
 from abft_fast.options import PlanConfig, datasets
@@ -47,7 +47,7 @@ def plan(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
     longest = max(lengths)
     arithmetic, limit = machine_of(config)
     chosen = Flow(config.gradient, config.checkpointing)
-    flows = dict.fromkeys([*flows_of(config), chosen])
+    flows = dict.fromkeys([*flows_of(config), chosen, EVALUATION])
     try:
         planned = make_plan(shape, config, arithmetic, flows, longest, limit)
         if planned.fits(chosen):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from abft_fast.core.label_logits import label_logits, set_label_rows
 from abft_fast.core.packing import pack
 from abft_fast.memory.simulation import (
     CannotCount,
@@ -16,7 +17,7 @@ from abft_fast.memory.simulation import (
     peak_memory,
     without_memory,
 )
-from abft_fast.memory.types import Arithmetic, Flow, Line, StaticMemory, StepMemory
+from abft_fast.memory.types import EVALUATION, Arithmetic, Flow, Line, StaticMemory, StepMemory
 from abft_fast.models import trainable
 from abft_fast.models.shapes import with_layers
 from abft_fast.models.stored_format import stored_format
@@ -27,6 +28,7 @@ from abft_fast.training.methods import example_prompt, method_loss
 _ADAM_STATES = 2
 _FEWEST_LAYERS = 4
 _FEWEST_TOKENS = 2048  # below this, memory that does not grow with tokens sets the peak
+_LABEL_IDS = [0, 1]
 
 
 def static_memory(
@@ -40,10 +42,9 @@ def static_memory(
     """
     model = trainable_without_memory(shape, config, arithmetic, Flow("local"))
     trained = [p for p in model.parameters() if p.requires_grad]
-    head = model.get_output_embeddings()
     freed = set()
-    if config.needs_label_rows_only and head.weight is not model.get_input_embeddings().weight:
-        freed = set(head.parameters())
+    if config.needs_label_rows_only and not _is_tied(model):
+        freed = set(model.get_output_embeddings().parameters())
     frozen = [p for p in model.parameters() if not p.requires_grad and p not in freed]
     quantized = [p for p in frozen if not p.is_floating_point()]
     others = [p for p in frozen if p.is_floating_point()]
@@ -75,7 +76,7 @@ def step_memory(
         length: tokens of each prompt.
 
     Returns:
-        The memory of one forward and backward.
+        The memory of one forward and backward, or of a forward for `EVALUATION`.
     """
     depth = shape.num_hidden_layers
     block = flow.gradient if isinstance(flow.gradient, int) else 1
@@ -125,10 +126,14 @@ def step_peak(
 ) -> dict[str, int]:
     """Return the peak bytes of a forward and backward on `count` prompts of `length` tokens.
 
-    They are apart by what takes them, as in `peak_memory`.
+    They are apart by what takes them, as in `peak_memory`. `EVALUATION` has no backward.
     """
     prompts = [example_prompt(config, length)] * count
     packed = pack(prompts)
+    if flow == EVALUATION and not _is_tied(model):
+        head = model.get_output_embeddings()
+        rows = {name: parameter[_LABEL_IDS] for name, parameter in head.named_parameters()}
+        set_label_rows(model, _LABEL_IDS, rows)
     changes = {"gradient": flow.gradient, "attention_backend": _attention(config, arithmetic)}
     options = config.model_copy(update=changes)
     for parameter in trainable.trained_parameters(model).values():
@@ -140,9 +145,18 @@ def step_peak(
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             if arithmetic.device_type == "cuda":
                 stack.enter_context(float32_as_on_a_gpu())
-            method_loss(model, prompts, packed, options, config.penalty).loss.backward()
+            if flow == EVALUATION:
+                stack.enter_context(torch.no_grad())
+                label_logits(model, prompts, _LABEL_IDS, options.attention_backend)
+            else:
+                method_loss(model, prompts, packed, options, config.penalty).loss.backward()
 
     return peak_memory(step, arithmetic.device_type)
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the LM head is the input embedding."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _line(at: Sequence[float], values: Sequence[float], to: float) -> float:

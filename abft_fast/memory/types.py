@@ -31,7 +31,7 @@ class Flow:
     """How far gradients flow, and whether layers are recomputed in the backward.
 
     Attributes:
-        gradient: the value of `--gradient`.
+        gradient: the value of `--gradient`; `none` is a forward without gradients.
         checkpointing: the value of `--checkpointing`.
     """
 
@@ -41,12 +41,17 @@ class Flow:
     @property
     def options(self) -> str:
         """Return the options of the command line that choose this flow."""
+        if self == EVALUATION:
+            return "evaluation"
         option = f"--gradient {self.gradient}"
         return f"{option} --checkpointing" if self.checkpointing else option
 
 
 FLOWS = (Flow("full"), Flow("full", True), Flow(4), Flow(2), Flow("local"))
 """The flows that a plan compares, in most models from most memory to least."""
+
+EVALUATION = Flow("none")
+"""A forward that predicts labels and observes heads."""
 
 
 @dataclass(frozen=True)

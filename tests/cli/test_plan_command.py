@@ -15,7 +15,7 @@ def test_a_plan_needs_no_weights_and_no_network():
     assert result.returncode == 0, result.stderr
     for part in (
         "quantized weights", "16.099", "trained: 16,777,216 parameters", "--gradient local",
-        "most demonstrations", "23.0 GB are available",
+        "evaluation", "most demonstrations", "23.0 GB are available",
         "--gradient full: does not fit: try --gradient full --checkpointing",
     ):  # fmt: skip
         assert part in result.stdout, part

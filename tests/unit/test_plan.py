@@ -28,7 +28,7 @@ from abft_fast.memory.simulation import (
     peak_memory,
     without_memory,
 )
-from abft_fast.memory.types import FLOWS, Arithmetic, Flow, Line, StepMemory
+from abft_fast.memory.types import EVALUATION, FLOWS, Arithmetic, Flow, Line, StepMemory
 from abft_fast.models.synthetic import random_model
 from abft_fast.models.trainable import train_lora, train_weights
 from abft_fast.options import PlanConfig, TrainConfig
@@ -78,8 +78,8 @@ def test_weights_are_counted_as_they_are(family, bits, trainable):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arithmetic", "quantized", "flow"),
-    [*((FLOAT32, False, flow) for flow in FLOWS), (ON_GPU, True, Flow(4))],
-    ids=[*(flow.options for flow in FLOWS), "nf4 on a GPU --gradient 4"],
+    [*((FLOAT32, False, flow) for flow in (*FLOWS, EVALUATION)), (ON_GPU, True, Flow(4))],
+    ids=[*(flow.options for flow in (*FLOWS, EVALUATION)), "nf4 on a GPU --gradient 4"],
 )
 def test_few_layers_tell_the_memory_of_many(arithmetic, quantized, flow):
     shape = tiny_config("llama", num_hidden_layers=16, hidden_size=64, intermediate_size=176)
@@ -223,6 +223,18 @@ def test_a_step_takes_what_was_planned(bits):
     ratios = [float(line) for line in run.stdout.splitlines()]
     assert len(ratios) == len(FLOWS)
     assert all(1 / 1.15 <= ratio <= 1.15 for ratio in ratios), ratios
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_evaluation_takes_a_layer_and_the_logits_of_its_labels(tied):
+    """Of a head that is the embedding, every logit of the last rows: 40,000 words here."""
+    shape = tiny_config("llama", vocab_size=40_000, tie_word_embeddings=tied)
+    evaluation = step_memory(shape, options(), FLOAT32, EVALUATION, 50)
+    local = step_memory(shape, options(), FLOAT32, Flow("local"), 50)
+    logits = 40_000 * 4 / 50  # bytes a token, at one row for each prompt of 50 tokens
+    slope = evaluation.of_large_batches.a_token
+    assert slope > logits if tied else slope < min(logits, local.of_large_batches.a_token)
 
 
 @pytest.mark.slow
