@@ -1,8 +1,10 @@
 """Desiderata-based component masking (DCM): learn which heads carry one kind of information.
 
 A mask over heads says how much of each head's output at the last row is the source's. It is learnt
-by gradient descent on -logit of the target + cost * (sum of the mask), from a mask of zeros.
-Source: Prakash et al. 2024, "Fine-tuning enhances existing mechanisms", section 5.
+by gradient descent on -log p(target) + cost * (sum of the mask), from a mask of zeros. p is over
+the label words.
+Source: Prakash et al. 2024, "Fine-tuning enhances existing mechanisms", section 5. The paper has
+the target's logit in place of log p; heads that raise all labels alike raise it, too.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class MaskLearning:
     """How a mask is learnt.
 
     Attributes:
-        head_cost: what a head in use costs, in logits.
+        head_cost: what a head in use costs, in nats.
         learning_rate: Adam's.
         steps: how many.
         batch_size: cases of a step, drawn anew for each.
@@ -80,9 +82,10 @@ class MaskLearning:
             batch = draw.sample(cases, min(self.batch_size, len(cases)))
             mask.grad = torch.full_like(mask, self.head_cost)
             for case in batch:
-                logit = self._answers(model, case, mask[None], label_ids)[0, case.target]
-                (gradient,) = torch.autograd.grad(-logit / len(batch), mask)
-                if not (logit.isfinite() and gradient.isfinite().all()):
+                logits = self._answers(model, case, mask[None], label_ids)[0].double()
+                loss = -logits.log_softmax(dim=0)[case.target]
+                (gradient,) = torch.autograd.grad(loss / len(batch), mask)
+                if not (loss.isfinite() and gradient.isfinite().all()):
                     raise FloatingPointError("the logits of the label words are not finite")
                 mask.grad += gradient
                 on_case(1, 1)

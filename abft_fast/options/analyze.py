@@ -252,7 +252,7 @@ class DcmConfig(ComparedOnPromptsOptions):
         "change places with wrong ones. text-prior: another query follows the same demonstrations.",
     )
     head_cost: float = Field(
-        0.01, ge=0, allow_inf_nan=False, description="What a head in use costs, in logits."
+        0.01, ge=0, allow_inf_nan=False, description="What a head in use costs, in nats."
     )
     learning_rate: float = Field(
         0.1, gt=0, allow_inf_nan=False, description="Adam's learning rate of the masks."
