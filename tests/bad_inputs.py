@@ -112,6 +112,7 @@ DATA = [
     option("plan --disk-bandwidth 2", "--disk-bandwidth works with --stream only"),
     option("plan --stream --gradient local --bus-bandwidth 0", "--bus-bandwidth 0"),
     option("train --dataset nowhere.csv", "nowhere.csv cannot be read: No such file"),
+    option("train --dataset /dev/zero", "/dev/zero is a device: name a file, a pipe, or - for"),
     template("label-not-in-template", "labels: {Good: positive, bad: negative}\n",
              "reviews.csv, row 2, column 'label': 'good' is not among the labels of t.yaml",
              "did you mean 'Good'?"),

@@ -34,9 +34,14 @@ def again(path: Path) -> Path:
     """Return a file with the content of `path` that can be read any number of times.
 
     Raises:
-        UserError: standard input or a pipe cannot be read.
+        UserError: standard input or a pipe cannot be read, or the path is a device, which may have
+            no end.
     """
-    return Path(_copy(path).name) if is_stream(path) else path
+    if is_stream(path):
+        return Path(_copy(path).name)
+    if path.is_char_device() or path.is_block_device():
+        raise UserError(f"{path} is a device: name a file, a pipe, or - for standard input")
+    return path
 
 
 @cache
