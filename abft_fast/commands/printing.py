@@ -46,8 +46,8 @@ def print_run(run: RunFolder) -> None:
     kinds = run.options["test_type"]
     rows = [_rows_of_tests(kinds, metrics[when], attention[when]) for when in sides]
     for title in dict.fromkeys(title for side in rows for title in side):
-        values = {when: side[title] for when, side in zip(sides, rows, strict=True)}
-        table.add_row(title, values.get("before", ""), values.get("after", ""))
+        values = {when: side.get(title) for when, side in zip(sides, rows, strict=True)}
+        table.add_row(title, values.get("before"), values.get("after"))
     steps = run.metrics()
     table.add_row("training steps", "", str(len(steps)))
     table.add_row("seconds of training", "", f"{sum(row['seconds'] for row in steps):.1f}")

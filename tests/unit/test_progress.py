@@ -84,6 +84,22 @@ def test_the_tables_of_results_show_names_as_they_are(name, tmp_path, monkeypatc
     assert f"abft-fast eval: {name}" in printed and f"{name}!" in printed
 
 
+def test_a_figure_may_be_defined_on_one_side_only(tmp_path, capsys):
+    run = RunFolder(tmp_path / "run")
+    run.create(TrainConfig(), 1, {}, {})
+    run.append_metrics({"step": 1, "seconds": 1.0, "peak_memory_bytes": 1})
+    sides = {"before": (2.0, 0.25), "after": (0.0, None)}  # training may leave no head
+    for side, (heads, share) in sides.items():
+        behavior = {"induction_heads": heads, "correct_share_above_chance": share}
+        behavior["label_mass"] = 0.125
+        run.record_evaluation(side, {"subj": {"accuracy": 0.5}}, {"subj": behavior})
+    printing.print_run(run)
+    rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    table = {title.strip(): (before.strip(), after.strip()) for title, before, after in rows}
+    assert table["label mass on correct labels, above chance (%)"] == ("+25.0", "-")
+    assert table["label mass, mean of all heads (%)"] == ("", "12.5")
+
+
 def test_a_resumed_block_counts_its_own_tokens_only(clock, tmp_path):
     reporter = Progress()
     reporter.keep(tmp_path / "run.log")
