@@ -132,8 +132,8 @@ class Patcher:
             FloatingPointError: a label's logit is not finite.
         """
         columns: list[list[Floats]] = [[] for _ in range(5)]
-        for prompt, label in zip(encoded.prompts, encoded.labels, strict=True):
-            receiver, giver, logits, masks = self._patch(prompt, ways, encoded.label_ids)
+        for i, (prompt, label) in enumerate(zip(encoded.prompts, encoded.labels, strict=True)):
+            receiver, giver, logits, masks = self._patch(prompt, ways, encoded.answer_ids(i))
             both = torch.stack([receiver.logits, giver.logits])
             if not (both.isfinite().all() and logits.isfinite().all()):
                 raise FloatingPointError("the model's logits of the label words are not finite")
@@ -220,7 +220,11 @@ def halves(encoded: EncodedPrompts) -> tuple[EncodedPrompts, EncodedPrompts]:
     """Split prompts in two, so that heads are not ranked by the prompts that judge them."""
     first, second = (
         EncodedPrompts(
-            encoded.prompts[i::2], encoded.labels[i::2], encoded.kept[i::2], encoded.label_ids
+            encoded.prompts[i::2],
+            encoded.labels[i::2],
+            encoded.kept[i::2],
+            encoded.label_ids,
+            encoded.answers[i::2],
         )
         for i in (0, 1)
     )

@@ -31,12 +31,14 @@ class Case:
         original: the model's forward on it; its keys and values stay as they are.
         source: (layers, Hq, D), the heads' outputs at the last row of the source prompt.
         target: index of the label word that is expected.
+        label_ids: the tokens of what may answer.
     """
 
     prompt: EncodedPrompt
     original: LastRow
     source: Tensor
     target: int
+    label_ids: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class MaskLearning:
         self,
         model: PreTrainedModel,
         cases: Sequence[Case],
-        label_ids: Sequence[int],
         on_case: Callable[[int, int], None] = lambda cases, tokens: None,
     ) -> Tensor:
         """Return the mask, (layers, Hq) in 0 to 1; a head is chosen above 0.5.
@@ -69,7 +70,6 @@ class MaskLearning:
         Args:
             model: a decoder with LM head; its weights are not changed.
             cases: one or more.
-            label_ids: the label words' tokens.
             on_case: called after each use of a case with 1 and the number of its tokens that ran.
 
         Raises:
@@ -82,7 +82,7 @@ class MaskLearning:
             batch = draw.sample(cases, min(self.batch_size, len(cases)))
             mask.grad = torch.full_like(mask, self.head_cost)
             for case in batch:
-                logits = self._answers(model, case, mask[None], label_ids)[0].double()
+                logits = self._answers(model, case, mask[None])[0].double()
                 loss = -logits.log_softmax(dim=0)[case.target]
                 (gradient,) = torch.autograd.grad(loss / len(batch), mask)
                 if not (loss.isfinite() and gradient.isfinite().all()):
@@ -95,22 +95,17 @@ class MaskLearning:
         return mask.detach()
 
     @torch.no_grad()
-    def answers_target(
-        self, model: PreTrainedModel, case: Case, masks: Tensor, label_ids: Sequence[int]
-    ) -> Tensor:
+    def answers_target(self, model: PreTrainedModel, case: Case, masks: Tensor) -> Tensor:
         """Return whether a case answers its target under each of R masks, (R,) bool.
 
         Args:
             model: as in `learn`.
             case: one that no mask was learnt from.
             masks: (R, layers, Hq) bool, the heads that are patched.
-            label_ids: the label words' tokens.
         """
-        return self._answers(model, case, masks, label_ids).argmax(dim=1).cpu() == case.target
+        return self._answers(model, case, masks).argmax(dim=1).cpu() == case.target
 
-    def _answers(
-        self, model: PreTrainedModel, case: Case, masks: Tensor, label_ids: Sequence[int]
-    ) -> Tensor:
+    def _answers(self, model: PreTrainedModel, case: Case, masks: Tensor) -> Tensor:
         return patched_logits(
-            model, case.prompt, case.original, case.source, masks, label_ids, self.attention
+            model, case.prompt, case.original, case.source, masks, case.label_ids, self.attention
         )

@@ -29,17 +29,20 @@ class Desideratum(NamedTuple):
 
 
 def label_word(
-    prompt: Prompt, labels: int, queries: Sequence[Example], draw: random.Random
+    prompt: Prompt, answers: Sequence[int], queries: Sequence[Example], draw: random.Random
 ) -> Desideratum | None:
     """Rotate the label words of all demonstrations; the answer should be the rotated label."""
     if prompt.query.label not in _shown(prompt):
         return None
-    source = with_labels(prompt, [(label + 1) % labels for label in range(labels)])
+    rotated = list(range(max(answers) + 1))
+    for label, following in zip(answers, [*answers[1:], answers[0]], strict=True):
+        rotated[label] = following
+    source = with_labels(prompt, rotated)
     return Desideratum(source, source.query.label)
 
 
 def position(
-    prompt: Prompt, labels: int, queries: Sequence[Example], draw: random.Random
+    prompt: Prompt, answers: Sequence[int], queries: Sequence[Example], draw: random.Random
 ) -> Desideratum | None:
     """Exchange the right demonstrations with those of one wrong label.
 
@@ -61,7 +64,7 @@ def position(
 
 
 def text_prior(
-    prompt: Prompt, labels: int, queries: Sequence[Example], draw: random.Random
+    prompt: Prompt, answers: Sequence[int], queries: Sequence[Example], draw: random.Random
 ) -> Desideratum | None:
     """Put another query behind the same demonstrations; the answer should be its label."""
     shown = _shown(prompt) - {prompt.query.label}
@@ -72,14 +75,14 @@ def text_prior(
     return Desideratum(Prompt(prompt.demonstrations, query), query.label)
 
 
-Maker = Callable[[Prompt, int, Sequence[Example], random.Random], Desideratum | None]
+Maker = Callable[[Prompt, Sequence[int], Sequence[Example], random.Random], Desideratum | None]
 
 DESIDERATA: dict[str, Maker] = {
     "label-word": label_word,
     "position": position,
     "text-prior": text_prior,
 }
-"""Each takes a prompt, the number of labels, all queries and a generator of random numbers.
+"""Each takes a prompt, the labels that may answer it, other queries, and what draws at random.
 
 It returns None where the prompt's demonstrations do not allow the exchange.
 """

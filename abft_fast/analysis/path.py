@@ -72,8 +72,8 @@ def path_effects(
         model: a decoder with LM head.
         prompt: the clean prompt.
         corrupted: the same prompt with other labels at the same positions.
-        label: index of the right label among the label words.
-        label_ids: the label words' tokens.
+        label: index of the right label among those that may answer.
+        label_ids: the tokens of what may answer.
         attention: which attention runs.
     """
     at = sorted({*prompt.label_positions, len(prompt) - 1})

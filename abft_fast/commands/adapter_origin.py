@@ -35,7 +35,7 @@ def _differences(
         name for name in ("k", "prompt_form", "label_token", "quantized") if name in now
     ]
     dataset = options["dataset"]
-    if dataset not in data.DATASETS and now.get("dataset") in (None, dataset):
+    if dataset not in data.NAMES and now.get("dataset") in (None, dataset):
         names.append("template")
         now["template"] = config.template and str(config.template.resolve())
     others = [_given(name, options[name]) for name in names if options[name] != now[name]]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from abft_fast.data import Dataset
+from abft_fast.data import Boxes, Dataset
 from abft_fast.data.own import OwnDataset
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.progress import Progress
@@ -18,7 +18,7 @@ from abft_fast.runtime.progress import Progress
 def show_data(
     progress: Progress, dataset: Dataset, encoder: PromptEncoder, lengths: Iterable[int]
 ) -> None:
-    """Print a table of the data and their oddities; of a StaICC dataset, print the name only.
+    """Print a table of the user's own data and their oddities; of other data, one line.
 
     Args:
         progress: prints messages.
@@ -26,6 +26,12 @@ def show_data(
         encoder: the dataset's encoder for the model.
         lengths: tokens of the run's prompts.
     """
+    if isinstance(dataset, Boxes):
+        progress.say(
+            f"data: {dataset.name}, generated, with {len(dataset.label_words)} objects of one "
+            f"token; chance is 1 in {dataset.boxes}"
+        )
+        return
     if not isinstance(dataset, OwnDataset):
         progress.say(f"data: {dataset.name} of StaICC")
         return

@@ -40,6 +40,7 @@ def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
         findings.append((f"data {name}", "as pinned" if good else "BAD"))
         if not good:
             problems.append(problem)
+    findings.append((f"data {', '.join(data.BOXES)}", "generated"))
     try:
         config = AutoConfig.from_pretrained(builtin_model_path())
         findings.append(

@@ -24,7 +24,7 @@ from abft_fast.memory.types import EVALUATION, Arithmetic, Flow, Plan
 from abft_fast.models import loading
 from abft_fast.models.shapes import SYNTHETIC, known_shape
 from abft_fast.options import PlanConfig, datasets
-from abft_fast.prompts import PromptEncoder
+from abft_fast.prompts import PromptEncoder, for_tokenizer
 from abft_fast.runtime.environment import uses_cpu
 from abft_fast.runtime.progress import Progress
 from abft_fast.training.methods import training_prompts
@@ -116,10 +116,10 @@ def training_data(
     A known shape has no tokenizer, so the built-in model's tokenizer stands for it. There a label
     word may have several tokens although the model's own tokenizer makes one.
     """
-    dataset = datasets.by_options(config)
     tokenizer = loading.read_tokenizer("builtin" if is_known else config.model)
     options = config.model_copy(update={"label_token": "first"}) if is_known else config
     context = loading.context_length(shape)
     vocabulary = loading.vocabulary_size(shape)
+    dataset = for_tokenizer(datasets.by_options(config), tokenizer, vocabulary)
     encoder = PromptEncoder.by_options(options, tokenizer, dataset, context, vocabulary)
     return training_prompts(config, dataset, encoder).prompts, dataset, encoder

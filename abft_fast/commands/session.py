@@ -19,7 +19,7 @@ from abft_fast.models.merging import add_adapters
 from abft_fast.models.preflight import check_attention
 from abft_fast.models.trainable import load_adapter
 from abft_fast.options import DrawnPromptOptions, Options, PlacementOptions, datasets
-from abft_fast.prompts import EncodedPrompts, PromptEncoder
+from abft_fast.prompts import EncodedPrompts, PromptEncoder, for_tokenizer
 from abft_fast.runtime import processes
 from abft_fast.runtime.environment import uses_cpu
 from abft_fast.runtime.progress import Progress
@@ -114,13 +114,11 @@ class PromptSession(ModelOnDevice):
         tracker_folder: Path | None = None,
     ):
         super().__init__(config, progress, tracker_folder)
-        self.dataset = datasets.by_options(config)
+        tokenizer = loading.read_tokenizer(config.model)
+        vocabulary = loading.vocabulary_size(self.shape)
+        self.dataset = for_tokenizer(datasets.by_options(config), tokenizer, vocabulary)
         self.encoder = PromptEncoder.by_options(
-            config,
-            loading.read_tokenizer(config.model),
-            self.dataset,
-            loading.context_length(self.shape),
-            loading.vocabulary_size(self.shape),
+            config, tokenizer, self.dataset, loading.context_length(self.shape), vocabulary
         )
 
     def show_data(self, *parts: Sequence[EncodedPrompt]) -> None:

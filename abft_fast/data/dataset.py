@@ -57,6 +57,11 @@ class Dataset:
     files: tuple[tuple[str, str], ...] = ()
     alternate_template: Mapping[str, Sequence] | None = None
 
+    @property
+    def example(self) -> Example:
+        """Return any example, to try label words with."""
+        return self.training[0]
+
     def place_of(self, example: Example) -> str:
         """Return where an example is, for a message."""
         return f"{self.name}, the text {example.text[:60]!r}"

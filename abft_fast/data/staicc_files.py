@@ -10,13 +10,11 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from abft_fast.data import tables
 from abft_fast.data.dataset import Dataset, Example
-from abft_fast.errors import UserError, closest
+from abft_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -114,31 +112,15 @@ STAICC_ORDER = (
 DATASETS = tuple(SOURCES)
 
 
-def resolve_name(name: str) -> str:
-    """Return the dataset that a name in any case, or the original's index 0-9, stands for.
-
-    Raises:
-        UserError: there is no such dataset.
-    """
-    lowered = name.strip().lower()
-    if lowered.isdecimal() and int(lowered) < len(STAICC_ORDER):
-        return STAICC_ORDER[int(lowered)]
-    if lowered not in SOURCES:
-        raise UserError(
-            f"dataset {name!r} is unknown: use one of {', '.join(DATASETS)}, an index 0-9, or "
-            f"data of your own ({tables.FORMATS}){closest(lowered, DATASETS)}"
-        )
-    return lowered
-
-
-@cache
-def load(name: str) -> Dataset:
+def read(name: str) -> Dataset:
     """Read a dataset out of the installed StaICC, after checking its file's SHA-256.
 
+    Args:
+        name: one of `DATASETS`.
+
     Raises:
-        UserError: the name is unknown, StaICC is missing, or the file is not the pinned one.
+        UserError: StaICC is missing, or the file is not the pinned one.
     """
-    name = resolve_name(name)
     source = SOURCES[name]
     if not hash_is_pinned(name):
         raise UserError(

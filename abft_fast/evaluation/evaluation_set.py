@@ -9,17 +9,18 @@ from StaICC.util import functional
 from torch import Tensor
 
 from abft_fast.core.packing import EncodedPrompt
-from abft_fast.data import Dataset, Example
+from abft_fast.data import Boxes, Dataset, Example, Prompt
 from abft_fast.errors import UserError
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.evaluation.calibration import Calibration
+from abft_fast.evaluation.entity_tracking import EntityTracking
 from abft_fast.evaluation.label_following import LabelFollowing
 from abft_fast.evaluation.protocols import Protocol
 from abft_fast.options import Options
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 
 Predict = Callable[[EncodedPrompts, bool], tuple[Tensor, BehaviorMean]]
-"""Logits of the label words, (prompts, labels), and, where asked for, what heads do."""
+"""Logits of what may answer, (prompts, answers), and, where asked for, what heads do."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Outcome:
         metrics: metrics by name; None where one is undefined.
         behavior: what the heads did on prompts whose query has a label.
         queries: the number of each prompt's query, in the test's first part.
-        labels: its true label.
+        labels: its true label, an index of its answers.
         probabilities: what was predicted for them, after calibration; empty for a prompt left out.
     """
 
@@ -53,7 +54,7 @@ class EvaluationSet:
     Attributes:
         dataset: the dataset's name.
         test_type: the test.
-        label_words: the words of its labels, by label.
+        label_words: the names of the answers.
         encoded: its prompts, tokenized, as they are to be predicted, those of the test first.
 
     Raises:
@@ -63,27 +64,30 @@ class EvaluationSet:
     def __init__(self, options: Options, dataset: Dataset, encoder: PromptEncoder, test_type: str):
         self.dataset, self.test_type = dataset.name, test_type
         form = options.prompt_form
-        self._protocol: Protocol | LabelFollowing
+        self._protocol: Protocol | LabelFollowing | EntityTracking
         if test_type == "LabelFollowing":
             words = encoder.symbols.test
             self._protocol = LabelFollowing(dataset, options.k, form, words)
+        elif isinstance(dataset, Boxes):
+            self._protocol = EntityTracking(dataset)
         else:
             self._protocol = Protocol.of(test_type, dataset, options.k, form)
-        self.label_words = list(self._protocol.triplet.template.label_words)
+        self.label_words = list(self._protocol.answer_words)
         self._calibration = Calibration(
             options.calibration, self._protocol.triplet, options.k, options.calibration_samples
         )
         calls = list(self._protocol.calls)
         if self._calibration.call is not None:
             calls.append(self._calibration.call)
-        numbers: dict[Example, int] = {}
-        self._queries = [
-            numbers.setdefault(prompt.query, len(numbers)) for prompt in calls[0].prompts
+        numbers: dict[Example | Prompt, int] = {}
+        asked = [  # a box is no query without its prompt
+            prompt if isinstance(dataset, Boxes) else prompt.query for prompt in calls[0].prompts
         ]
-        self._labels = [prompt.query.label for prompt in calls[0].prompts]
+        self._queries = [numbers.setdefault(query, len(numbers)) for query in asked]
+        self._labels = calls[0].labels
         self._sizes = [len(call.prompts) for call in calls]
         self._measures = [call.measures_behavior for call in calls]
-        self.encoded = [encoder.encode(call.prompts, call.template) for call in calls]
+        self.encoded = [call.encode(encoder) for call in calls]
         self._check_all_kept(options)
 
     @property

@@ -41,7 +41,7 @@ def predict_labels(
         behavior: whether to observe heads too.
 
     Returns:
-        Logits of the label words, (prompts, labels), on the CPU in float32, and the heads'
+        Logits of what may answer, (prompts, answers), on the CPU in float32, and the heads'
         behavior, of no prompt where heads were not observed.
 
     Raises:
@@ -76,4 +76,4 @@ def predict_labels(
     for indices, rows, process_heads in processes.gather((own, logits[own], heads)):
         logits[indices] = rows
         all_heads.join(process_heads)
-    return logits, all_heads
+    return encoded.of_answers(logits), all_heads

@@ -32,6 +32,7 @@ class LabelFollowing:
     Attributes:
         calls: the prompts with own, rotated and new label words.
         triplet: the dataset as StaICC sees it.
+        answer_words: the dataset's own label words.
 
     Raises:
         UserError: there are no demonstrations, one label, or too few words.
@@ -43,16 +44,21 @@ class LabelFollowing:
             raise UserError(f"LabelFollowing: {dataset.name} has one label, so nothing can rotate")
         self.triplet = Triplet(dataset, form)
         template = self.triplet.template
+        self.answer_words = template.label_words
         own = dataset.test_prompts(k)
         rotation = [(label + 1) % labels for label in range(labels)]
         rotated = [with_labels(prompt, rotation) for prompt in own]
         drawn = draw_symbols(own, labels, words, f"{dataset.name}-test")
         symbols = [with_labels(*pair) for pair in zip(own, drawn, strict=True)]
-        self._choices = [[range(labels)] * len(own)] * 2 + [drawn]
         self.calls = [
             Call(template, own),
             Call(template, rotated, shows_behavior=False),
-            Call(replace(template, label_words=tuple(words)), symbols, shows_behavior=False),
+            Call(
+                replace(template, label_words=tuple(words)),
+                symbols,
+                shows_behavior=False,
+                answers=drawn,
+            ),
         ]
 
     def score(self, predictions: Iterable[Probabilities]) -> dict[str, float | None]:
@@ -63,12 +69,8 @@ class LabelFollowing:
         demonstrations, and the part still answered by the own label. `one_label_share` is the part
         of the prompts whose demonstrations all have one label.
         """
-        parts = list(zip(self.calls, self._choices, predictions, strict=True))
-        answers = [
-            [_answer(*pair) for pair in zip(choices, rows, strict=True)]
-            for _, choices, rows in parts
-        ]
-        wanted = [[prompt.query.label for prompt in call.prompts] for call in self.calls]
+        answers = [list(map(_answer, rows)) for rows in predictions]
+        wanted = [call.labels for call in self.calls]
         metrics: dict[str, float | None] = {}
         for name, given, right in zip(("own", "rotated", "symbols"), answers, wanted, strict=True):
             pairs = zip(given, right, strict=True)
@@ -86,9 +88,9 @@ class LabelFollowing:
         return metrics | {"one_label_share": sum(alike) / len(alike)}
 
 
-def _answer(choices: Sequence[int], row: Sequence[float]) -> int | None:
-    """Return the most probable of a prompt's labels; None for a prompt left out."""
-    return max(choices, key=row.__getitem__) if len(row) else None
+def _answer(row: Sequence[float]) -> int | None:
+    """Return the most probable of a prompt's answers; None for a prompt left out."""
+    return max(range(len(row)), key=row.__getitem__) if len(row) else None
 
 
 def _share(name: str, is_so: Sequence[bool]) -> dict[str, float | None]:

@@ -7,10 +7,11 @@ Source: StaICC 0.1.1; for unseen labels, Cho et al. 2025, A.4.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from StaICC.util import experimentor, functional
@@ -19,7 +20,8 @@ from StaICC.util.experimentor import single_experimentor
 from abft_fast.data import Dataset, Example, Prompt
 from abft_fast.errors import UserError
 from abft_fast.evaluation.staicc_adapter import Triplet, install, quiet
-from abft_fast.prompts import Template
+from abft_fast.prompts import EncodedPrompts, PromptEncoder, Template
+from abft_fast.prompts.encoder import label_among
 
 Probabilities = Sequence[Sequence[float]]
 """A distribution over the label words for each prompt; an empty one for a prompt left out."""
@@ -39,11 +41,32 @@ class Call:
         prompts: the prompts.
         shows_behavior: whether attention on their labels counts as the model's behavior, if they
             have labels.
+        answers: label words that may answer each prompt, by index; None where all may.
     """
 
     template: Template
     prompts: list[Prompt]
     shows_behavior: bool = True
+    answers: Sequence[Sequence[int]] | None = None
+
+    @property
+    def labels(self) -> list[int]:
+        """Return the index of each query's label among its answers."""
+        answers: Iterable[Sequence[int] | None] = self.answers or itertools.repeat(None)
+        return [label_among(*pair) for pair in zip(self.prompts, answers, strict=False)]
+
+    def only(self, chosen: Sequence[int]) -> Call:
+        """Return the call with some of its prompts, given their indices."""
+        answers = None if self.answers is None else [self.answers[i] for i in chosen]
+        return replace(self, prompts=[self.prompts[i] for i in chosen], answers=answers)
+
+    def encode(self, encoder: PromptEncoder) -> EncodedPrompts:
+        """Tokenize the prompts.
+
+        Raises:
+            UserError: as `PromptEncoder.encode`.
+        """
+        return encoder.encode(self.prompts, self.template, answers=self.answers)
 
     @property
     def measures_behavior(self) -> bool:
@@ -84,12 +107,14 @@ class Protocol:
     Attributes:
         calls: the prompts, in the order in which predictions are wanted.
         triplet: the dataset as StaICC sees it.
+        answer_words: the names of the answers.
     """
 
     def __init__(self, triplet: Triplet, parts: Sequence[_Part]):
         self.triplet = triplet
         self._parts = parts
         self.calls = [call for part in parts for call in part.calls]
+        self.answer_words = triplet.template.label_words
 
     @classmethod
     def of(cls, test_type: str, dataset: Dataset, k: int, form: str = "ours") -> Protocol:

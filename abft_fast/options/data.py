@@ -66,7 +66,7 @@ def of_one_test(content: Mapping[str, Any], test_type: str, test: str) -> dict[s
 
 
 def dataset_or_file(name: str) -> str:
-    """Return the name of a StaICC dataset, or the path of the user's own data as given.
+    """Return the name of a dataset, or the path of the user's own data as given.
 
     Raises:
         UserError: the name is neither.
@@ -80,8 +80,8 @@ def dataset_or_file(name: str) -> str:
 
 
 def absolute_place(name: str) -> str:
-    """Return the name of a StaICC dataset as it is, or the absolute path of a file, or `-`."""
-    return name if name in data.DATASETS else tables.place_to_save(Path(name))
+    """Return the name of a dataset as it is, or the absolute path of a file, or `-`."""
+    return name if name in data.NAMES else tables.place_to_save(Path(name))
 
 
 class DatasetOptions(ModelOptions):
@@ -89,7 +89,7 @@ class DatasetOptions(ModelOptions):
 
     dataset: Annotated[str, BeforeValidator(dataset_or_file)] = Field(
         "subj",
-        description=f"One of {', '.join(data.DATASETS)}; an index 0-9 as in the original "
+        description=f"One of {', '.join(data.NAMES)}; an index 0-9 as in the original "
         f"implementation; or your own data in a file ({tables.FORMATS}); `-` reads standard "
         "input.",
     )

@@ -15,7 +15,7 @@ from abft_fast.options.train import TrainConfig
 
 
 def by_options(options: DrawnPromptOptions) -> Dataset:
-    """Load the dataset of a run: a StaICC dataset by its name, or the user's own data.
+    """Load the dataset of a run: one that has a name, or the user's own data.
 
     Raises:
         UserError: a file is missing, unreadable, or a row in it is not what the options say.
@@ -91,7 +91,7 @@ def refuse_streams(options: DrawnPromptOptions, readers: str) -> None:
     """
     others: list[Path] = []
     if isinstance(options, TrainConfig):
-        listed = [name for name in options.training_dataset_names if name not in data.DATASETS]
+        listed = [name for name in options.training_dataset_names if name not in data.NAMES]
         others = [*map(Path, listed), *filter(None, (options.plain_text, options.mauve_prefix))]
     for path in (*paths(options), *others):
         if is_stream(path):
@@ -107,7 +107,7 @@ def file_hashes(options: DrawnPromptOptions) -> dict[str, str]:
     hashes = dict(by_options(options).files) if options.data_are_own else {}
     if isinstance(options, TrainConfig):
         for name in options.training_dataset_names:
-            if name not in data.DATASETS and name != options.dataset:
+            if name not in data.NAMES and name != options.dataset:
                 hashes |= to_train_on(options, name).files
         for path in (options.plain_text, options.mauve_prefix):
             if path is not None and again(path).is_file():  # else a later reader says what is wrong

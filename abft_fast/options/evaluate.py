@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, field_serializer, field_validator, mode
 
 from abft_fast import data
 from abft_fast.data import tables
+from abft_fast.errors import UserError
 from abft_fast.options.base import flag
 from abft_fast.options.data import (
     ColumnOptions,
@@ -21,6 +22,16 @@ from abft_fast.options.merge import parse_adapters
 from abft_fast.options.model import PromptOptions
 from abft_fast.options.without_effect import EVALUATION, Rule, lines_without_effect
 
+_OF_BOXES = {
+    "test_type": (("Normal",), "has no test but Normal"),
+    "prompt_form": (("ours",), "has one form of prompts"),
+    "label_token": (("single",), "takes only objects of one token"),
+    "on_long_prompt": (("refuse", "drop"), "needs every box of a prompt"),
+    "calibration": (("none",), "has other answers in each prompt"),
+    "training_labels": (("own",), "draws new objects for each prompt anyway"),
+}
+"""What generated boxes allow, by option, and why not the rest."""
+
 
 class DrawnPromptOptions(PromptOptions, SamplingOptions, ColumnOptions, DatasetOptions):
     """Options that say which prompts a model is tested on; help lists the last base class first."""
@@ -28,7 +39,7 @@ class DrawnPromptOptions(PromptOptions, SamplingOptions, ColumnOptions, DatasetO
     @property
     def data_are_own(self) -> bool:
         """Return whether `dataset` is a file or folder."""
-        return self.dataset not in data.DATASETS
+        return self.dataset not in data.NAMES
 
     @property
     def reads_own_data(self) -> bool:
@@ -48,11 +59,39 @@ class DrawnPromptOptions(PromptOptions, SamplingOptions, ColumnOptions, DatasetO
         if self.dataset in self._names:
             return self._names[self.dataset]
         name = tables.name_of(Path(self.dataset))
-        return f"own-{name}" if name in data.DATASETS else name
+        return f"own-{name}" if name in data.NAMES else name
 
     @field_serializer("dataset", "template", "test_file", when_used="json")
     def _save_absolute_path(self, value: str | Path | None) -> str | None:
         return None if value is None else absolute_place(str(value))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_k_of_boxes(cls, given: dict[str, Any]) -> dict[str, Any]:
+        try:
+            name = data.resolve_name(str(given.get("dataset")))
+        except UserError:
+            return given  # a file, or a mistake that the field's own check names
+        return {"k": data.BOXES[name], **given} if name in data.BOXES else given
+
+    @model_validator(mode="after")
+    def _check_boxes(self) -> Self:
+        if self.dataset not in data.BOXES:
+            return self
+        boxes = data.BOXES[self.dataset]
+        if self.k != boxes:
+            others = ", ".join(name for name in data.BOXES if name != self.dataset)
+            raise ValueError(
+                f"--k {self.k}: {self.dataset} has {boxes} boxes in each prompt: leave --k out, or "
+                f"use {others}"
+            )
+        for name, (allowed, why) in _OF_BOXES.items():
+            value = getattr(self, name, None)  # some are options of one subclass
+            if value is not None and value not in allowed:
+                raise ValueError(
+                    f"{flag(name)} {value}: {self.dataset} {why}: leave {flag(name)} out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_own_data(self) -> Self:
@@ -64,7 +103,8 @@ class DrawnPromptOptions(PromptOptions, SamplingOptions, ColumnOptions, DatasetO
         unwanted = [name for name in given if name in without_own]
         if unwanted and not self.data_are_own:
             raise ValueError(
-                f"{flag(unwanted[0])} is for your own data, and {self.dataset} is StaICC's: "
+                f"{flag(unwanted[0])} is for your own data, and {self.dataset} is "
+                f"{data.origin(self.dataset)}: "
                 "leave the option out, or name a file with --dataset"
             )
         if self.test_file is not None and given[-1] in split:

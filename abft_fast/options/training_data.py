@@ -127,6 +127,13 @@ class TrainingDataOptions(Options):
                 f"--training-labels {self.training_labels}: {self.method} trains on plain text, "
                 "which has no labels: leave the option out"
             )
+        for option in DATASET_LISTS:
+            boxes = [name for name in listed_names(getattr(self, option)) if name in data.BOXES]
+            if boxes:
+                raise ValueError(
+                    f"{flag(option)} {boxes[0]}: its prompts have boxes in place of --k "
+                    f"demonstrations: train on it by --dataset {boxes[0]}"
+                )
         _ = self.training_dataset_names
         return self
 
@@ -147,8 +154,9 @@ class TrainingDataOptions(Options):
             for was, place in pairs
             if place != was
         }
-        if replaced := set(names.values()) & set(data.DATASETS):
-            raise UserError(f"{min(replaced)} is StaICC's, which no file replaces")
+        if replaced := set(names.values()) & set(data.NAMES):
+            name = min(replaced)
+            raise UserError(f"{name} is {data.origin(name)}, which no file replaces")
         moved = self.model_copy()
         moved._names = names
         return moved
@@ -157,7 +165,7 @@ class TrainingDataOptions(Options):
     def reads_own_data(self) -> bool:
         """Return whether any dataset of the run, tested or trained on, is a file or folder."""
         names = [name for option in DATASET_LISTS for name in listed_names(getattr(self, option))]
-        return self.data_are_own or not set(names) <= set(data.DATASETS)
+        return self.data_are_own or not set(names) <= set(data.NAMES)
 
     @property
     def training_dataset_names(self) -> list[str]:

@@ -6,10 +6,12 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from abft_fast.core.packing import EncodedPrompt
-from abft_fast.data import DATASETS, Dataset, Prompt
+from abft_fast.data import NAMES, Boxes, Dataset, Prompt
 from abft_fast.errors import UserError
 from abft_fast.options import PromptOptions, flag
 from abft_fast.prompts.label_tokens import LabelsAlikeError, LabelTokens, settings_that_help
@@ -26,9 +28,11 @@ class EncodedPrompts:
 
     Attributes:
         prompts: the prompts kept.
-        labels: index of each kept query's label word.
+        labels: index of each kept query's label word among those that may answer it.
         kept: index of each kept prompt among those given.
         label_ids: the token each label word is at these queries.
+        answers: indices of the label words that may answer each kept query; empty where all may
+            answer every one.
         dropped: prompts left out.
         shortened: prompts that lost demonstrations.
     """
@@ -37,8 +41,25 @@ class EncodedPrompts:
     labels: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     label_ids: list[int] = field(default_factory=list)
+    answers: list[Sequence[int]] = field(default_factory=list)
     dropped: int = 0
     shortened: int = 0
+
+    def answer_ids(self, index: int) -> list[int]:
+        """Return the tokens that may answer a kept query; `labels` indexes them."""
+        if not self.answers:
+            return self.label_ids
+        return [self.label_ids[label] for label in self.answers[index]]
+
+    def of_answers(self, logits: Tensor) -> Tensor:
+        """Return the logits of what may answer, (prompts, answers), of (prompts, label words)."""
+        return logits.gather(1, torch.tensor(self.answers)) if self.answers else logits
+
+
+def label_among(prompt: Prompt, answers: Sequence[int] | None) -> int:
+    """Return the index of the query's label among its answers; None stands for all labels."""
+    label = prompt.query.label
+    return label if answers is None else answers.index(label)
 
 
 class PromptEncoder:
@@ -90,9 +111,7 @@ class PromptEncoder:
         template = self.template
         written = (template.input_prefix, template.label_prefix, *template.label_words)
         self._text = TextTokens(tokenizer, written)
-        self._labels = LabelTokens(
-            self._text, dataset.name, dataset.training[0], template, label_token
-        )
+        self._labels = LabelTokens(self._text, dataset.name, dataset.example, template, label_token)
         try:
             self._demonstration_ids, self.label_ids = self._labels.tell_apart()
         except LabelsAlikeError as error:
@@ -145,19 +164,7 @@ class PromptEncoder:
         written = (*template.label_words, template.input_prefix, template.label_prefix)
         words = candidate_words(self.tokenizer, written, self.vocabulary)
         template = replace(self.template, label_words=tuple(words))
-        labels = replace(self._labels, template=template)
-        tokens = zip(words, labels.in_demonstrations(), labels.at_query(), strict=True)
-        same_token = template.form == "ours"
-        return divide(
-            [
-                word
-                for word, ids, query_ids in tokens
-                if len(ids) == 1
-                and query_ids is not None
-                and len(query_ids) == 1
-                and (not same_token or ids == query_ids)
-            ]
-        )
+        return divide(replace(self._labels, template=template).of_one_token())
 
     def special_token_in(self, text: str) -> str | None:
         """Return a special token of the model that a text's own characters become; None if none."""
@@ -187,6 +194,7 @@ class PromptEncoder:
         prompts: Sequence[Prompt],
         template: Template | None = None,
         places: Sequence[str] | None = None,
+        answers: Sequence[Sequence[int]] | None = None,
     ) -> EncodedPrompts:
         """Tokenize prompts; those beyond the context length are refused, dropped or shortened.
 
@@ -196,6 +204,8 @@ class PromptEncoder:
                 then predicted by their tokens under this template, which may differ from those in
                 demonstrations.
             places: where each query is, for messages, if it is not in the dataset.
+            answers: label words that may answer each query, by index, equally many for each; None
+                where all may.
 
         Raises:
             UserError: a prompt is too long and `on_long_prompt` is `refuse`, or none is left, or
@@ -223,15 +233,19 @@ class PromptEncoder:
                     kept = self._fit(prompt, template, self.max_length)
                     result.shortened += kept is not None
                     result.dropped += kept is None
+                among = None if answers is None else answers[i]
                 if kept is not None:
                     result.prompts.append(kept)
-                    result.labels.append(prompt.query.label)
+                    result.labels.append(label_among(prompt, among))
                     result.kept.append(i)
+                    if among is not None:
+                        result.answers.append(among)
             if longest and self.on_long_prompt == "refuse":
+                others = ["drop"] + ["fewer-demonstrations"] * (not isinstance(self._data, Boxes))
                 raise UserError(
                     f"{self.dataset}: a prompt of {longest} tokens is longer than the model's "
                     f"context of {self.max_length} tokens: {self._fewer_demonstrations()}, or pass "
-                    f"{self._setting('on_long_prompt', 'drop', 'fewer-demonstrations')}"
+                    f"{self._setting('on_long_prompt', *others)}"
                 )
         if not result.prompts:
             raise UserError(
@@ -287,6 +301,8 @@ class PromptEncoder:
 
     def _remedy(self) -> str:
         """Return what tells the labels apart: the setting that changes least."""
+        if isinstance(self._data, Boxes):
+            return "choose objects of one token by `abft_fast.prompts.for_tokenizer`"
         helps = settings_that_help(self._data, self._labels)
         if helps is not None:
             given = " and ".join(self._setting(name, value) for name, value in helps.items())
@@ -298,7 +314,7 @@ class PromptEncoder:
         return f"{without_help}use {self._another_model()}"
 
     def _another_model(self) -> str:
-        if self.dataset in DATASETS:
+        if self.dataset in NAMES:
             return "another model"
         return "another model or other words" + (" by --template" if self._name_flags else "")
 
@@ -310,4 +326,6 @@ class PromptEncoder:
         return f"{argument}={' or '.join(map(repr, values))}"
 
     def _fewer_demonstrations(self) -> str:
+        if isinstance(self._data, Boxes):
+            return "use a dataset of fewer boxes"
         return "lower --k" if self._name_flags else "use fewer demonstrations"

@@ -69,6 +69,24 @@ class LabelTokens:
             tokens.append(ids)
         return self._distinct(tokens, "at the query")
 
+    def of_one_token(self) -> list[str]:
+        """Return the label words that are one token in demonstrations and one at the query.
+
+        In form `ours` it has to be the same token.
+        """
+        same_token = self.template.form == "ours"
+        tokens = zip(
+            self.template.label_words, self.in_demonstrations(), self.at_query(), strict=True
+        )
+        return [
+            word
+            for word, ids, query_ids in tokens
+            if len(ids) == 1
+            and query_ids is not None
+            and len(query_ids) == 1
+            and (not same_token or ids == query_ids)
+        ]
+
     def in_demonstrations(self) -> list[list[int]]:
         """Return all tokens of each label word in a demonstration."""
         labels = range(len(self.template.label_words))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from abft_fast.data import Dataset, Prompt
+from abft_fast.data import Boxes, Dataset, Prompt
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Template:
 
     @classmethod
     def of(cls, dataset: Dataset, form: str) -> Template:
-        """Return the template of a dataset in form `ours` or `staicc`."""
+        """Return the template of a dataset in form `ours` or `staicc`; boxes have `ours` only."""
+        if isinstance(dataset, Boxes):
+            return BoxTemplate("", "", dataset.label_words, form)
         words = dataset.label_words if form == "ours" else dataset.staicc_label_words
         return cls(dataset.input_prefix, dataset.label_prefix, words, form)
 
@@ -48,3 +50,18 @@ class Template:
         if self.form == "ours":
             text, label_prefix = text.strip(), label_prefix.rstrip()
         return f"{self.input_prefix}{text}{self.input_affix}{label_prefix}"
+
+
+@dataclass(frozen=True)
+class BoxTemplate(Template):
+    """How prompts of `data.Boxes` are written: each label word stands before its box's letter."""
+
+    def render(self, prompt: Prompt) -> tuple[str, list[tuple[int, int]]]:
+        """Return the prompt's text and the (start, end) of each box's object."""
+        text, spans = "", []
+        for box in prompt.demonstrations:
+            text += ", the " if text else "The "
+            word = self.label_words[box.label]
+            spans.append((len(text), len(text) + len(word)))
+            text += f"{word} is in Box {box.text}"
+        return f"{text}{'. ' if text else ''}Box {prompt.query.text} contains the", spans

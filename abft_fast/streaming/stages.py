@@ -280,7 +280,7 @@ class Evaluating(Stage):
         heads = BehaviorMean()
         for group in part.groups if behavior else ():
             heads.join(group.behavior())
-        return part.logits, heads
+        return encoded.of_answers(part.logits), heads
 
 
 class _Part:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from abft_fast.data import DATASETS
+from abft_fast.data import NAMES
 from abft_fast.data.tables import name_of
 from abft_fast.errors import UserError
 from abft_fast.options import TrainConfig, flag
@@ -374,7 +374,7 @@ def _check_place(folder: Path, name: str, recorded: str | None, given: str | Non
     """
     is_list = name in DATASET_LISTS
     places = listed_names(recorded) if is_list else [recorded] if recorded else []
-    files = [place for place in places if place not in DATASETS]
+    files = [place for place in places if place not in NAMES]
     if given is not None:
         if not files:
             raise UserError(f"--resume uses the run's own options: leave out {flag(name)}")

@@ -28,6 +28,7 @@ def cases_of(model, lengths=(17, 21, 12)):
             run_prompt(model, original, LABELS),
             run_prompt(model, source, LABELS).outputs,
             target,
+            LABELS,
         )
         for target, (original, source) in enumerate(zip(originals, sources, strict=True))
     ]
@@ -89,7 +90,7 @@ def test_learning_against_a_plain_loop():
         optimizer.step()
         with torch.no_grad():
             mask.clamp_(0, 1)
-    learnt = learning.learn(model, cases, LABELS)
+    learnt = learning.learn(model, cases)
     torch.testing.assert_close(learnt, mask.detach())
     assert 0 < (learnt > 0.5).sum() < learnt.numel()
 
@@ -99,19 +100,19 @@ def test_only_heads_that_help_are_chosen():
     (case, *_) = cases_of(model)
     source = case.original.outputs.clone()
     source[3, 2] = case.source[3, 2]  # in the last layer, so that no other head undoes it
-    one = Case(case.prompt, case.original, source, case.target)
+    one = Case(case.prompt, case.original, source, case.target, LABELS)
     mask = torch.zeros(source.shape[:2], dtype=torch.bool)
     both = torch.stack([mask, mask.clone()])
     both[1, 3, 2] = True
     before, after = patched_logits(model, one.prompt, one.original, source, both, LABELS)
     target = int((after - before).argmax())
     assert after[target] > before[target]
-    one = Case(case.prompt, case.original, source, target)
-    learnt = MaskLearning(1e-6, steps=20).learn(model, [one], LABELS)
+    one = Case(case.prompt, case.original, source, target, LABELS)
+    learnt = MaskLearning(1e-6, steps=20).learn(model, [one])
     assert (learnt > 0.5).nonzero().tolist() == [[3, 2]]
-    assert not MaskLearning(1e6, steps=5).learn(model, [one], LABELS).any()
+    assert not MaskLearning(1e6, steps=5).learn(model, [one]).any()
     everything = torch.ones(1, *source.shape[:2], dtype=torch.bool)
-    answered = MaskLearning().answers_target(model, one, both, LABELS)
+    answered = MaskLearning().answers_target(model, one, both)
     assert answered.tolist() == [int(each.argmax()) == target for each in (before, after)]
     assert torch.equal(
         patched_logits(model, one.prompt, one.original, source, everything, LABELS).argmax(),
@@ -126,7 +127,7 @@ def prompt_of(labels, query):
 
 def make(name, prompt, labels=3):
     queries = [Example(f"other {label}", label) for label in range(labels)]
-    return DESIDERATA[name](prompt, labels, queries, random.Random(0))
+    return DESIDERATA[name](prompt, range(labels), queries, random.Random(0))
 
 
 def test_label_word():
@@ -134,6 +135,13 @@ def test_label_word():
     assert [d.label for d in source.demonstrations] == [1, 0, 2, 1] and target == 0
     assert [d.text for d in source.demonstrations] == [f"text {i}" for i in range(4)]
     assert make("label-word", prompt_of([0, 1, 1, 0], 2)) is None
+
+
+def test_label_word_among_the_answers_of_one_prompt():
+    """As of boxes, whose prompts have other objects each: 7, 3 and 9 here."""
+    prompt = prompt_of([7, 3, 9], 9)
+    source, target = DESIDERATA["label-word"](prompt, [7, 3, 9], [], random.Random(0))
+    assert [d.label for d in source.demonstrations] == [3, 9, 7] and target == 7
 
 
 def test_position():
@@ -162,7 +170,8 @@ def test_targets_of_real_prompts_differ_from_the_query_s_label(name):
     drawn = dataset.test_prompts(8)[:200]
     queries = [prompt.query for prompt in drawn]
     draw = random.Random(1)
-    made = [DESIDERATA[name](prompt, len(dataset.label_words), queries, draw) for prompt in drawn]
+    answers = range(len(dataset.label_words))
+    made = [DESIDERATA[name](prompt, answers, queries, draw) for prompt in drawn]
     pairs = [(p, d) for p, d in zip(drawn, made, strict=True) if d is not None]
     assert len(pairs) > 50
     assert all(d.target != p.query.label for p, d in pairs)

@@ -152,17 +152,20 @@ def label_test():
 
 
 def certain(call, label_of):
-    """Predictions that are certain of one label."""
+    """Predictions that are certain of one answer."""
     rows = []
     for index, prompt in enumerate(call.prompts):
-        row = [0.0] * len(call.template.label_words)
+        answers = call.template.label_words if call.answers is None else call.answers[index]
+        row = [0.0] * len(answers)
         row[label_of(index, prompt)] = 1.0
         rows.append(row)
     return rows
 
 
 def test_a_model_that_reads_its_context_follows_every_label(label_test):
-    predictions = [certain(call, lambda _, prompt: prompt.query.label) for call in label_test.calls]
+    predictions = [
+        certain(call, lambda index, _, call=call: call.labels[index]) for call in label_test.calls
+    ]
     scores = label_test.score(predictions)
     right = ("own", "rotated", "symbols", "override_rate")
     assert [scores[name] for name in right] == [1] * 4 and scores["prior_rate"] == 0
@@ -213,6 +216,10 @@ def test_prompts_keep_their_texts_and_rotate_their_labels(label_test):
             renamed[d.label] == e.label
             for d, e in zip(before.demonstrations, new.demonstrations, strict=True)
         )
+    assert own.answers is rotated.answers is None
+    for prompt, answers, label in zip(symbols.prompts, symbols.answers, own.labels, strict=True):
+        assert len(set(answers)) == len(words) and answers[label] == prompt.query.label
+        assert {d.label for d in prompt.demonstrations} <= set(answers)
     assert [call.measures_behavior for call in label_test.calls] == [True, False, False]
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from abft_fast.analysis.dcm import Case, MaskLearning
 from abft_fast.analysis.desiderata import DESIDERATA
-from abft_fast.analysis.last_row import run_prompt
+from abft_fast.analysis.last_row import LastRow, run_prompt
 from abft_fast.analysis.patching import check_can_patch
 from abft_fast.commands.analyze import pictures
 from abft_fast.commands.analyze.models import AnalysisSession
@@ -107,20 +107,24 @@ def _pairs(session: AnalysisSession, name: str) -> list[Pair]:
         UserError: they are fewer than two.
     """
     draw = random.Random(f"dcm-{name}")
-    labels = len(session.dataset.label_words)
-    queries = [prompt.query for prompt in session.drawn]
-    made = [
-        (index, desideratum)
-        for index, prompt in enumerate(session.drawn)
-        if (desideratum := DESIDERATA[name](prompt, labels, queries, draw)) is not None
-    ]
+    prompts, labels = session.drawn.prompts, range(len(session.dataset.label_words))
+    answers = session.drawn.answers or [labels] * len(prompts)
+    queries = [prompt.query for prompt in prompts]
+    made = []
+    for index, prompt in enumerate(prompts):
+        # Another prompt's query asks for what is not here where prompts have answers of their own.
+        others = queries if session.drawn.answers is None else prompt.demonstrations
+        desideratum = DESIDERATA[name](prompt, answers[index], others, draw)
+        if desideratum is not None:
+            made.append((index, desideratum))
     pairs = []
     if made:
-        encoded = session.encoder.encode([each.source for _, each in made], session.template)
+        sources = [desideratum.source for _, desideratum in made]
+        encoded = session.encoder.encode(sources, session.drawn.template)
         for i, source in zip(encoded.kept, encoded.prompts, strict=True):
             index, (_, target) = made[i]
             if len(source.label_positions) == len(session.encoded.prompts[index].label_positions):
-                pairs.append(Pair(index, source, target))
+                pairs.append(Pair(index, source, answers[index].index(target)))
     if len(pairs) < 2:
         raise UserError(
             f"{name}: {len(pairs)} of the {len(queries)} prompts can be used, and two are needed: "
@@ -143,27 +147,32 @@ def _learn(
     advance: Callable[[int, int], None],
 ) -> dict[str, Learnt]:
     """Learn and test one model's masks."""
-    label_ids = session.encoder.label_ids
+    encoded, backend = session.encoded, session.config.attention_backend
 
-    def run(prompt: EncodedPrompt) -> Any:
-        row = run_prompt(model, prompt, label_ids, session.config.attention_backend)
+    def run(prompt: EncodedPrompt, index: int) -> LastRow:
+        row = run_prompt(model, prompt, encoded.answer_ids(index), backend)
         advance(1, len(prompt))
         return row
 
-    prompts = session.encoded.prompts
-    originals = [run(prompt) for prompt in prompts]
+    originals = [run(prompt, index) for index, prompt in enumerate(encoded.prompts)]
     learnt = {}
     for name, some in pairs.items():
         cases = [
-            Case(prompts[at], originals[at], run(source).outputs, target)
+            Case(
+                encoded.prompts[at],
+                originals[at],
+                run(source, at).outputs,
+                target,
+                encoded.answer_ids(at),
+            )
             for at, source, target in some
         ]
-        mask = learning.learn(model, cases[::2], label_ids, advance)
+        mask = learning.learn(model, cases[::2], advance)
         chosen = mask > 0.5
         masks = torch.stack([torch.zeros_like(chosen), chosen, torch.ones_like(chosen)])
         right = []
         for case in cases[1::2]:
-            right.append(learning.answers_target(model, case, masks, label_ids))
+            right.append(learning.answers_target(model, case, masks))
             advance(1, 1)
         learnt[name] = Learnt(mask.numpy(), chosen.numpy(), _shares(torch.stack(right)), len(right))
     return learnt

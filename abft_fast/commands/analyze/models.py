@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from abft_fast.analysis.pair import ModelPair
 from abft_fast.commands import adapter_origin
 from abft_fast.commands.session import ModelOnDevice, PromptSession
-from abft_fast.data import Dataset, Prompt
-from abft_fast.evaluation.protocols import Protocol
+from abft_fast.data import Boxes, Dataset
+from abft_fast.evaluation.entity_tracking import EntityTracking
+from abft_fast.evaluation.protocols import Call, Protocol
 from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
 from abft_fast.models.merging import changes_of, untie
@@ -24,7 +25,7 @@ from abft_fast.options import (
     DrawnPromptOptions,
     PlaneConfig,
 )
-from abft_fast.prompts import EncodedPrompts, Template
+from abft_fast.prompts import EncodedPrompts
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import tokens_at_once
 
@@ -113,7 +114,6 @@ class DrawnPrompts(PromptSession):
 
     Attributes:
         drawn: the prompts.
-        template: how they are written.
         encoded: the prompts, tokenized.
     """
 
@@ -121,7 +121,7 @@ class DrawnPrompts(PromptSession):
 
     def __init__(self, config: AnalyzeOptions, progress: Progress):
         super().__init__(config, progress)
-        self.drawn, self.template, self.encoded = self._draw()
+        self.drawn, self.encoded = self._draw()
         self.show_data(self.encoded.prompts)
 
     @property
@@ -134,14 +134,14 @@ class DrawnPrompts(PromptSession):
         """Return the tokens of the longest prompt."""
         return max(map(len, self.encoded.prompts))
 
-    def _draw(self) -> tuple[list[Prompt], Template, EncodedPrompts]:
-        prompts, template = prompts_of_test(self.config, self.dataset)
-        count = min(self.config.prompts, len(prompts))
-        chosen = sorted(random.Random("analyze").sample(range(len(prompts)), count))
-        drawn = [prompts[i] for i in chosen]
-        encoded = self.encoder.encode(drawn, template)
+    def _draw(self) -> tuple[Call, EncodedPrompts]:
+        call = call_of_test(self.config, self.dataset)
+        count = min(self.config.prompts, len(call.prompts))
+        chosen = sorted(random.Random("analyze").sample(range(len(call.prompts)), count))
+        drawn = call.only(chosen)
+        encoded = drawn.encode(self.encoder)
         self.say_too_long(encoded, "test", "with fewer demonstrations")
-        return [drawn[i] for i in encoded.kept], template, encoded
+        return drawn.only(encoded.kept), encoded
 
 
 class AnalysisSession(DrawnPrompts, ComparedModels):
@@ -164,14 +164,16 @@ class PlaneSession(DrawnPrompts, MovableModel):
         super().__init__(config, progress)
 
 
-def prompts_of_test(config: DrawnPromptOptions, dataset: Dataset) -> tuple[list[Prompt], Template]:
-    """Return all prompts of the test that the options name, and their template.
+def call_of_test(config: DrawnPromptOptions, dataset: Dataset) -> Call:
+    """Return all prompts of the test that the options name.
 
     Raises:
         UserError: the dataset does not allow the test.
     """
+    if isinstance(dataset, Boxes):
+        return EntityTracking(dataset).calls[0]
     (call,) = Protocol.of(config.test_type, dataset, config.k, config.prompt_form).calls
-    return call.prompts, call.template
+    return call
 
 
 def _difference(base: PreTrainedModel, tuned: PreTrainedModel) -> dict[str, Tensor]:

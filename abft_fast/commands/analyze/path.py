@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ from abft_fast.options import PathConfig
 from abft_fast.runtime.progress import Progress
 
 
+class _Case(NamedTuple):
+    """The first arguments of `path_effects` after the model."""
+
+    prompt: EncodedPrompt
+    corrupted: EncodedPrompt
+    label: int
+    label_ids: list[int]
+
+
 def path(config: PathConfig, progress: Progress) -> Results:
     """Write the mean effect of every head on three paths, in the base and in the tuned model.
 
@@ -28,7 +37,7 @@ def path(config: PathConfig, progress: Progress) -> Results:
         UserError: the options, the models or the data do not allow it.
     """
     session = AnalysisSession(config, progress)
-    triples = _triples(session)
+    cases = _cases(session)
     pair = session.pair()
     session.check_attention(session.encoded.prompts)
     check_can_patch(session.model, session.longest)
@@ -36,24 +45,15 @@ def path(config: PathConfig, progress: Progress) -> Results:
     sides = {"before": pair.base}
     if config.adapter is not None or config.tuned is not None:
         sides["after"] = pair.tuned
-    tokens = sum(len(prompt) for prompt, _, _ in triples)
+    tokens = sum(len(case.prompt) for case in cases)
     effects = {}
-    with progress.bar("paths", len(sides) * len(triples), len(sides) * tokens) as advance:
+    with progress.bar("paths", len(sides) * len(cases), len(sides) * tokens) as advance:
         for side, model_of in sides.items():
             by_prompt = []
             with model_of() as model, session.accelerator.autocast():
-                for prompt, corrupted, label in triples:
-                    by_prompt.append(
-                        path_effects(
-                            model,
-                            prompt,
-                            corrupted,
-                            label,
-                            session.encoder.label_ids,
-                            config.attention_backend,
-                        )
-                    )
-                    advance(1, len(prompt))
+                for case in cases:
+                    by_prompt.append(path_effects(model, *case, config.attention_backend))
+                    advance(1, len(case.prompt))
             effects[side] = by_prompt
     results = Results(config.output_dir, "path")
     rows = [
@@ -68,20 +68,20 @@ def path(config: PathConfig, progress: Progress) -> Results:
     return results
 
 
-def _triples(session: AnalysisSession) -> list[tuple[EncodedPrompt, EncodedPrompt, int]]:
-    """Return each prompt that can be corrupted, its corrupted form, and the query's label."""
+def _cases(session: AnalysisSession) -> list[_Case]:
+    """Return each prompt that can be corrupted."""
     encoded = session.encoded
-    triples = [
-        (prompt, corrupted, label)
-        for prompt, label in zip(encoded.prompts, encoded.labels, strict=True)
+    cases = [
+        _Case(prompt, corrupted, encoded.labels[i], encoded.answer_ids(i))
+        for i, prompt in enumerate(encoded.prompts)
         if (corrupted := permuted(prompt)) is not None
     ]
-    left = len(encoded.prompts) - len(triples)
+    left = len(encoded.prompts) - len(cases)
     if left:
         session.progress.say(f"{left} prompts whose labels are all alike are left out")
-    if not triples:
+    if not cases:
         raise UserError("no prompt has two different labels: use more --prompts, or a larger --k")
-    return triples
+    return cases
 
 
 def _stacked(by_prompt: Sequence[PathEffects], name: str) -> Tensor:

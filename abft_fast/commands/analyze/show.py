@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from abft_fast.analysis.last_row import run_prompt
 from abft_fast.commands.analyze import pictures
-from abft_fast.commands.analyze.models import ComparedModels, prompts_of_test
+from abft_fast.commands.analyze.models import ComparedModels, call_of_test
 from abft_fast.commands.analyze.results import Results
 from abft_fast.commands.session import PromptSession
 from abft_fast.core.backbone import attention_layers
@@ -52,13 +52,13 @@ class ShowSession(PromptSession, ComparedModels):
 
     def _of_dataset(self) -> EncodedPrompt:
         config = self.config
-        prompts, template = prompts_of_test(config, self.dataset)
-        if config.prompt_index >= len(prompts):
+        call = call_of_test(config, self.dataset)
+        if config.prompt_index >= len(call.prompts):
             raise UserError(
                 f"--prompt-index {config.prompt_index}: the test has the prompts 0 to "
-                f"{len(prompts) - 1}"
+                f"{len(call.prompts) - 1}"
             )
-        encoded = self.encoder.encode([prompts[config.prompt_index]], template)
+        encoded = call.only([config.prompt_index]).encode(self.encoder)
         self.say_too_long(encoded, "test", "with fewer demonstrations")
         return encoded.prompts[0]
 
