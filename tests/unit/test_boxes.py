@@ -10,7 +10,7 @@ import torch
 
 from abft_fast import data
 from abft_fast.analysis.path import permuted
-from abft_fast.commands.analyze import cmap, path, show
+from abft_fast.commands.analyze import cmap, dcm, path, show
 from abft_fast.commands.evaluate import evaluate
 from abft_fast.commands.train import train
 from abft_fast.core.label_logits import label_logits
@@ -19,7 +19,7 @@ from abft_fast.errors import Interrupted, UserError
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.evaluation.evaluation_set import EvaluationSet
 from abft_fast.models import loading
-from abft_fast.options import CmapConfig, EvalConfig, PathConfig, ShowConfig, TrainConfig
+from abft_fast.options import CmapConfig, DcmConfig, EvalConfig, PathConfig, ShowConfig, TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder, for_tokenizer
 from abft_fast.runtime.progress import Progress
@@ -270,3 +270,8 @@ def test_analyses_score_the_objects_of_each_prompt(run, tmp_path):
     shown = table(show.show(resolve(ShowConfig, {**few, "output_dir": tmp_path}), Progress()))
     labels = {(row["token"].strip(), row["label"]) for row in shown if row["label"]}
     assert len(labels) == 3 and [mark for _, mark in labels].count("right") == 1
+
+    options = {**few, "prompts": 6, "steps": 2, "batch_size": 2, "output_dir": tmp_path}
+    masks = table(dcm.dcm(resolve(DcmConfig, options), Progress()))
+    assert len(masks) == 2 * 3 * (24 + 3)
+    assert {row["prompts"] for row in masks if row["group"] == "all"} == {"3"}  # all can be used
