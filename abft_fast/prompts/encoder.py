@@ -254,6 +254,11 @@ class PromptEncoder:
             )
         return result
 
+    def tokens_at(self, prompt: Prompt, spans: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the first token of each (start, end) of a prompt's text."""
+        [(_, offsets)] = self._text.with_offsets([self.template.render(prompt)[0]])
+        return [overlapping(offsets, span)[0] for span in spans]
+
     def _fit(self, prompt: Prompt, template: Template, max_length: int) -> EncodedPrompt | None:
         """Return the prompt with as many of its last demonstrations as fit; None to drop it."""
         if self.on_long_prompt != "fewer-demonstrations":

@@ -65,3 +65,16 @@ class BoxTemplate(Template):
             spans.append((len(text), len(text) + len(word)))
             text += f"{word} is in Box {box.text}"
         return f"{text}{'. ' if text else ''}Box {prompt.query.text} contains the", spans
+
+    def letters(self, prompt: Prompt) -> list[tuple[int, int]]:
+        """Return the (start, end) of the asked box's letter: where its object is, and at the end.
+
+        Raises:
+            ValueError: the box that is asked for is not in the prompt.
+        """
+        text, _ = self.render(prompt)
+        box = f"Box {prompt.query.text}"
+        starts = [find(box) + len("Box ") for find in (text.index, text.rindex)]
+        if starts[0] == starts[1]:
+            raise ValueError(f"{box} is not in the prompt")
+        return [(start, start + len(prompt.query.text)) for start in starts]

@@ -68,6 +68,9 @@ def test_a_prompt_says_what_is_in_each_box_and_asks_for_one(name):
         # What is predicted after the prompt is the token that stands in it.
         at = one.label_positions[one.label_is_correct.index(True)]
         assert one.input_ids[at] == encoder.label_ids[label]
+        asked_at = encoder.tokens_at(prompt, encoder.template.letters(prompt))
+        assert asked_at[0] == at + 4 and asked_at[1] > asked_at[0] + 1
+        assert words_at(one, asked_at) == [asked.lower()] * 2
         answered = TOKENIZER(f"{text} {right}")["input_ids"]
         assert answered == [*one.input_ids, encoder.label_ids[label]]
 
@@ -236,6 +239,17 @@ def interrupted_at_step_2(run, row, append=RunFolder.append_metrics):
     append(run, row)
 
 
+@pytest.mark.slow
+def test_a_streamed_run_finds_the_same(run, tmp_path):
+    options = {"gradient": "local", "stream": True, "output_dir": tmp_path / "run"}
+    config = resolve(TrainConfig, TRAINING | options)
+    streamed = train(config, RunFolder.reserve(config), Progress()).details("before")
+    expected = run.details("before")
+    assert streamed["labels"] == expected["labels"]
+    for row, other in zip(streamed["probabilities"], expected["probabilities"], strict=True):
+        assert row == pytest.approx(other, abs=1e-4) and len(row) == 3
+
+
 def table(results):
     (file,) = (each for each in results.written if each.suffix == ".csv")
     with file.open(newline="") as lines:
@@ -268,8 +282,8 @@ def test_analyses_score_the_objects_of_each_prompt(run, tmp_path):
     )
     assert len(effects) == 2 * 3 * 4 * 6
     shown = table(show.show(resolve(ShowConfig, {**few, "output_dir": tmp_path}), Progress()))
-    labels = {(row["token"].strip(), row["label"]) for row in shown if row["label"]}
-    assert len(labels) == 3 and [mark for _, mark in labels].count("right") == 1
+    marks = {(int(row["position"]), row["label"]) for row in shown if row["label"]}
+    assert sorted(mark for _, mark in marks) == ["asked", "asked", "right", "wrong", "wrong"]
 
     options = {**few, "prompts": 6, "steps": 2, "batch_size": 2, "output_dir": tmp_path}
     masks = table(dcm.dcm(resolve(DcmConfig, options), Progress()))

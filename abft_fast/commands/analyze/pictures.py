@@ -146,7 +146,7 @@ def show(shown: Mapping[str, Mapping[int, NDArray]], tokens: Sequence[Token]) ->
         left=0.55 / width, right=1 - 0.8 / width, hspace=1.25 / (0.16 * heads),
         bottom=1 / (height * len(panels)), top=1 - 0.25 / (height * len(panels)),
     )  # fmt: skip
-    colors = {"right": style.COLORS[2], "wrong": style.COLORS[3], "": style.GREY}
+    colors = {"right": style.COLORS[2], "wrong": style.COLORS[3], "asked": style.COLORS[0]}
     edges = np.arange(len(tokens) + 1) - 0.5, np.arange(heads + 1) - 0.5
     for axis, (layer, name, values) in zip(axes[:, 0], panels, strict=True):
         scale = PowerNorm(0.5, 0, 1)
@@ -154,7 +154,7 @@ def show(shown: Mapping[str, Mapping[int, NDArray]], tokens: Sequence[Token]) ->
         texts = [token.shown.replace("$", r"\$") for token in tokens]
         axis.set_xticks(range(len(tokens)), texts, rotation=90, fontsize=6)
         for label, token in zip(axis.get_xticklabels(), tokens, strict=True):
-            label.set_color(colors[token.mark])
+            label.set_color(colors.get(token.mark, style.GREY))
         axis.set_yticks(range(0, heads, max(heads // 8, 1)))
         axis.invert_yaxis()
         axis.set_ylabel("head")

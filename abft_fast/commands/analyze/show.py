@@ -20,6 +20,7 @@ from abft_fast.core.backbone import attention_layers
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import UserError
 from abft_fast.options import ShowConfig
+from abft_fast.prompts.template import BoxTemplate
 from abft_fast.runtime.progress import Progress
 
 _TEMPLATE = Path(__file__).with_name("show.html.jinja")
@@ -33,7 +34,8 @@ class Token:
     Attributes:
         text: its characters.
         shown: the same with visible spaces and line ends.
-        mark: `right` or `wrong` for labels, else empty.
+        mark: `right` or `wrong` for labels, `asked` for the letter of the box that is asked for,
+            else empty.
     """
 
     text: str
@@ -42,9 +44,15 @@ class Token:
 
 
 class ShowSession(PromptSession, ComparedModels):
-    """Hold one prompt."""
+    """Hold one prompt.
+
+    Attributes:
+        prompt: the prompt.
+        letters: positions of the letter of the box that is asked for; none without boxes.
+    """
 
     config: ShowConfig
+    letters: Sequence[int] = ()
 
     def __init__(self, config: ShowConfig, progress: Progress):
         super().__init__(config, progress)
@@ -59,6 +67,9 @@ class ShowSession(PromptSession, ComparedModels):
                 f"{len(call.prompts) - 1}"
             )
         encoded = call.only([config.prompt_index]).encode(self.encoder)
+        if isinstance(call.template, BoxTemplate):
+            prompt = call.prompts[config.prompt_index]
+            self.letters = self.encoder.tokens_at(prompt, call.template.letters(prompt))
         self.say_too_long(encoded, "test", "with fewer demonstrations")
         return encoded.prompts[0]
 
@@ -79,6 +90,7 @@ class ShowSession(PromptSession, ComparedModels):
         decode = self.encoder.tokenizer.decode
         pairs = zip(self.prompt.label_positions, self.prompt.label_is_correct, strict=True)
         marks = {position: "right" if correct else "wrong" for position, correct in pairs}
+        marks |= dict.fromkeys(self.letters, "asked")
         texts = [decode([token]) for token in self.prompt.input_ids]
         return [
             Token(text, text.replace("\n", "⏎").replace(" ", "␣"), marks.get(i, ""))
@@ -190,6 +202,7 @@ def _page(
         title=f"Attention of the last token: {what}{source}",
         about=f"Model {config.model}, {len(tokens)} tokens.",
         labels=bool(session.prompt.label_positions),
+        letters=bool(session.letters),
         tokens=tokens,
         blocks=blocks,
     )
