@@ -49,7 +49,7 @@ def predict(
     """
     for line in (*notes(config), *labels_alike(dataset.label_words)):
         progress.say(line)
-    labeller = Labeller(config, dataset, progress)
+    labeller = _labeller(config, dataset, progress)
     done = dropped = 0
     special: list[tuple[str, str]] = []  # places and tokens
     said = labeller.chunk
@@ -66,10 +66,16 @@ def predict(
             said = done
     if special:
         progress.say(special_token_line(len(special), *special[0]))
-    tokens = labeller.shared_tokens
-    shared = f"; the first {tokens:,} tokens of all prompts computed once" if tokens else ""
     left = f", {dropped:,} beyond the model's context left empty" if dropped else ""
-    progress.say(f"{done:,} rows labelled{left}{shared}")
+    progress.say(f"{done:,} rows labelled{left}{labeller.cost}")
+
+
+def _labeller(config: PredictConfig, dataset: Dataset, progress: Progress) -> Labeller:
+    if config.stream:
+        from abft_fast.commands.predict_streamed import StreamedLabeller  # it uses this module
+
+        return StreamedLabeller(config, dataset, progress)
+    return Labeller(config, dataset, progress)
 
 
 class Labeller(ModelOnDevice):
@@ -108,9 +114,10 @@ class Labeller(ModelOnDevice):
         self._prefix: SharedPrefix | None = None
 
     @property
-    def shared_tokens(self) -> int:
-        """Return how many tokens all prompts so far share and were computed once."""
-        return len(self._prefix.ids) if self._prefix else 0
+    def cost(self) -> str:
+        """Return how many tokens all prompts share and were computed once, to end a line."""
+        tokens = len(self._prefix.ids) if self._prefix else 0
+        return f"; the first {tokens:,} tokens of all prompts computed once" if tokens else ""
 
     def label(self, rows: Sequence[tuple[Row, str]]) -> Iterator[tuple[Row, list[float] | None]]:
         """Yield each row with the probabilities of the label words, None for a too long prompt."""

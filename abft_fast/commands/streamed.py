@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from accelerate.utils import set_seed
 
 from abft_fast.commands.evaluate import Scores, as_details, as_scores
-from abft_fast.commands.session import Session
+from abft_fast.commands.session import ModelOnDevice, Session
 from abft_fast.commands.train import TrainSession, begin, prepare_data, save_result, to_train
 from abft_fast.core.objective import block_size
 from abft_fast.core.packing import EncodedPrompt
@@ -50,7 +50,7 @@ def evaluate_streamed(
     Raises:
         UserError: the model cannot be streamed, or the adapter does not fit it.
     """
-    streamed = _streamed_model(session)
+    streamed = streamed_model(session)
     place = streamed, session.accelerator
     adapter = next(iter(config.adapter_folders), None)
     trained_on = None if adapter is None else base_of_adapter(adapter)
@@ -70,7 +70,12 @@ def evaluate_streamed(
     return as_scores(evaluating.outcomes())
 
 
-def _streamed_model(session: Session) -> StreamedModel:
+def streamed_model(session: ModelOnDevice) -> StreamedModel:
+    """Return the model that the options name, without weights.
+
+    Raises:
+        UserError: the model cannot be streamed.
+    """
     config = session.config
     for line in loading.left_out(config.model, getattr(config, "adapter", None)):
         session.progress.say(line)
@@ -108,7 +113,7 @@ class StreamedTraining:
         tests: list[EvaluationSet],
     ):
         self._session, self._run, config = session, run, session.config
-        self._streamed = _streamed_model(session)
+        self._streamed = streamed_model(session)
         training = to_train(session, run, prompts, self._streamed.model)
         place = self._streamed, session.accelerator
         self._identity = BaseIdentity(*place, session.progress, run.base, f"run {run.folder}")

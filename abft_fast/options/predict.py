@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from abft_fast.options.data import ColumnOptions
 from abft_fast.options.model import PromptOptions
@@ -20,6 +20,16 @@ class PredictConfig(PromptOptions, ColumnOptions):
         "drop: leave its predictions empty.",
     )
     adapter: Path | None = Field(None, description="PEFT adapter folder to load on the model.")
+    stream: bool = Field(
+        False,
+        description="Read the model layer by layer, and keep one layer's weights in memory. The "
+        "model is read once for about 1,024 rows.",
+    )
+    stream_states: Literal["memory", "disk"] = Field(
+        "memory",
+        description="Where --stream keeps the hidden states of the texts between layers. disk: in "
+        "files beside --output, while it runs.",
+    )
     demonstrations: Path = Field(
         description="File of texts and labels. Every prompt begins with all of them, in the "
         "order of the file."
@@ -44,3 +54,17 @@ class PredictConfig(PromptOptions, ColumnOptions):
         if value.suffix.lower() not in (".csv", ".jsonl"):
             raise ValueError("use a name that ends in .csv or .jsonl")
         return value
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Self:
+        if self.stream and self.device_map == "auto":
+            raise ValueError(
+                "--stream and --device-map auto, which keeps all layers on GPUs: leave one of "
+                "them out"
+            )
+        if self.stream_states == "disk":
+            if not self.stream:
+                raise ValueError("--stream-states disk needs --stream")
+            if self.output is None:
+                raise ValueError("--stream-states disk keeps files beside --output: name a file")
+        return self

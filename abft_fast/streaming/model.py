@@ -130,7 +130,10 @@ class StreamedModel:
         self._layers = decoder_layers(self._inner)
         self.layers = len(self._layers)
         self.embedded: list[int] = []
-        self._layers_name = next(n for n, m in self.model.named_modules() if m is self._layers)
+        embedding = self.model.get_input_embeddings()
+        names = {module: name for name, module in self.model.named_modules()}
+        self._layers_name = names[self._layers]
+        self._embedding = next(iter(_places_of(names[embedding], embedding)))
         self._places = [
             list(_places(f"{self._layers_name}.{index}", layer))
             for index, layer in enumerate(self._layers)
@@ -217,22 +220,27 @@ class StreamedModel:
                 self._fill(_places_of(names[module], module))
                 self._make_buffers(module)
         is_tied = _is_tied(self.model, names[head])
-        self.embedded = sorted({*tokens, *(label_ids if is_tied else ())})
-        place = next(iter(_places_of(names[embedding], embedding)))
-        rows = self._read(place, self.embedded)
-        embedding.padding_idx = None  # its row may be another one now
-        embedding.weight = nn.Parameter(rows, requires_grad=False)
+        self.read_embedding({*tokens, *(label_ids if is_tied else ())})
         self._make_buffers(embedding)
         if not label_ids:
             return
         if is_tied:
-            of_labels = {"weight": rows[[self.embedded.index(token) for token in label_ids]]}
+            places = [self.embedded.index(token) for token in label_ids]
+            of_labels = {"weight": embedding.weight.detach()[places]}
         else:
             of_labels = {
                 place.own_name: self._read(place, label_ids)
                 for place in _places_of(names[head], head)
             }
         set_label_rows(self.model, label_ids, of_labels)
+
+    def read_embedding(self, tokens: Iterable[int]) -> None:
+        """Read the embedding's rows of these tokens; for a further walk, call it alone."""
+        self.embedded = sorted(set(tokens))
+        embedding: Any = self._embedding.module
+        embedding.padding_idx = None  # its row may be another one now
+        rows = self._read(self._embedding, self.embedded)
+        embedding.weight = nn.Parameter(rows, requires_grad=False)
 
     def drop_embedding(self) -> None:
         """Drop the embedding's rows: after the first block nothing reads them."""

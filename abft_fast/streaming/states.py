@@ -98,8 +98,8 @@ class HiddenStates:
         if needed > free:
             raise UserError(
                 f"{self._folder} has {free / 1e9:.1f} GB free, and the hidden states of all "
-                f"prompts need {needed / 1e9:.1f} GB there: free space, use fewer prompts "
-                "(--train-samples), or another --output-dir"
+                f"prompts need {needed / 1e9:.1f} GB there: free space, train on fewer prompts "
+                "(--train-samples), or write to another disk (--output-dir, or predict's --output)"
             )
 
     def remove_files(self) -> None:

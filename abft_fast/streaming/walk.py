@@ -53,10 +53,20 @@ class Walk:
         Raises:
             UserError: prompts are so long that the family cannot pack them.
         """
+        self.streamed.read_outside(self._tokens(), label_ids)
+
+    def read_embedding(self) -> None:
+        """Read the embedding's rows, for a walk after the model's first.
+
+        Raises:
+            UserError: as `read_outside`.
+        """
+        self.streamed.read_embedding(self._tokens())
+
+    def _tokens(self) -> set[int]:
         prompts = [prompt for group in self._groups for prompt in group.prompts]
         self.streamed.check_length(max(map(len, prompts)))
-        tokens = {token for prompt in prompts for token in prompt.input_ids}
-        self.streamed.read_outside(tokens, label_ids)
+        return {token for prompt in prompts for token in prompt.input_ids}
 
     def remove_files(self) -> None:
         """Remove the files of hidden states."""
