@@ -25,6 +25,7 @@ from abft_fast.commands.prediction_files import open_output
 from abft_fast.errors import RunError
 from abft_fast.options import (
     CommandOptions,
+    DoctorConfig,
     EvalConfig,
     FigureConfig,
     MergeConfig,
@@ -238,15 +239,23 @@ def figure(flags: dict[str, Any]) -> None:
         print(f"written: {path}")
 
 
-@app.command()
-def doctor() -> None:
+@command_with(DoctorConfig)
+def doctor(flags: dict[str, Any]) -> None:
     """Check versions, device, data and disk, and list what a run would use."""
+    config = resolve(DoctorConfig, flags)
     streams.check_stdout()
     from abft_fast.commands.doctor import diagnose
 
     findings, problems = diagnose()
-    with streams.stdout_complete():
-        printing.print_findings(findings)
+    speeds = ""
+    if config.measure is not None:
+        from abft_fast.commands.measured_speeds import measure
+
+        measured, speeds = measure(config.measure)
+        findings += measured
+    printing.print_findings(findings)
+    if speeds:
+        print(f"plan --stream with these speeds: {speeds}")
     if problems:
         raise RunError("; ".join(problems))
 

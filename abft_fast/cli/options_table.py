@@ -13,6 +13,7 @@ from abft_fast.options import (
     AttentionConfig,
     CmapConfig,
     CommandOptions,
+    DoctorConfig,
     EvalConfig,
     FigureConfig,
     MergeConfig,
@@ -48,6 +49,7 @@ _VERBS: dict[str, type[CommandOptions]] = {
     "analyze path": PathConfig,
     "analyze plane": PlaneConfig,
     "figure": FigureConfig,
+    "doctor": DoctorConfig,
 }
 _BEGIN, _END = "<!-- options: begin -->", "<!-- options: end -->"
 

@@ -17,6 +17,7 @@ from abft_fast.options.analyze import (
 )
 from abft_fast.options.base import CommandOptions, flag, is_positional
 from abft_fast.options.data import CalibrationType, TestType, listed_tests, of_one_test
+from abft_fast.options.doctor import DoctorConfig
 from abft_fast.options.evaluate import DrawnPromptOptions, EvalConfig, Options
 from abft_fast.options.experiments import SweepConfig, TableConfig
 from abft_fast.options.merge import MergeConfig
@@ -34,6 +35,7 @@ __all__ = [
     "ComparedOnPromptsOptions",
     "ComparedOptions",
     "DcmConfig",
+    "DoctorConfig",
     "DrawnPromptOptions",
     "EvalConfig",
     "FigureConfig",
