@@ -143,7 +143,7 @@ class SamplingOptions(ModelOptions):
         description="Share of each label's rows to test on, if there are no other test examples.",
     )
     split_seed: int = Field(0, ge=0, description="Seed that chooses the rows of --test-share.")
-    k: int = Field(4, ge=0, description="Demonstrations in a prompt.")
+    k: int = Field(4, ge=0, description="Demonstrations in a prompt; boxes set it by their name.")
     test_type: Annotated[str, BeforeValidator(_tests)] = Field(
         "Normal",
         description="Test of StaICC, or several, separated by commas. Normal: accuracy. "

@@ -39,7 +39,7 @@ def spelled_method(value: Any) -> Any:
 class TrainingDataOptions(Options):
     """Options that say which prompts a method trains on."""
 
-    k: int = Field(4, ge=1, description="Demonstrations in a prompt.")
+    k: int = Field(4, ge=1, description="Demonstrations in a prompt; boxes set it by their name.")
     method: MethodName = Field(
         "ABFT",
         description="What the loss is. ABFT: attention behavior. E2E: cross-entropy of the "
