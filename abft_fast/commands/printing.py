@@ -182,6 +182,7 @@ def print_streamed_plan(model: str, plan: StreamedPlan, speeds: Speeds, notes: l
         ("device at most", plan.device_peak),
         (states, plan.states),
         ("host: a weight that is being read", plan.host_reading),
+        ("host: the block that is read ahead", plan.host_ahead),
         ("host at most, beside programs and tokenizer", plan.host_peak),
     ):
         if size:

@@ -66,6 +66,7 @@ class StreamedPlan:
         states: bytes of hidden states: those that enter a block, and those that leave it.
         states_on_disk: whether files hold them.
         host_reading: bytes on the host of one weight, as stored and as the model has it.
+        host_ahead: bytes on the host of the block that is read ahead; 0 on a CPU.
         read: bytes read from the weights' files.
         copied: bytes copied to the device; 0 on a CPU.
         operations: of all products with weights of the layers.
@@ -79,6 +80,7 @@ class StreamedPlan:
     states: int
     states_on_disk: bool
     host_reading: int
+    host_ahead: int
     read: int
     copied: int
     operations: float
@@ -96,7 +98,7 @@ class StreamedPlan:
     @property
     def host_peak(self) -> int:
         """Return the most bytes on the host beside the device's."""
-        return self.host_reading + (0 if self.states_on_disk else self.states)
+        return self.host_reading + self.host_ahead + (0 if self.states_on_disk else self.states)
 
     @property
     def fits(self) -> bool:
@@ -105,7 +107,7 @@ class StreamedPlan:
         return self.device_peak + shared <= self.limit
 
     def seconds(self, speeds: Speeds) -> dict[str, float]:
-        """Return the seconds of each part whose speed is known; no two parts overlap."""
+        """Return the seconds of each part whose speed is known; on a GPU reading overlaps."""
         parts = {
             "read": (self.read, speeds.disk),
             "copy": (self.copied, speeds.bus),
@@ -155,6 +157,10 @@ def plan_streamed(
         batch = max(prompts.longest, batch // 2)  # as `TokenBudget` does
     inside = sum(each.numbers for each, _ in weights if each.layer is not None and each.is_matrix)
     blocks = math.ceil(depth / size)
+    ahead = [0] * blocks
+    for each, _ in weights:
+        if each.layer is not None:
+            ahead[each.layer // size] += item * each.numbers
     tokens = prompts.steps + prompts.tests
     width = shape.get_text_config(decoder=True).hidden_size
     return StreamedPlan(
@@ -166,6 +172,7 @@ def plan_streamed(
         states=min(blocks - 1, 2) * tokens * width * item,
         states_on_disk=config.stream_states == "disk",
         host_reading=stored + item * largest,
+        host_ahead=max(ahead[1:], default=0) if on_gpu else 0,
         read=sum(stored for _, stored in weights),
         copied=item * sum(each.numbers for each, _ in weights) if on_gpu else 0,
         # Forward: 2 a weight and token. Backward: again 2 for the layers that a loss crosses.

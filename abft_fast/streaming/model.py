@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from abft_fast.models import trainable
 from abft_fast.models.files import ADAPTER_WEIGHTS, check_adapter
 from abft_fast.models.loading import files_name
 from abft_fast.models.synthetic import is_quantized, quantization, skeleton
+from abft_fast.runtime.environment import free_memory
 from abft_fast.streaming.weights import StoredWeights
 
 
@@ -138,6 +140,7 @@ class StreamedModel:
             list(_places(f"{self._layers_name}.{index}", layer))
             for index, layer in enumerate(self._layers)
         ]
+        self._ahead: dict[str, Tensor] = {}
         self._trained: dict[int, list[Projection]] = {}
         for index, layer in enumerate(self._layers):
             layer.forward = Away(index)
@@ -247,8 +250,40 @@ class StreamedModel:
         embedding = self.model.get_input_embeddings()
         embedding.weight = nn.Parameter(embedding.weight.to("meta"), requires_grad=False)
 
-    def bring(self, block: range) -> None:
-        """Read the weights of a block of layers; they run then."""
+    def has_room_ahead(self, blocks: Sequence[range]) -> bool:
+        """Return whether to read a block while the one before it computes.
+
+        On a CPU both would share the processor. With a GPU the host waits anyway, and its free
+        memory must hold two of the largest block.
+        """
+        if self._device.type != "cuda":
+            return False
+        places = [[place for index in block for place in self._places[index]] for block in blocks]
+        sizes = (sum(p.empty.numel() * self._dtype_of(p).itemsize for p in each) for each in places)
+        return free_memory(torch.device("cpu")) > 2 * max(sizes)
+
+    def read_ahead(self, block: range, stop: Event) -> dict[str, Tensor]:
+        """Return the weights of a block for `bring`, in the host's memory; for another thread.
+
+        Args:
+            block: the layers.
+            stop: set to end the reading behind the tensor that is being read.
+        """
+        read = {}
+        for place in (place for index in block for place in self._places[index]):
+            if stop.is_set():
+                break
+            read[place.name] = self.weights.read(place.name).to(self._dtype_of(place))
+        return read
+
+    def bring(self, block: range, ahead: dict[str, Tensor] | None = None) -> None:
+        """Read the weights of a block of layers; they run then.
+
+        Args:
+            block: the layers.
+            ahead: what `read_ahead` has read; it is emptied.
+        """
+        self._ahead = ahead or {}
         for index in block:
             layer = self._layers[index]
             self._fill(self._places[index])
@@ -315,7 +350,9 @@ class StreamedModel:
     def _read_to(
         self, device: torch.device, place: _Place, rows: Sequence[int] | None = None
     ) -> Tensor:
-        tensor = self.weights.read(place.name, rows)
+        tensor = self._ahead.pop(place.name, None)
+        if tensor is None:
+            tensor = self.weights.read(place.name, rows)
         shape = place.empty.shape if rows is None else (len(rows), *place.empty.shape[1:])
         if tensor.shape != shape:
             raise UserError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from abft_fast.runtime.progress import Progress
+from abft_fast.streaming.ahead import ReadingAhead
 from abft_fast.streaming.checkpoint import WalkCheckpoint
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import Stage
@@ -14,6 +16,8 @@ from abft_fast.streaming.states import HiddenStates
 
 class Walk:
     """Bring each block's weights, do all stages on it, drop the weights, go on.
+
+    On a GPU the next block's weights are read meanwhile, where the host has room for them.
 
     Args:
         streamed: the model.
@@ -81,13 +85,20 @@ class Walk:
         if self._checkpoint is not None:
             done = self._checkpoint.restore(self.streamed, self._stages, self._states, self.blocks)
         count, tokens = len(self.blocks), self.tokens
-        with progress.bar(title, count, tokens * (count - done), done) as advance:
+        bar = progress.bar(title, count, tokens * (count - done), done)
+        reads_ahead = self.streamed.has_room_ahead(self.blocks)
+        with bar as advance, ReadingAhead(self.streamed) if reads_ahead else nullcontext() as ahead:
             for number, block in enumerate(self.blocks[done:], start=done + 1):
-                self._walk(number, block)
+                self._walk(number, block, ahead)
                 advance(1, tokens, f"block {number} of {count}")
 
-    def _walk(self, number: int, block: range) -> None:
-        self.streamed.bring(block)
+    def _walk(self, number: int, block: range, ahead: ReadingAhead | None) -> None:
+        if ahead is None:
+            self.streamed.bring(block)
+        else:
+            self.streamed.bring(block, ahead.take())
+            if number < len(self.blocks):
+                ahead.begin(self.blocks[number])  # numbers begin with 1
         for stage in self._stages:
             stage.run(block)
         if self._checkpoint is not None:

@@ -54,6 +54,20 @@ def test_hidden_states_enter_and_leave():
         assert on_disk.states == plan.states and on_disk.host_peak == plan.host_reading
 
 
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_a_block_is_read_ahead_on_the_host_of_a_gpu(size):
+    """In the model's dtype, also where it is quantized later; a single block has none ahead."""
+    shape = tiny_config("llama", num_hidden_layers=6)
+    gpu = Arithmetic("cuda", mixed=True)
+    layer = skeleton(shape, CPU.dtype, None).model.layers[0]
+    numbers = sum(p.numel() for p in layer.parameters())
+    for quantized in (False, True):
+        plan = planned(shape, gpu, gradient=size, quantized=quantized)
+        assert plan.host_ahead == (0 if size == 6 else 2 * size * numbers)
+        assert plan.host_peak == plan.host_reading + plan.host_ahead + plan.states
+    assert planned(shape, gradient=size).host_ahead == 0
+
+
 def test_a_larger_block_takes_more_and_reads_the_same():
     shape = tiny_config("llama", num_hidden_layers=6)
     one, three = planned(shape), planned(shape, gradient=3)

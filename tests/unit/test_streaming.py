@@ -94,9 +94,9 @@ def test_one_block_is_in_memory_and_each_tensor_is_read_once(tmp_path):
     run = Streamed(config, tmp_path / "run")
     bring, alive = run.model.bring, []
 
-    def watched(block):
+    def watched(block, *ahead):
         assert not [reference for reference in alive if reference() is not None]
-        bring(block)
+        bring(block, *ahead)
         weights = [p for i in block for p in run.model._layers[i].parameters()]
         assert not any(p.is_meta for p in weights)
         others = [p for i in set(range(4)) - set(block) for p in run.model._layers[i].parameters()]
