@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import triton
 from abft_kernels import loss_triton
-from abft_kernels.types import Rows, Scores
+from abft_kernels.types import Normalizer, Rows, Scores
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
@@ -112,34 +112,37 @@ def recorded_launches(target: GPUTarget, run: Callable[[], None]) -> Iterable[tu
 def run_all(variant: Variant) -> None:
     """Call every launcher, with and without each optional argument."""
     key_heads = 2
-    shape = (2, key_heads * variant.group, variant.head_dim)
+    tokens = 64
+    shape = (tokens, key_heads * variant.group, variant.head_dim)
     query = torch.zeros(shape, dtype=variant.dtype)
-    key = torch.zeros(64, key_heads, variant.head_dim, dtype=variant.dtype)
+    key = torch.zeros(tokens, key_heads, variant.head_dim, dtype=variant.dtype)
     indices = torch.zeros(3, dtype=torch.int32)
     rows = Rows(indices[:2], indices[:2], indices, indices, indices.bool())
     scores = Scores(1.0, variant.softcap, None)
-    per_head = torch.zeros(shape[:2])
-    active = per_head.bool()
+    lse = torch.zeros(shape[:2])
+    sinks = torch.zeros(shape[1], dtype=variant.dtype)
     factor = torch.zeros(())
-    for sinks, selected, sum_keys in (
-        (None, None, False),
-        (None, None, True),
-        (torch.zeros(shape[1], dtype=variant.dtype), None, True),
-        (None, active, True),
+    # As the ops call them: packed queries with and without a known log-sum-exp, and rows alone.
+    # A row of `long` keys takes several splits.
+    long = 1 << 20
+    for packed, known, options, lengths in (
+        (True, True, [(None, None), (None, factor)], (tokens, long)),
+        (True, False, [(None, None)], (tokens,)),
+        (False, False, [(None, None), (sinks, None), (None, factor)], (long,)),
     ):
-        normalizer, _ = loss_triton.scan_keys(
-            query, key, rows, scores, sinks, active=selected, sum_keys=sum_keys
-        )
-    for sum_keys, hold in itertools.product((True, False), (None, factor)):
-        loss_triton.label_loss(
-            query, key, rows, scores, normalizer, factor, factor,
-            head_filter=True, sum_keys=sum_keys, hold=hold,
-        )  # fmt: skip
-    for grad, weight in itertools.product((None, torch.zeros_like(key)), (factor, per_head)):
-        loss_triton.grad_key(
-            query, key, rows, scores, normalizer, per_head, per_head, weight, weight,
-            accumulate_into=grad,
-        )  # fmt: skip
+        queries = query if packed else query[:2]
+        for sink, hold in options:
+            loss = loss_triton.label_loss(
+                queries, key, rows, scores, sink, lse if known else None, factor, factor,
+                head_filter=True, hold=hold, packed=packed,
+            )  # fmt: skip
+        normalizer = Normalizer(lse, None) if known else Normalizer(loss.peak, loss.total)
+        for longest in lengths:
+            loss_triton.add_gradients(
+                torch.zeros_like(queries), torch.zeros_like(key), queries, key, rows, scores,
+                normalizer, loss.mean_weight, loss.is_induction, loss.loss, factor, factor,
+                head_filter=True, packed=packed, longest=longest,
+            )  # fmt: skip
 
 
 def compiled_kernel(

@@ -37,13 +37,19 @@ def disassemble(cubin):
 
 
 def main_loop(instructions, labels):
-    """The longest stretch that a branch jumps back over."""
-    loops = [[]]
+    """The longest stretch that a branch jumps back over, with no such stretch inside."""
+    loops = []
     for index, instruction in enumerate(instructions):
         target = re.match(r"BRA\b.*?(\.L_x_\d+)", instruction)
         if target and labels[target[1]] <= index:
-            loops.append(instructions[labels[target[1]] : index + 1])
-    return max(loops, key=len)
+            loops.append(range(labels[target[1]], index + 1))
+    inner = [
+        loop
+        for loop in loops
+        if not any(o != loop and o.start >= loop.start and o.stop <= loop.stop for o in loops)
+    ]
+    longest = max(inner, key=len, default=range(0))
+    return instructions[longest.start : longest.stop]
 
 
 def names(instructions, pattern):
@@ -67,6 +73,7 @@ def describe(target, kernel, launch):
         "loop": len(loop),
         "loads": names(loop, r"LDG\b|LDG\."),
         "copies": names(loop, r"LDGSTS"),
+        "stores": names(loop, r"STG"),
     }
 
 

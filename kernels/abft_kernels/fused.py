@@ -1,9 +1,9 @@
 """Compute attention of packed prompts, and the loss of their last rows, in one op.
 
 Flash attention returns each row's log-sum-exp, so a last row's probabilities at its label tokens
-need the label keys alone: `alpha_i = exp(s_i - lse)`. All keys are read again only for the gradient
-of heads that have a loss. The op has one explicit backward, because flash attention has no gradient
-through its log-sum-exp.
+need the label keys alone: `alpha_i = exp(s_i - lse)`. The backward reads the keys of heads that
+have a loss, once, and adds to the gradients that flash attention wrote. The op has one explicit
+backward, because flash attention has no gradient through its log-sum-exp.
 
 For float32 the loss computes a normalizer of its own. The log-sum-exp, one float32 number, is off
 by 1e-6, which matters in `1 - alpha` of a head that is sure of its label.
@@ -24,13 +24,12 @@ from abft_kernels.attention.registry import (
 from abft_kernels.attention.separate import attend_separately
 from abft_kernels.checks import bounds_on_host, check_bounds, check_options, check_tensors
 from abft_kernels.loss import (
+    add_loss_gradients,
     choose_backend,
     empty_results,
     label_factors,
     last_row_loss,
-    loss_coefficient,
     loss_forward,
-    loss_grad_key,
     loss_grad_sinks,
     scalar_like,
     wants_gradient,
@@ -39,7 +38,6 @@ from abft_kernels.types import (
     LastRowLoss,
     Normalizer,
     Prompts,
-    Residuals,
     Rows,
     Scores,
     none_but,
@@ -72,7 +70,7 @@ class _Inputs(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """The results of the op, in its order: attention, then a LastRowLoss, then Residuals."""
+    """The results of the op, in its order: attention, then a LabelLoss."""
 
     out: Tensor
     lse: Tensor
@@ -83,7 +81,6 @@ class _Outputs(NamedTuple):
     peak: Tensor
     total: Tensor
     mean_weight: Tensor
-    key_sum: Tensor
     head_factors: Tensor
 
 
@@ -106,7 +103,6 @@ class _Saved(NamedTuple):
     peak: Tensor
     total: Tensor
     mean_weight: Tensor
-    key_sum: Tensor
     head_factors: Tensor
 
 
@@ -153,21 +149,15 @@ def _forward_op(
     needs_grad: bool,
     hold: Tensor | None = None,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     if cu_seqlens.device.type == "cpu":
         check_bounds(cu_seqlens.tolist(), len(query))
     prompts, scores = Prompts(cu_seqlens, longest), Scores(scale, softcap, window)
     out, lse = attention_forward(attention, query, key, value, sinks, prompts, scores)
-    last = cu_seqlens[1:].long() - 1
-    normalizer = None
-    # flash-attn approximates the tanh of a soft-cap, so its log-sum-exp is not that of our scores.
-    if query.element_size() == 2 and softcap is None:
-        peak = lse.T[last].contiguous()
-        normalizer = Normalizer(peak, torch.ones_like(peak))
-    result, residuals = loss_forward(
+    result = loss_forward(
         backend,
-        query[last],
+        query,
         key,
         _rows(cu_seqlens, label_positions, label_offsets, label_is_correct),
         scores,
@@ -175,11 +165,19 @@ def _forward_op(
         penalty,
         reward,
         head_filter,
-        needs_grad,
-        normalizer,
         hold,
+        lse.T if _uses_lse(query, softcap) else None,
+        packed=True,
     )
-    return (out.contiguous(), lse, *result, *residuals)
+    return (out.contiguous(), lse, *result)
+
+
+def _uses_lse(query: Tensor, softcap: float | None) -> bool:
+    """Return whether attention's log-sum-exp is the loss's normalizer.
+
+    flash-attn approximates the tanh of a soft-cap, so its log-sum-exp is not that of our scores.
+    """
+    return query.element_size() == 2 and softcap is None
 
 
 def _rows(
@@ -193,12 +191,11 @@ def _rows(
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
     query = inputs.query
-    tokens, heads, head_dim = query.shape
-    last_rows = query.new_empty(inputs.cu_seqlens.shape[0] - 1, heads, head_dim)
+    tokens, heads, _ = query.shape
     lse = query.new_empty(heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32))
-    share = inputs.hold is not None
-    result, residuals = empty_results(last_rows, inputs.needs_grad, share)
-    return (query.new_empty(query.shape), lse, *result, *residuals)
+    known, share = _uses_lse(query, inputs.softcap), inputs.hold is not None
+    result = empty_results(query, inputs.cu_seqlens.shape[0] - 1, known, share)
+    return (query.new_empty(query.shape), lse, *result)
 
 
 @torch.library.custom_op("abft::flash_attention_with_last_row_loss_backward", mutates_args=())
@@ -221,7 +218,6 @@ def _backward_op(
     peak: Tensor,
     total: Tensor,
     mean_weight: Tensor,
-    key_sum: Tensor,
     head_factors: Tensor,
     longest: int,
     scale: float,
@@ -232,7 +228,6 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     prompts, scores = Prompts(cu_seqlens, longest), Scores(scale, softcap, window)
-    residuals = Residuals(peak, total, mean_weight, key_sum, head_factors)
     if grad_out is None:  # nothing uses the output, as in the last layer
         grads = [t.new_zeros(t.shape) for t in (query, key, value)]
         grad_sinks = None if sinks is None else sinks.new_zeros(sinks.shape)
@@ -242,24 +237,31 @@ def _backward_op(
         )
     grad_query, grad_key, grad_value = (grad.contiguous() for grad in grads)
     if grad_loss is not None and len(label_positions):
-        coefficient = loss_coefficient(grad_loss, is_induction, head_filter, scores)
-        last = cu_seqlens[1:].long() - 1
-        grad_last = grad_query[last] + coefficient[..., None] * key_sum
-        grad_query[last] = grad_last.to(grad_query.dtype)
-        loss_grad_key(
+        rows = _rows(cu_seqlens, label_positions, label_offsets, label_is_correct)
+        normalizer = Normalizer(peak, total)
+        if _uses_lse(query, softcap):
+            normalizer = Normalizer(lse.T, None)
+        add_loss_gradients(
             backend,
-            query[last],
+            grad_query,
+            grad_key,
+            query,
             key,
-            _rows(cu_seqlens, label_positions, label_offsets, label_is_correct),
+            rows,
             scores,
-            Normalizer(peak, total),
+            normalizer,
             mean_weight,
-            coefficient,
+            is_induction,
+            grad_loss,
             *label_factors(penalty, reward, head_factors),
-            accumulate_into=grad_key,
+            head_filter,
+            packed=True,
+            longest=longest,
         )
         if sinks is not None and grad_sinks is not None:
-            grad_sinks += loss_grad_sinks(sinks, coefficient, residuals, scores)
+            grad_sinks += loss_grad_sinks(
+                sinks, rows, normalizer, mean_weight, is_induction, grad_loss, head_filter
+            )
     if grad_sinks is None:
         grad_sinks = query.new_empty(0)
     return grad_query, grad_key, grad_value, grad_sinks

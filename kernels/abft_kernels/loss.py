@@ -4,8 +4,8 @@ Source: Cho et al. 2025, "Mechanistic Fine-tuning for In-context Learning", sect
 alpha = softmax(s), g = penalty on wrong labels, -reward on correct ones, 0 elsewhere, and
 G = sum_j alpha_j g_j, the gradient of one head's loss is ds_j = alpha_j (g_j - G). The objective
 `share`, ours, has a penalty and a reward of its own for each row and head. So
-dq = scale (sum_j alpha_j g_j k_j - G sum_j alpha_j k_j). The forward finds both sums in its one
-pass over the keys. The backward only writes dk_j = scale ds_j q, for heads that have a loss.
+dq = scale sum_j ds_j k_j and dk_j = scale ds_j q. The forward needs the label keys alone once the
+normalizer is known. The backward reads the keys of heads that have a loss, once, for both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abft_kernels import loss_torch
 from abft_kernels.checks import check_options, check_tensors, check_values
-from abft_kernels.types import LastRowLoss, Normalizer, Residuals, Rows, Scores, none_but, pick
+from abft_kernels.types import LabelLoss, LastRowLoss, Normalizer, Rows, Scores, none_but, pick
 
 BACKENDS = ("auto", "triton", "torch")
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -66,72 +66,52 @@ def loss_forward(
     penalty: Tensor,
     reward: Tensor,
     head_filter: bool,
-    needs_grad: bool,
-    normalizer: Normalizer | None = None,
     hold: Tensor | None = None,
-) -> tuple[LastRowLoss, Residuals]:
-    """Compute the losses of all rows.
+    lse: Tensor | None = None,
+    packed: bool = False,
+) -> LabelLoss:
+    """Compute the losses of all rows, of queries (R, Hq, D).
 
-    If the caller knows the normalizer, only key heads with a loss have all their keys read, and
-    only for a gradient. With `hold` the objective is `share`, else `mass`.
+    Packed queries are (T, Hq, D), each row's at its last key, and no two rows share a key. With
+    their log-sum-exp `lse`, (T, Hq), only label keys are read. With `hold` the objective is
+    `share`, else `mass`.
     """
     if backend == "torch" or query.device.type == "cpu":
         check_values(key.shape[0], rows)
     if len(rows.label_positions) == 0:
-        return _without_labels(query, needs_grad, hold is not None)
-    compute = _backend(backend)
+        return _without_labels(query, rows, lse is not None, hold is not None)
     rows = Rows(*(index.contiguous() for index in rows))
     sinks = None if sinks is None else sinks.contiguous()
     with torch.autocast(query.device.type, enabled=False):  # it would round scores
-        mean_key = None
-        if normalizer is None:
-            normalizer, mean_key = compute.scan_keys(
-                query, key, rows, scores, sinks, sum_keys=needs_grad
-            )
-        labels = compute.label_loss(
-            query, key, rows, scores, normalizer, penalty, reward,
-            head_filter=head_filter, sum_keys=needs_grad, hold=hold,
+        return _backend(backend).label_loss(
+            query, key, rows, scores, sinks, lse, penalty, reward,
+            head_filter=head_filter, hold=hold, packed=packed,
         )  # fmt: skip
-        result = pick(LastRowLoss, labels)
-        residuals = Residuals(
-            normalizer.peak,
-            normalizer.total,
-            labels.mean_weight,
-            labels.label_key,
-            labels.head_factors,
-        )
-        if not needs_grad:
-            return result, residuals
-        if mean_key is None:
-            active = labels.is_induction if head_filter else torch.ones_like(labels.is_induction)
-            _, mean_key = compute.scan_keys(
-                query, key, rows, scores, sinks, active=active, sum_keys=True
-            )
-        key_sum = torch.addcmul(labels.label_key, labels.mean_weight[..., None], mean_key, value=-1)
-    return result, residuals._replace(key_sum=key_sum)
 
 
-def _without_labels(query: Tensor, needs_grad: bool, share: bool) -> tuple[LastRowLoss, Residuals]:
+def _without_labels(query: Tensor, rows: Rows, known: bool, share: bool) -> LabelLoss:
     """Return losses of 0 without reading a key; an infinite peak makes every alpha 0."""
-    result, residuals = empty_results(query, needs_grad, share)
-    for tensor in (*result, *residuals):
+    result = empty_results(query, len(rows.key_start), known, share)
+    for tensor in result:
         tensor.zero_()
-    residuals.peak.fill_(torch.inf)
-    residuals.total.fill_(1)
-    return result, residuals
+    result.peak.fill_(torch.inf)
+    result.total.fill_(1)
+    return result
 
 
-def empty_results(query: Tensor, needs_grad: bool, share: bool) -> tuple[LastRowLoss, Residuals]:
-    """Allocate what `loss_forward` returns for (R, Hq, D) queries."""
+def empty_results(query: Tensor, rows: int, known: bool, share: bool) -> LabelLoss:
+    """Allocate what `loss_forward` returns for R rows; `known` if it gets their log-sum-exp."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    loss, label_mass, correct_mass, peak, total, mean_weight = (
-        query.new_empty(query.shape[:2], dtype=dtype) for _ in range(6)
+    heads = (rows, query.shape[1])
+    loss, label_mass, correct_mass, mean_weight = (
+        query.new_empty(heads, dtype=dtype) for _ in range(4)
     )
-    is_induction = query.new_empty(query.shape[:2], dtype=torch.bool)
-    key_sum = query.new_empty(query.shape if needs_grad else 0, dtype=dtype)
-    result = LastRowLoss(loss, label_mass, correct_mass, is_induction)
-    head_factors = query.new_empty((2, *query.shape[:2]) if share else 0, dtype=dtype)
-    return result, Residuals(peak, total, mean_weight, key_sum, head_factors)
+    peak, total = (query.new_empty(0 if known else heads, dtype=dtype) for _ in range(2))
+    is_induction = query.new_empty(heads, dtype=torch.bool)
+    head_factors = query.new_empty((2, *heads) if share else 0, dtype=dtype)
+    return LabelLoss(
+        loss, label_mass, correct_mass, is_induction, peak, total, mean_weight, head_factors
+    )
 
 
 def label_factors(penalty: Tensor, reward: Tensor, head_factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,43 +121,50 @@ def label_factors(penalty: Tensor, reward: Tensor, head_factors: Tensor) -> tupl
     return penalty, reward
 
 
-def loss_coefficient(
-    grad_loss: Tensor, is_induction: Tensor, head_filter: bool, scores: Scores
-) -> Tensor:
-    """Return the incoming gradient times the scale, (R, Hq); 0 for heads the filter leaves out."""
-    coefficient = grad_loss * scores.scale
-    return torch.where(is_induction, coefficient, 0.0) if head_filter else coefficient
-
-
-def loss_grad_key(
+def add_loss_gradients(
     backend: str,
+    grad_query: Tensor,
+    grad_key: Tensor,
     query: Tensor,
     key: Tensor,
     rows: Rows,
     scores: Scores,
     normalizer: Normalizer,
     mean_weight: Tensor,
-    coefficient: Tensor,
+    is_induction: Tensor,
+    grad_loss: Tensor,
     penalty: Tensor,
     reward: Tensor,
-    accumulate_into: Tensor | None = None,
-) -> Tensor:
-    """Compute the gradient of the keys, (T, Hkv, D), or add it in place to `accumulate_into`."""
+    head_filter: bool,
+    packed: bool,
+    longest: int,
+) -> None:
+    """Add the gradients of `loss_forward`'s queries and keys in place.
+
+    No row sees more than `longest` keys.
+    """
     rows = Rows(*(index.contiguous() for index in rows))
     with torch.autocast(query.device.type, enabled=False):
-        return _backend(backend).grad_key(
-            query, key, rows, scores, normalizer, mean_weight, coefficient, penalty, reward,
-            accumulate_into=accumulate_into,
+        _backend(backend).add_gradients(
+            grad_query, grad_key, query, key, rows, scores, normalizer, mean_weight, is_induction,
+            grad_loss, penalty, reward, head_filter=head_filter, packed=packed, longest=longest,
         )  # fmt: skip
 
 
 def loss_grad_sinks(
-    sinks: Tensor, coefficient: Tensor, residuals: Residuals, scores: Scores
+    sinks: Tensor,
+    rows: Rows,
+    normalizer: Normalizer,
+    mean_weight: Tensor,
+    is_induction: Tensor,
+    grad_loss: Tensor,
+    head_filter: bool,
 ) -> Tensor:
     """Compute the gradient of the sinks, (Hq,); a sink acts as a key that is no label."""
-    alpha = torch.exp(sinks.to(residuals.peak.dtype) - residuals.peak) / residuals.total
-    grad = -(coefficient / scores.scale * alpha * residuals.mean_weight).sum(dim=0)
-    return grad.to(sinks.dtype)
+    peak, total = loss_torch.of_last_rows(normalizer, rows)
+    alpha = torch.exp(sinks.to(peak.dtype) - peak) / total
+    incoming = loss_torch.incoming_gradient(grad_loss, is_induction, head_filter)
+    return -(incoming * alpha * mean_weight).sum(dim=0).to(sinks.dtype)
 
 
 class _Inputs(NamedTuple):
@@ -203,7 +190,7 @@ class _Inputs(NamedTuple):
 
 
 class _Outputs(NamedTuple):
-    """The results of the op, in its order: a LastRowLoss, then Residuals."""
+    """The results of the op, in its order: a LabelLoss."""
 
     loss: Tensor
     label_mass: Tensor
@@ -212,7 +199,6 @@ class _Outputs(NamedTuple):
     peak: Tensor
     total: Tensor
     mean_weight: Tensor
-    key_sum: Tensor
     head_factors: Tensor
 
 
@@ -233,7 +219,6 @@ class _Saved(NamedTuple):
     peak: Tensor
     total: Tensor
     mean_weight: Tensor
-    key_sum: Tensor
     head_factors: Tensor
 
 
@@ -256,25 +241,23 @@ def _forward_op(
     backend: str,
     needs_grad: bool,
     hold: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = Rows(key_start, key_end, label_positions, label_offsets, label_is_correct)
-    result, residuals = loss_forward(
+    return loss_forward(
         backend, query, key, rows, Scores(scale, softcap, window), sinks,
-        penalty, reward, head_filter, needs_grad, hold=hold,
+        penalty, reward, head_filter, hold,
     )  # fmt: skip
-    return (*result, *residuals)
 
 
 @_forward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
-    share = inputs.hold is not None
-    result, residuals = empty_results(inputs.query, inputs.needs_grad, share)
-    return (*result, *residuals)
+    return empty_results(inputs.query, len(inputs.query), False, inputs.hold is not None)
 
 
-@torch.library.custom_op("abft::last_row_loss_grad_key", mutates_args=())
-def _grad_key_op(
+@torch.library.custom_op("abft::last_row_loss_backward", mutates_args=())
+def _backward_op(
+    grad_loss: Tensor,
     query: Tensor,
     key: Tensor,
     key_start: Tensor,
@@ -282,27 +265,32 @@ def _grad_key_op(
     label_positions: Tensor,
     label_offsets: Tensor,
     label_is_correct: Tensor,
+    is_induction: Tensor,
     peak: Tensor,
     total: Tensor,
     mean_weight: Tensor,
-    coefficient: Tensor,
     penalty: Tensor,
     reward: Tensor,
     scale: float,
     softcap: float | None,
     window: int | None,
+    head_filter: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     rows = Rows(key_start, key_end, label_positions, label_offsets, label_is_correct)
-    return loss_grad_key(
-        backend, query, key, rows, Scores(scale, softcap, window),
-        Normalizer(peak, total), mean_weight, coefficient, penalty, reward,
-    )  # fmt: skip
+    grad_query, grad_key = query.new_zeros(query.shape), key.new_zeros(key.shape)
+    if len(label_positions):
+        add_loss_gradients(
+            backend, grad_query, grad_key, query, key, rows, Scores(scale, softcap, window),
+            Normalizer(peak, total), mean_weight, is_induction, grad_loss, penalty, reward,
+            head_filter, packed=False, longest=len(key),
+        )  # fmt: skip
+    return grad_query, grad_key
 
 
-@_grad_key_op.register_fake
-def _(query: Tensor, key: Tensor, *_: Any) -> Tensor:
-    return key.new_empty(key.shape)
+@_backward_op.register_fake
+def _(grad_loss: Tensor, query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -318,26 +306,28 @@ def _backward(ctx: Any, *grads: Tensor) -> _Inputs:
     grad_loss = _Outputs(*grads).loss
     saved = _Saved(*ctx.saved_tensors)
     needs_grad = _Inputs(*ctx.needs_input_grad)
-    coefficient = loss_coefficient(grad_loss, saved.is_induction, ctx.head_filter, ctx.scores)
+    rows = pick(Rows, saved)
     grad_query = grad_key = grad_sinks = None
-    if needs_grad.query:
-        grad_query = (coefficient[..., None] * saved.key_sum).to(saved.query.dtype)
-    if needs_grad.key:
-        grad_key = _grad_key_op(
+    if needs_grad.query or needs_grad.key:
+        grad_query, grad_key = _backward_op(
+            grad_loss,
             saved.query,
             saved.key,
-            *pick(Rows, saved),
+            *rows,
+            saved.is_induction,
             saved.peak,
             saved.total,
             saved.mean_weight,
-            coefficient,
             *label_factors(saved.penalty, saved.reward, saved.head_factors),
             *ctx.scores,
+            ctx.head_filter,
             ctx.backend,
         )
     if needs_grad.sinks and saved.sinks is not None:
-        residuals = pick(Residuals, saved)
-        grad_sinks = loss_grad_sinks(saved.sinks, coefficient, residuals, ctx.scores)
+        grad_sinks = loss_grad_sinks(
+            saved.sinks, rows, Normalizer(saved.peak, saved.total), saved.mean_weight,
+            saved.is_induction, grad_loss, ctx.head_filter,
+        )  # fmt: skip
     return none_but(_Inputs, query=grad_query, key=grad_key, sinks=grad_sinks)
 
 

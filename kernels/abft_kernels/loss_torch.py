@@ -10,7 +10,6 @@ inside its row's sum, because the two matrix products differ in shape. Autocast 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -22,51 +21,40 @@ _KEYS_AT_ONCE = 512
 
 
 def scan_keys(
-    query: Tensor,
-    key: Tensor,
-    rows: Rows,
-    scores: Scores,
-    sinks: Tensor | None,
-    *,
-    active: Tensor | None = None,
-    sum_keys: bool,
-) -> tuple[Normalizer, Tensor]:
-    """Compute every row's normalizer and sum_j alpha_j c_j k_j, (R, Hq, D).
-
-    With `active`, (R, Hq) bool, key heads without an active head are not read; their sums are 0.
-    """
+    query: Tensor, key: Tensor, rows: Rows, scores: Scores, sinks: Tensor | None
+) -> Normalizer:
+    """Compute the normalizers of queries (R, Hq, D), reading all keys."""
     grouped = _grouped(query, key)
     dtype = _result_dtype(query)
-    normalizer = Normalizer(*(query.new_zeros(query.shape[:2], dtype=dtype) for _ in range(2)))
-    mean_key = query.new_zeros(query.shape if sum_keys else 0, dtype=dtype)
-    groups = grouped.shape[1:3]
-    wanted = range(len(query)) if active is None else active.any(dim=1).nonzero()[:, 0].tolist()
-    for row in wanted:
+    peaks, totals = [], []
+    for row in range(len(query)):
         first, end = _visible(rows, scores, row)
-        heads = slice(None) if active is None else active[row].view(groups).any(dim=1)
-        keys = key[first:end]
-        row_scores, slope = _cap(_products(grouped[row, heads], keys, heads), scores)
+        heads = slice(None)
+        row_scores, _ = _cap(_products(grouped[row], key[first:end], heads), scores)
+        row_scores = row_scores.flatten(0, 1)
         peak = row_scores.amax(dim=-1)
         if sinks is not None:
-            sink = sinks.to(peak.dtype).view(groups)[heads]
-            peak = torch.maximum(peak, sink)
+            peak = torch.maximum(peak, sinks.to(peak.dtype))
         peak = peak.to(dtype).to(row_scores.dtype)
-        weight = torch.exp(row_scores - peak[..., None])
-        total = weight.sum(dim=-1)
+        total = torch.exp(row_scores - peak[..., None]).sum(dim=-1)
         if sinks is not None:
-            total += torch.exp(sink - peak)
-        normalizer.peak[row].view(groups)[heads] = peak.to(dtype)
-        normalizer.total[row].view(groups)[heads] = total.to(dtype)
-        if sum_keys:
-            weight *= slope / total[..., None]
-            blocks = zip(
-                weight.split(_KEYS_AT_ONCE, dim=-1), _blocks(keys, heads, weight.dtype), strict=True
-            )
-            key_sum = functools.reduce(
-                torch.add, (torch.einsum("hgn,nhd->hgd", *block) for block in blocks)
-            )
-            mean_key[row].unflatten(0, groups)[heads] = key_sum.to(dtype)
-    return normalizer, mean_key
+            total += torch.exp(sinks.to(peak.dtype) - peak)
+        peaks.append(peak.to(dtype))
+        totals.append(total.to(dtype))
+    return Normalizer(torch.stack(peaks), torch.stack(totals))
+
+
+def of_last_rows(normalizer: Normalizer, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return peak and total of the rows, (R, Hq); a log-sum-exp is taken at each row's last key."""
+    if normalizer.total is not None:
+        return normalizer.peak, normalizer.total
+    peak = normalizer.peak[rows.key_end.long() - 1]
+    return peak, torch.ones_like(peak)
+
+
+def incoming_gradient(grad_loss: Tensor, is_induction: Tensor, head_filter: bool) -> Tensor:
+    """Return the gradient that arrives at each head's loss; 0 for heads the filter leaves out."""
+    return torch.where(is_induction, grad_loss, 0.0) if head_filter else grad_loss
 
 
 def label_loss(
@@ -74,26 +62,34 @@ def label_loss(
     key: Tensor,
     rows: Rows,
     scores: Scores,
-    normalizer: Normalizer,
+    sinks: Tensor | None,
+    lse: Tensor | None,
     penalty: Tensor,
     reward: Tensor,
     *,
     head_filter: bool,
-    sum_keys: bool,
     hold: Tensor | None = None,
+    packed: bool = False,
 ) -> LabelLoss:
-    """Compute the losses and masses of all rows, given their normalizers.
+    """Compute the losses and masses of all rows.
 
-    With `hold` the objective is `share`, else `mass`.
+    With `lse`, (T, Hq), the log-sum-exp of packed queries, only label keys are read. With `hold`
+    the objective is `share`, else `mass`.
     """
+    query = _last_queries(query, rows, packed)
+    if lse is None:
+        normalizer = scan_keys(query, key, rows, scores, sinks)
+    else:
+        normalizer = Normalizer(lse, None)
+    peak, total = of_last_rows(normalizer, rows)
     grouped = _grouped(query, key)
     counts = rows.label_offsets.diff().long()
     owner = torch.repeat_interleave(torch.arange(len(query), device=query.device), counts)
     positions = rows.label_positions.long()
     keys = key[positions].to(grouped.dtype)  # (M, Hkv, D)
-    label_scores, slope = _cap(torch.einsum("mhgd,mhd->mhg", grouped[owner], keys), scores)
+    label_scores, _ = _cap(torch.einsum("mhgd,mhd->mhg", grouped[owner], keys), scores)
     # Rounding must not lift a probability above 1, where S = T = 1 is no induction head.
-    alpha = torch.exp(label_scores.flatten(1) - normalizer.peak[owner]) / normalizer.total[owner]
+    alpha = torch.exp(label_scores.flatten(1) - peak[owner]) / total[owner]
     alpha = alpha.clamp_max(1.0)
     seen = torch.ones_like(positions, dtype=torch.bool)
     if scores.window is not None:
@@ -126,71 +122,83 @@ def label_loss(
     if head_filter:
         loss = torch.where(is_induction, loss, 0.0)
 
-    label_key = alpha.new_empty(0)
-    if sum_keys:
-        wrong, correct = (penalty, reward) if hold is None else (penalty[owner], reward[owner])
-        weight = alpha * slope.flatten(1) * (wrong - (wrong + correct) * is_correct)
-        weight = weight.unflatten(1, grouped.shape[1:3])
-        label_key = by_row(torch.einsum("mhg,mhd->mhgd", weight, keys).flatten(1, 2))
+    if lse is not None:
+        peak, total = alpha.new_empty(0), alpha.new_empty(0)
     return LabelLoss(
         loss.to(dtype),
         label_mass.to(dtype),
         correct_mass.to(dtype),
         is_induction,
+        peak.to(dtype),
+        total.to(dtype),
         mean_weight.to(dtype),
-        label_key.to(dtype),
         head_factors.to(dtype),
     )
 
 
-def grad_key(
+def add_gradients(
+    grad_query: Tensor,
+    grad_key: Tensor,
     query: Tensor,
     key: Tensor,
     rows: Rows,
     scores: Scores,
     normalizer: Normalizer,
     mean_weight: Tensor,
-    coefficient: Tensor,
+    is_induction: Tensor,
+    grad_loss: Tensor,
     penalty: Tensor,
     reward: Tensor,
     *,
-    accumulate_into: Tensor | None = None,
-) -> Tensor:
-    """Compute the gradient of the keys, (T, Hkv, D), or add it in place to `accumulate_into`.
+    head_filter: bool,
+    packed: bool,
+    longest: int,
+) -> None:
+    """Add the gradients of queries and keys in place.
 
-    `coefficient`, (R, Hq), is the incoming gradient times the scale, 0 for heads without a loss.
-    `penalty` and `reward` are 0-d, or (R, Hq).
+    Keys that only heads without a loss share are not read. `penalty` and `reward` are 0-d, or
+    (R, Hq).
     """
-    grouped = _grouped(query, key)
+    grouped = _grouped(_last_queries(query, rows, packed), key)
     groups = grouped.shape[1:3]
-    grad = key.new_zeros(key.shape) if accumulate_into is None else accumulate_into
-    offsets = rows.label_offsets.tolist()
-    wrong, correct = (
-        part.to(grouped.dtype).expand(query.shape[:2]).unflatten(1, groups)
-        for part in (penalty, reward)
+    offsets, ends = rows.label_offsets.tolist(), rows.key_end.tolist()
+    coefficient = scores.scale * incoming_gradient(grad_loss, is_induction, head_filter)
+    peaks, totals = of_last_rows(normalizer, rows)
+    wrong, correct, mean_weight, coefficient, peaks, totals = (
+        part.to(grouped.dtype).expand(is_induction.shape).unflatten(1, groups)
+        for part in (penalty, reward, mean_weight, coefficient, peaks, totals)
     )
-    for row in (coefficient != 0).any(dim=1).nonzero()[:, 0].tolist():
+    for row in (coefficient != 0).any(dim=(1, 2)).nonzero()[:, 0].tolist():
         first, end = _visible(rows, scores, row)
-        heads = (coefficient[row] != 0).view(groups).any(dim=1).nonzero()[:, 0]
+        heads = (coefficient[row] != 0).any(dim=1).nonzero()[:, 0]
         queries = grouped[row, heads]
         row_scores, slope = _cap(_products(queries, key[first:end], heads), scores)
-        peak, total = (part[row].view(groups)[heads, :, None] for part in normalizer)
-        alpha = torch.exp(row_scores - peak) / total
+        alpha = torch.exp(row_scores - peaks[row, heads, :, None]) / totals[row, heads, :, None]
         owned = slice(offsets[row], offsets[row + 1])
         column = rows.label_positions[owned].long() - first
         inside = column >= 0  # a window may hide labels
-        is_correct = rows.label_is_correct[owned][inside]
         label_weight = torch.where(
-            is_correct, -correct[row, heads, :, None], wrong[row, heads, :, None]
+            rows.label_is_correct[owned][inside],
+            -correct[row, heads, :, None],
+            wrong[row, heads, :, None],
         )
         weight = torch.zeros_like(alpha).index_add_(2, column[inside], label_weight)
-        grad_scores = alpha * (weight - mean_weight[row].view(groups)[heads, :, None]) * slope
-        grad_scores *= coefficient[row].view(groups)[heads, :, None]
-        for part in grad_scores.split(_KEYS_AT_ONCE, dim=-1):
-            grad_block = torch.einsum("hgn,hgd->nhd", part, queries).to(grad.dtype)
-            grad[first : first + len(grad_block)].index_add_(1, heads, grad_block)
+        grad_scores = alpha * (weight - mean_weight[row, heads, :, None]) * slope
+        grad_scores *= coefficient[row, heads, :, None]
+        grad_queries = torch.zeros_like(queries)
+        blocks = _blocks(key[first:end], heads, queries.dtype)
+        for part, keys in zip(grad_scores.split(_KEYS_AT_ONCE, dim=-1), blocks, strict=True):
+            grad_queries += torch.einsum("hgn,nhd->hgd", part, keys)
+            grad_block = torch.einsum("hgn,hgd->nhd", part, queries).to(grad_key.dtype)
+            grad_key[first : first + len(grad_block)].index_add_(1, heads, grad_block)
             first += len(grad_block)
-    return grad
+        grad_row = grad_query[ends[row] - 1 if packed else row].unflatten(0, groups)
+        grad_row[heads] = (grad_row[heads] + grad_queries).to(grad_row.dtype)
+
+
+def _last_queries(query: Tensor, rows: Rows, packed: bool) -> Tensor:
+    """Return the rows' queries, (R, Hq, D)."""
+    return query[rows.key_end.long() - 1] if packed else query
 
 
 def _blocks(keys: Tensor, heads: slice | Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -4,6 +4,9 @@ One program serves all query heads of one key head, so keys are read once whatev
 Long rows are split over programs, and the parts are combined in a fixed order. There are no
 atomics, so results repeat bit by bit. Lengths and counts never specialize a kernel.
 
+The forward reads all keys only to find a normalizer that nobody knows yet. The backward reads the
+keys of heads that have a loss, once, for both gradients.
+
 Shapes: R rows, Hq query heads, Hkv key heads, D head dimension, T keys, M labels.
 """
 
@@ -19,15 +22,23 @@ from torch import Tensor
 from abft_kernels.types import SMALLEST_MASS, LabelLoss, Normalizer, Rows, Scores
 
 NO_WINDOW = 2**31 - 1
-_LABEL_BLOCK = 16
+_LABEL_BLOCK = 8
 _ROW_BLOCK = 128
+_EARLIER_ROW_BLOCK = 4
 _SPLIT_BLOCK = 16
+_SPAN_TILES = 16  # of the backward; the labels among their keys are looked up at once
 _OPTIONS = {"enable_fp_fusion": True}  # Triton's own default depends on its version
 INTERPRETED = triton.knobs.runtime.interpret  # read once, when kernels are decorated
 # Programs that keep a processor's memory busy, and the fewest keys that are worth one.
 _PROGRAMS_PER_PROCESSOR = 8
 _KEYS_PER_SPLIT = 512
-_TILE_BYTES = 16384  # of keys; three are in flight, on cards with 99 KiB for a program
+_GRADIENT_KEYS_PER_SPLIT = 2048  # below, the programs of one launch write the gradients whole
+# Bytes of a tile of keys; the tiles of all stages but one are in flight. The backward's tiles are
+# small, because their gradients stay in registers.
+_TILE_BYTES = 16384
+_SCAN_STAGES = 3
+_GRADIENT_TILE_BYTES = 4096
+_GRADIENT_STAGES = 6
 
 
 @triton.jit
@@ -44,15 +55,15 @@ def _tanh(x):
 
 
 @triton.jit
-def _dot_float32(weight, operand):
-    """Compute weight @ operand; for a 16-bit operand the weight is split in two, high and low."""
+def _add_dot_float32(total, weight, operand):
+    """Add weight @ operand; for a 16-bit operand the weight is split in two, high and low."""
     if operand.dtype == tl.float32:
-        product = tl.dot(weight, operand, input_precision="ieee")
+        total = tl.dot(weight, operand, total, input_precision="ieee")
     else:
         high = weight.to(operand.dtype)
         low = (weight - high.to(tl.float32)).to(operand.dtype)
-        product = tl.dot(low, operand, tl.dot(high, operand))
-    return product
+        total = tl.dot(low, operand, tl.dot(high, operand, total))
+    return total
 
 
 @triton.jit
@@ -135,164 +146,216 @@ def _online_softmax_update(running_max, running_sum, scores, sums, AXIS: tl.cons
     split, it is the split's sum.
 
     Returns:
-        The new maximum, the new sum, the factor that rescales older sums, and exp(scores - max).
+        The new maximum and the new sum.
     """
     new_max = tl.maximum(running_max, tl.max(scores, AXIS))
     rescale = tl.exp(running_max - new_max)
     weight = tl.exp(scores - tl.expand_dims(new_max, AXIS))
-    return new_max, running_sum * rescale + tl.sum(sums * weight, AXIS), rescale, weight
+    return new_max, running_sum * rescale + tl.sum(sums * weight, AXIS)
 
 
 @triton.jit
-def _row_range(key_start_ptr, key_end_ptr, rows, low, high, ROW_BLOCK: tl.constexpr):
-    """Return the first and the last row that see a key in low:high; `rows` and -1 if none does."""
-    first_row = rows
-    last_row = -1
-    for block in range(0, rows, ROW_BLOCK):
-        row = block + tl.arange(0, ROW_BLOCK)
-        start = tl.load(key_start_ptr + row, mask=row < rows, other=0)
-        end = tl.load(key_end_ptr + row, mask=row < rows, other=0)
-        sees = (start < high) & (end > low) & (row < rows)
-        first_row = tl.minimum(first_row, tl.min(tl.where(sees, row, rows), 0))
-        last_row = tl.maximum(last_row, tl.max(tl.where(sees, row, -1), 0))
-    return first_row, last_row
+def _query_row(key_end_ptr, row, tokens, PACKED: tl.constexpr):
+    """Return where a row's query lies: among packed queries, at the row's last token."""
+    found = row
+    if PACKED:
+        found = tl.maximum(tl.minimum(tl.load(key_end_ptr + row), tokens), 1) - 1
+    return found
 
 
 @triton.jit
-def _label_weights(
-    label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions, penalty, reward,
-    KEY_BLOCK: tl.constexpr, LABEL_BLOCK: tl.constexpr,
+def _split_range(first, end, split, splits, BLOCK: tl.constexpr):
+    """Return the first key of a row's split and one past its last; a later split may be empty."""
+    share = tl.cdiv(tl.cdiv(end - first, splits), BLOCK) * BLOCK
+    low = first + split * share
+    return low, tl.minimum(low + share, end)
+
+
+@triton.jit
+def _known_normalizer(
+    lse_ptr, query_row, key_head, token_stride, head_stride,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return g at KEY_BLOCK positions: penalty on wrong labels, -reward on correct ones, else 0."""
-    weight = tl.zeros([KEY_BLOCK], tl.float32)
+    """Load the log-sum-exp of a query's heads where attention left it; the total is 1."""
+    member = tl.arange(0, GROUP_BLOCK)
+    token_offset = tl.full([GROUP_BLOCK], query_row, tl.int64) * token_stride
+    head_offset = (key_head * GROUP + member).to(tl.int64) * head_stride
+    lse = tl.load(lse_ptr + token_offset + head_offset, mask=member < GROUP, other=0.0)
+    return lse, tl.full([GROUP_BLOCK], 1.0, tl.float32)
+
+
+@triton.jit
+def _stored_normalizer(
+    peak_ptr, total_ptr, offsets, exists, query_row, key_head, token_stride, head_stride,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, KNOWN_LSE: tl.constexpr,
+):  # fmt: skip
+    """Load the normalizer of a group of heads, as the forward used it."""
+    if KNOWN_LSE:
+        peak, total = _known_normalizer(
+            peak_ptr, query_row, key_head, token_stride, head_stride, GROUP, GROUP_BLOCK
+        )
+    else:
+        peak = tl.load(peak_ptr + offsets, mask=exists, other=0.0)
+        total = tl.load(total_ptr + offsets, mask=exists, other=1.0)
+    return peak, total
+
+
+@triton.jit
+def _combined_normalizer(
+    part_max_ptr, part_sum_ptr, sinks_ptr, offsets, exists, key_head, splits,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SPLIT_BLOCK: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """Combine a row's splits, in their order, into the normalizer of a group of heads."""
+    running_max = tl.where(exists, -float("inf"), 0.0)
+    running_sum = tl.where(exists, 0.0, 1.0)
+    if HAS_SINKS:
+        head = key_head * GROUP + tl.arange(0, GROUP_BLOCK)
+        running_max = tl.load(sinks_ptr + head, mask=exists, other=0.0).to(tl.float32)
+        running_sum = tl.full([GROUP_BLOCK], 1.0, tl.float32)
+    for block in range(0, splits, SPLIT_BLOCK):
+        split = block + tl.arange(0, SPLIT_BLOCK)
+        part = offsets.to(tl.int64)[:, None] * splits + split[None, :]
+        there = exists[:, None] & (split < splits)[None, :]
+        part_max = tl.load(part_max_ptr + part, mask=there, other=-float("inf"))
+        part_sum = tl.load(part_sum_ptr + part, mask=there, other=0.0)
+        running_max, running_sum = _online_softmax_update(
+            running_max, running_sum, part_max, sums=part_sum, AXIS=1
+        )
+    return running_max, running_sum
+
+
+@triton.jit
+def _last_row_that_sees(key_start_ptr, key_end_ptr, row, rows, low, high, ROW_BLOCK: tl.constexpr):
+    """Return the last row that sees a key in low:high, or `row` if none after it does."""
+    last_row = row
+    for block in range(row + 1, rows, ROW_BLOCK):
+        later = block + tl.arange(0, ROW_BLOCK)
+        start = tl.load(key_start_ptr + later, mask=later < rows, other=0)
+        end = tl.load(key_end_ptr + later, mask=later < rows, other=0)
+        sees = (start < high) & (end > low) & (later < rows)
+        last_row = tl.maximum(last_row, tl.max(tl.where(sees, later, row), 0))
+    return last_row
+
+
+@triton.jit
+def _seen_before(
+    key_start_ptr, key_end_ptr, row, window, positions,
+    SPAN: tl.constexpr, EARLIER_ROW_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return which of SPAN positions a row before this one sees: 1 or 0."""
+    seen = tl.zeros([SPAN], tl.int32)
+    for block in range(0, row, EARLIER_ROW_BLOCK):
+        earlier = block + tl.arange(0, EARLIER_ROW_BLOCK)
+        start = tl.load(key_start_ptr + earlier, mask=earlier < row, other=0)
+        end = tl.load(key_end_ptr + earlier, mask=earlier < row, other=0)
+        first = tl.maximum(start, end - window)
+        sees = (first[:, None] <= positions[None, :]) & (positions[None, :] < end[:, None])
+        seen = tl.maximum(seen, tl.max((sees & (earlier < row)[:, None]).to(tl.int32), 0))
+    return seen
+
+
+# The marks of a key, one integer: wrong labels, correct labels, and whether an earlier row sees it.
+CORRECT = tl.constexpr(1 << 15)
+SEEN_BEFORE = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def _label_counts(
+    label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions,
+    SPAN: tl.constexpr, LABEL_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return a row's labels at SPAN positions: wrong ones + CORRECT * correct ones."""
+    counts = tl.zeros([SPAN], tl.int32)
     for block in range(first_label, last_label, LABEL_BLOCK):
         label = block + tl.arange(0, LABEL_BLOCK)
         owned = label < last_label
         position = tl.load(label_positions_ptr + label, mask=owned, other=-1)
         correct = tl.load(label_is_correct_ptr + label, mask=owned, other=0)
-        label_weight = tl.where(correct != 0, -reward, penalty)
+        one = tl.where(correct != 0, CORRECT, 1)
         same = position[:, None] == positions[None, :]
-        weight += tl.sum(tl.where(same, label_weight[:, None], 0.0), 0)
-    return weight
+        counts += tl.sum(tl.where(same, one[:, None], 0), 0)
+    return counts
 
 
-_COUNTS = ["window", "tokens", "splits", "rows", "labels", "head_filter"]
+@triton.jit
+def _seen_in_tile(low, seen_low, seen_high, KEY_BLOCK: tl.constexpr, PACKED: tl.constexpr):
+    """Return which keys of a tile lie in seen_low:seen_high; a packed row's tiles begin there."""
+    positions = low + tl.arange(0, KEY_BLOCK)
+    seen = positions < seen_high
+    if not PACKED:
+        seen = seen & (positions >= seen_low)
+    return seen
+
+
+@triton.jit
+def _tile_pointers(
+    pointer, low, key_head, token_stride, head_stride,
+    KEY_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return pointers to a tile of keys of one head, (KEY_BLOCK, DIM_BLOCK), from key `low` on."""
+    pointer += key_head.to(tl.int64) * head_stride + tl.full((), low, tl.int64) * token_stride
+    token = tl.arange(0, KEY_BLOCK) * token_stride
+    return pointer + token[:, None] + tl.arange(0, DIM_BLOCK)[None, :]
+
+
+@triton.jit
+def _tile_of(span, tile, KEY_BLOCK: tl.constexpr, TILES: tl.constexpr):
+    """Return one tile of a span of integers, (TILES * KEY_BLOCK,)."""
+    tiles = tl.reshape(span, (TILES, KEY_BLOCK))
+    return tl.sum(tl.where((tl.arange(0, TILES) == tile)[:, None], tiles, 0), 0)
+
+
+_COUNTS = [
+    "window", "tokens", "splits", "rows", "labels", "head_filter",
+    "peak_token_stride", "peak_head_stride", "loss_row_stride", "loss_head_stride",
+    "factor_stride",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_COUNTS)
 def _scan_keys_kernel(
-    query_ptr,  # (R, Hq, D)
+    query_ptr,  # (R, Hq, D), or (T, Hq, D) if PACKED
     key_ptr,  # (T, Hkv, D)
     key_start_ptr,  # (R,)
     key_end_ptr,  # (R,)
-    active_ptr,  # (R, Hq) bool, read if ONLY_ACTIVE
     part_max_ptr,  # (R, Hq, splits) out
     part_sum_ptr,  # (R, Hq, splits) out
-    part_key_ptr,  # (R, Hq, splits, D) out, if SUM_KEYS
     scale, softcap, window, tokens, splits,
     query_row_stride, query_head_stride, key_token_stride, key_head_stride,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, ONLY_ACTIVE: tl.constexpr, SUM_KEYS: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, CAPPED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Scan one split of a row: find its maximum, its sum, and sum_j exp(s_j - max) c_j k_j."""
+    """Scan one split of a row: find the maximum of its scores, and sum_j exp(s_j - max)."""
     row = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     key_head = tl.program_id(1)
     offsets, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
-    wanted = True
-    if ONLY_ACTIVE:
-        active = tl.load(active_ptr + offsets, mask=exists, other=0).to(tl.int32)
-        wanted = tl.max(active, 0) > 0
-    if wanted:
-        query = _load_query(
-            query_ptr, row, key_head, query_row_stride, query_head_stride,
-            GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
+    query = _load_query(
+        query_ptr, _query_row(key_end_ptr, row, tokens, PACKED), key_head,
+        query_row_stride, query_head_stride, GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
+    )  # fmt: skip
+    first, end = _visible_keys(key_start_ptr, key_end_ptr, row, window, tokens)
+    low, high = _split_range(first, end, split, splits, KEY_BLOCK)
+
+    running_max = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
+    running_sum = tl.zeros([GROUP_BLOCK], tl.float32)
+    for block in range(low, high, KEY_BLOCK):
+        positions = block + tl.arange(0, KEY_BLOCK)
+        visible = positions < high
+        key = _load_keys(
+            key_ptr, positions, visible, key_head, key_token_stride, key_head_stride,
+            HEAD_DIM, DIM_BLOCK,
         )  # fmt: skip
-        first, end = _visible_keys(key_start_ptr, key_end_ptr, row, window, tokens)
-        share = tl.cdiv(tl.cdiv(end - first, splits), KEY_BLOCK) * KEY_BLOCK
-        low = first + split * share
-        high = tl.minimum(low + share, end)
-
-        running_max = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
-        running_sum = tl.zeros([GROUP_BLOCK], tl.float32)
-        key_sum = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
-        for block in range(low, high, KEY_BLOCK):
-            positions = block + tl.arange(0, KEY_BLOCK)
-            visible = positions < high
-            key = _load_keys(
-                key_ptr, positions, visible, key_head, key_token_stride, key_head_stride,
-                HEAD_DIM, DIM_BLOCK,
-            )  # fmt: skip
-            scores, slope = _attention_scores(query, key, scale, softcap, CAPPED)
-            scores = tl.where(visible[None, :], scores, -float("inf"))
-            running_max, running_sum, rescale, weight = _online_softmax_update(
-                running_max, running_sum, scores, sums=1.0, AXIS=1
-            )
-            if SUM_KEYS:
-                key_sum = key_sum * rescale[:, None] + _dot_float32(weight * slope, key)
-
-        part = offsets.to(tl.int64) * splits + split
-        tl.store(part_max_ptr + part, running_max, mask=exists)
-        tl.store(part_sum_ptr + part, running_sum, mask=exists)
-        if SUM_KEYS:
-            dim = tl.arange(0, DIM_BLOCK)
-            tl.store(
-                part_key_ptr + part[:, None] * HEAD_DIM + dim[None, :],
-                key_sum,
-                mask=exists[:, None] & (dim < HEAD_DIM)[None, :],
-            )
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def _combine_splits_kernel(
-    part_max_ptr, part_sum_ptr, part_key_ptr,  # as the scan left them
-    sinks_ptr,  # (Hq,), read if HAS_SINKS
-    active_ptr,  # (R, Hq) bool, read if ONLY_ACTIVE
-    peak_ptr, total_ptr,  # (R, Hq) out, unless ONLY_ACTIVE
-    mean_key_ptr,  # (R, Hq, D) out, if SUM_KEYS
-    splits,
-    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SPLIT_BLOCK: tl.constexpr,
-    HAS_SINKS: tl.constexpr, ONLY_ACTIVE: tl.constexpr, SUM_KEYS: tl.constexpr,
-):  # fmt: skip
-    """Combine a row's splits into the normalizer of one head, and sum_j alpha_j c_j k_j."""
-    head = tl.program_id(1)
-    row_head = tl.program_id(0) * tl.num_programs(1) + head
-    dim = tl.arange(0, DIM_BLOCK)
-    wanted = True
-    if ONLY_ACTIVE:
-        wanted = tl.load(active_ptr + row_head) != 0
-    mean_key = tl.zeros([DIM_BLOCK], tl.float32)
-    if wanted:
-        running_max = float("-inf")
-        running_sum = 0.0
-        if HAS_SINKS:
-            running_max = tl.load(sinks_ptr + head).to(tl.float32)
-            running_sum = 1.0
-        for block in range(0, splits, SPLIT_BLOCK):
-            split = block + tl.arange(0, SPLIT_BLOCK)
-            part = row_head.to(tl.int64) * splits + split
-            exists = split < splits
-            part_max = tl.load(part_max_ptr + part, mask=exists, other=-float("inf"))
-            part_sum = tl.load(part_sum_ptr + part, mask=exists, other=0.0)
-            running_max, running_sum, rescale, weight = _online_softmax_update(
-                running_max, running_sum, part_max, sums=part_sum, AXIS=0
-            )
-            if SUM_KEYS:
-                part_key = tl.load(
-                    part_key_ptr + part[:, None] * HEAD_DIM + dim[None, :],
-                    mask=exists[:, None] & (dim < HEAD_DIM)[None, :],
-                    other=0.0,
-                )
-                mean_key = mean_key * rescale + tl.sum(part_key * weight[:, None], 0)
-        mean_key = mean_key / running_sum
-        if not ONLY_ACTIVE:
-            tl.store(peak_ptr + row_head, running_max)
-            tl.store(total_ptr + row_head, running_sum)
-    if SUM_KEYS:
-        tl.store(
-            mean_key_ptr + row_head.to(tl.int64) * HEAD_DIM + dim, mean_key, mask=dim < HEAD_DIM
+        scores, _ = _attention_scores(query, key, scale, softcap, CAPPED)
+        scores = tl.where(visible[None, :], scores, -float("inf"))
+        running_max, running_sum = _online_softmax_update(
+            running_max, running_sum, scores, sums=1.0, AXIS=1
         )
+
+    part = offsets.to(tl.int64) * splits + split
+    tl.store(part_max_ptr + part, running_max, mask=exists)
+    tl.store(part_sum_ptr + part, running_sum, mask=exists)
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -301,16 +364,20 @@ def _label_loss_kernel(
     label_positions_ptr,  # (M,)
     label_offsets_ptr,  # (R + 1,)
     label_is_correct_ptr,  # (M,) bool
-    peak_ptr, total_ptr,  # (R, Hq)
+    part_max_ptr, part_sum_ptr,  # as the scan left them, read unless KNOWN_LSE
+    sinks_ptr,  # (Hq,), read if HAS_SINKS
+    peak_ptr,  # (R, Hq) out; if KNOWN_LSE the log-sum-exp, (T, Hq) with strides, in
+    total_ptr,  # (R, Hq) out, unless KNOWN_LSE
     penalty_ptr, reward_ptr,  # scalars, read unless SHARE
     hold_ptr,  # scalar, read if SHARE
     loss_ptr, label_mass_ptr, correct_mass_ptr, is_induction_ptr, mean_weight_ptr,  # (R, Hq) out
-    label_key_ptr,  # (R, Hq, D) out, if SUM_KEYS
     head_factors_ptr,  # (2, R, Hq) out, if SHARE
-    scale, softcap, window, tokens, rows, labels, head_filter,
+    scale, softcap, window, tokens, splits, rows, labels, head_filter,
+    peak_token_stride, peak_head_stride,
     query_row_stride, query_head_stride, key_token_stride, key_head_stride,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    LABEL_BLOCK: tl.constexpr, CAPPED: tl.constexpr, SUM_KEYS: tl.constexpr,
+    LABEL_BLOCK: tl.constexpr, SPLIT_BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    PACKED: tl.constexpr, KNOWN_LSE: tl.constexpr, HAS_SINKS: tl.constexpr,
     SHARE: tl.constexpr, SMALLEST_MASS: tl.constexpr,
 ):  # fmt: skip
     """Compute loss, masses and filter of one row's group of heads, from its label keys alone.
@@ -321,15 +388,24 @@ def _label_loss_kernel(
     row = tl.program_id(0)
     key_head = tl.program_id(1)
     offsets, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
+    query_row = _query_row(key_end_ptr, row, tokens, PACKED)
     query = _load_query(
-        query_ptr, row, key_head, query_row_stride, query_head_stride,
+        query_ptr, query_row, key_head, query_row_stride, query_head_stride,
         GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
     )  # fmt: skip
-    peak = tl.load(peak_ptr + offsets, mask=exists, other=0.0)
-    total = tl.load(total_ptr + offsets, mask=exists, other=1.0)
+    if KNOWN_LSE:
+        peak, total = _known_normalizer(
+            peak_ptr, query_row, key_head, peak_token_stride, peak_head_stride, GROUP, GROUP_BLOCK
+        )
+    else:
+        peak, total = _combined_normalizer(
+            part_max_ptr, part_sum_ptr, sinks_ptr, offsets, exists, key_head, splits,
+            GROUP, GROUP_BLOCK, SPLIT_BLOCK, HAS_SINKS,
+        )  # fmt: skip
+        tl.store(peak_ptr + offsets, peak, mask=exists)
+        tl.store(total_ptr + offsets, total, mask=exists)
     if SHARE:
         hold = tl.load(hold_ptr)
-        correct_key = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
         seen_correct = tl.zeros([1], tl.float32)
         seen_wrong = tl.zeros([1], tl.float32)
     else:
@@ -343,7 +419,6 @@ def _label_loss_kernel(
     correct_count = 0.0
     correct_mass = tl.zeros([GROUP_BLOCK], tl.float32)
     wrong_mass = tl.zeros([GROUP_BLOCK], tl.float32)
-    label_key = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
     for block in range(first_label, last_label, LABEL_BLOCK):
         label = block + tl.arange(0, LABEL_BLOCK)
         owned = label < last_label
@@ -356,7 +431,7 @@ def _label_loss_kernel(
             key_ptr, position, seen, key_head, key_token_stride, key_head_stride,
             HEAD_DIM, DIM_BLOCK,
         )  # fmt: skip
-        scores, slope = _attention_scores(query, key, scale, softcap, CAPPED)
+        scores, _ = _attention_scores(query, key, scale, softcap, CAPPED)
         # Rounding must not lift a probability above 1, where S = T = 1 is no induction head.
         alpha = tl.exp(scores - peak[:, None]) / total[:, None]
         alpha = tl.where(seen[None, :], tl.where(alpha > 1, 1.0, alpha), 0.0)  # NaN stays
@@ -366,12 +441,6 @@ def _label_loss_kernel(
         if SHARE:
             seen_correct += tl.sum(tl.where(seen, correct, 0.0), 0)
             seen_wrong += tl.sum(tl.where(seen, 1 - correct, 0.0), 0)
-            if SUM_KEYS:  # the factors follow from the masses, known after the last label
-                label_key += _dot_float32(alpha * slope * (1 - correct)[None, :], key)
-                correct_key += _dot_float32(alpha * slope * correct[None, :], key)
-        elif SUM_KEYS:
-            weight = penalty - (penalty + reward) * correct
-            label_key += _dot_float32(alpha * slope * weight[None, :], key)
 
     label_mass = correct_mass + wrong_mass
     count = (last_label - first_label).to(tl.float32)
@@ -385,8 +454,6 @@ def _label_loss_kernel(
         penalty = tl.where(has_share, (correct_mass / mass + hold) / mass, 0.0)
         reward = tl.where(has_share, (wrong_mass / mass - hold) / mass, 0.0)
         mean_weight = tl.where(has_share, hold, 0.0)
-        if SUM_KEYS:
-            label_key = penalty[:, None] * label_key - reward[:, None] * correct_key
         second = head_factors_ptr + rows * tl.num_programs(1) * GROUP
         tl.store(head_factors_ptr + offsets, penalty, mask=exists)
         tl.store(second + offsets, reward, mask=exists)
@@ -402,144 +469,240 @@ def _label_loss_kernel(
     tl.store(correct_mass_ptr + offsets, tl.where(bad, nan, correct_mass), mask=exists)
     tl.store(is_induction_ptr + offsets, is_induction, mask=exists)
     tl.store(mean_weight_ptr + offsets, tl.where(bad, nan, mean_weight), mask=exists)
-    if SUM_KEYS:
-        dim = tl.arange(0, DIM_BLOCK)
-        tl.store(
-            label_key_ptr + offsets.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :],
-            label_key,
-            mask=exists[:, None] & (dim < HEAD_DIM)[None, :],
-        )
+
+
+@triton.jit
+def _coefficient(
+    grad_loss_ptr, is_induction_ptr, row, key_head, offsets, exists, scale, head_filter,
+    loss_row_stride, loss_head_stride, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return scale * incoming gradient for a group of heads; 0 for heads without a loss."""
+    head = key_head * GROUP + tl.arange(0, GROUP_BLOCK)
+    is_induction = tl.load(is_induction_ptr + offsets, mask=exists, other=0).to(tl.int32)
+    has_loss = exists & (tl.where(head_filter != 0, is_induction, 1) != 0)
+    grad = tl.load(
+        grad_loss_ptr + row * loss_row_stride + head * loss_head_stride, mask=has_loss, other=0.0
+    )
+    return scale * grad
+
+
+@triton.jit
+def _unit(factors):
+    """Return a power of two: factors divided by it stay under 2**11, well within float16's range.
+
+    Small probabilities times these quotients are then exact to 2**-24 or better in two halves.
+    """
+    largest = tl.maximum(tl.max(factors, 0), 1e-18)
+    power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return power / 1024
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def _grad_key_kernel(
+def _gradient_kernel(
     query_ptr, key_ptr, key_start_ptr, key_end_ptr,
     label_positions_ptr, label_offsets_ptr, label_is_correct_ptr,
-    peak_ptr, total_ptr, mean_weight_ptr,  # (R, Hq)
-    coefficient_ptr,  # (R, Hq), scale * incoming gradient, 0 for heads without loss
-    penalty_ptr, reward_ptr,  # scalars, or (R, Hq) if FACTOR_PER_HEAD
-    grad_key_ptr,  # (T, Hkv, D) out, or in and out if ACCUMULATE
-    scale, softcap, window, tokens, rows, labels,
+    peak_ptr,  # (R, Hq); if KNOWN_LSE the log-sum-exp, (T, Hq) with strides
+    total_ptr,  # (R, Hq), read unless KNOWN_LSE
+    mean_weight_ptr,  # (R, Hq)
+    is_induction_ptr,  # (R, Hq) bool
+    grad_loss_ptr,  # (R, Hq) with strides
+    penalty_ptr, reward_ptr,  # scalars, or (R, Hq) if factor_stride is 1
+    grad_query_ptr,  # like the queries, in and out
+    grad_key_ptr,  # (T, Hkv, D), in and out
+    part_ptr,  # (R, Hq, splits, D) out, if SPLIT: the query's gradient of each split
+    scale, softcap, window, tokens, splits, rows, labels, head_filter, factor_stride,
+    peak_token_stride, peak_head_stride, loss_row_stride, loss_head_stride,
     query_row_stride, query_head_stride, key_token_stride, key_head_stride,
-    grad_token_stride, grad_head_stride,
+    grad_query_row_stride, grad_query_head_stride, grad_token_stride, grad_head_stride,
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, LABEL_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, ACCUMULATE: tl.constexpr, FACTOR_PER_HEAD: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, TILES: tl.constexpr, LABEL_BLOCK: tl.constexpr,
+    ROW_BLOCK: tl.constexpr, EARLIER_ROW_BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, PACKED: tl.constexpr, KNOWN_LSE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk for one block of keys of one head.
+    """Add dk of one split of a row's keys, and the row's dq, for one key head.
 
-    The program owns its keys, so rows may share keys without atomics.
+    Packed rows own their keys. Other rows may share keys, and a shared key's gradient belongs to
+    the first row that sees it. That row's program adds the later rows' parts one after the other,
+    so no two programs write to one key.
     """
-    low = tl.program_id(0) * KEY_BLOCK
+    row = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
     key_head = tl.program_id(1)
-    positions = low + tl.arange(0, KEY_BLOCK)
-    first_row, last_row = _row_range(
-        key_start_ptr, key_end_ptr, rows, low, low + KEY_BLOCK, ROW_BLOCK
-    )
-
-    grad_key = tl.zeros([KEY_BLOCK, DIM_BLOCK], tl.float32)
-    touched = 0
-    for row in range(first_row, last_row + 1):
-        offsets, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
-        coefficient = tl.load(coefficient_ptr + offsets, mask=exists, other=0.0)
-        first, end = _visible_keys(key_start_ptr, key_end_ptr, row, window, tokens)
-        some_head = tl.max((coefficient != 0).to(tl.int32), 0) > 0
-        if some_head & (first < low + KEY_BLOCK) & (end > low):
-            touched = 1
-            peak = tl.load(peak_ptr + offsets, mask=exists, other=0.0)
-            total = tl.load(total_ptr + offsets, mask=exists, other=1.0)
-            mean_weight = tl.load(mean_weight_ptr + offsets, mask=exists, other=0.0)
+    in_head = (tl.arange(0, DIM_BLOCK) < HEAD_DIM)[None, :]
+    span_keys: tl.constexpr = TILES * KEY_BLOCK
+    first, end = _visible_keys(key_start_ptr, key_end_ptr, row, window, tokens)
+    low, high = _split_range(first, end, split, splits, KEY_BLOCK)
+    seers = 1
+    if not PACKED:
+        last_row = _last_row_that_sees(key_start_ptr, key_end_ptr, row, rows, low, high, ROW_BLOCK)
+        seers = 1 + last_row - row
+    for later in range(seers):
+        seer = row + later
+        offsets, exists = _group_offsets(seer, key_head, GROUP, GROUP_BLOCK)
+        coefficient = _coefficient(
+            grad_loss_ptr, is_induction_ptr, seer, key_head, offsets, exists, scale, head_filter,
+            loss_row_stride, loss_head_stride, GROUP, GROUP_BLOCK,
+        )  # fmt: skip
+        if tl.max((coefficient != 0).to(tl.int32), 0) > 0:
+            seen_low = low
+            seen_high = high
+            if not PACKED:
+                seen_low, end_seen = _visible_keys(key_start_ptr, key_end_ptr, seer, window, tokens)
+                seen_high = tl.minimum(high, end_seen)
+            query_row = _query_row(key_end_ptr, seer, tokens, PACKED)
             query = _load_query(
-                query_ptr, row, key_head, query_row_stride, query_head_stride,
+                query_ptr, query_row, key_head, query_row_stride, query_head_stride,
                 GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
             )  # fmt: skip
-            visible = (positions >= first) & (positions < end)
-            key = _load_keys(
-                key_ptr, positions, visible, key_head, key_token_stride, key_head_stride,
-                HEAD_DIM, DIM_BLOCK,
+            peak, total = _stored_normalizer(
+                peak_ptr, total_ptr, offsets, exists, query_row, key_head,
+                peak_token_stride, peak_head_stride, GROUP, GROUP_BLOCK, KNOWN_LSE,
             )  # fmt: skip
-            scores, slope = _attention_scores(query, key, scale, softcap, CAPPED)
-            alpha = tl.exp(scores - peak[:, None]) / total[:, None]
-            alpha = tl.where(visible[None, :], alpha, 0.0)
-            first_label, last_label, _ = _own_labels(label_offsets_ptr, row, rows, labels)
-            if FACTOR_PER_HEAD:
-                wrong = _label_weights(
-                    label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions,
-                    1.0, 0.0, KEY_BLOCK, LABEL_BLOCK,
-                )  # fmt: skip
-                correct = _label_weights(
-                    label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions,
-                    0.0, -1.0, KEY_BLOCK, LABEL_BLOCK,
-                )  # fmt: skip
-                penalty = tl.load(penalty_ptr + offsets, mask=exists, other=0.0)
-                reward = tl.load(reward_ptr + offsets, mask=exists, other=0.0)
-                weight = penalty[:, None] * wrong[None, :] - reward[:, None] * correct[None, :]
-            else:
-                weight = _label_weights(
-                    label_positions_ptr, label_is_correct_ptr, first_label, last_label, positions,
-                    tl.load(penalty_ptr), tl.load(reward_ptr), KEY_BLOCK, LABEL_BLOCK,
-                )[None, :]  # fmt: skip
-            grad_scores = alpha * (weight - mean_weight[:, None]) * slope
-            grad_scores *= coefficient[:, None]
-            # Scale to at most 1, so that float16's range does not cut small gradients off.
-            largest = tl.maximum(tl.max(tl.abs(grad_scores)), 1e-30)
-            grad_key += _dot_float32(tl.trans(grad_scores / largest), query) * largest
+            mean_weight = tl.load(mean_weight_ptr + offsets, mask=exists, other=0.0)
+            penalty = tl.load(penalty_ptr + offsets * factor_stride, mask=exists, other=0.0)
+            reward = tl.load(reward_ptr + offsets * factor_stride, mask=exists, other=0.0)
+            steepest = tl.maximum(tl.maximum(tl.abs(penalty), tl.abs(reward)), tl.abs(mean_weight))
+            unit = _unit(tl.abs(coefficient) * steepest)
+            inverse_unit = 1 / unit
+            factor = coefficient * inverse_unit / total
+            mean_weight *= factor
+            penalty *= factor
+            reward *= factor
+            first_label, last_label, _ = _own_labels(label_offsets_ptr, seer, rows, labels)
 
-    if touched > 0 or not ACCUMULATE:
+            grad_query = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
+            for span in range(low, high, span_keys):
+                in_span = span + tl.arange(0, span_keys)
+                marks = _label_counts(
+                    label_positions_ptr, label_is_correct_ptr, first_label, last_label, in_span,
+                    span_keys, LABEL_BLOCK,
+                )  # fmt: skip
+                if not PACKED:
+                    marks += SEEN_BEFORE * _seen_before(
+                        key_start_ptr, key_end_ptr, row, window, in_span,
+                        span_keys, EARLIER_ROW_BLOCK,
+                    )  # fmt: skip
+                here = span
+                for ahead in range(span, tl.minimum(span + span_keys, high), KEY_BLOCK):
+                    # Keys are copied some tiles ahead. All else is counted by `here`, or it would
+                    # wait in registers.
+                    key_ptrs = _tile_pointers(
+                        key_ptr, ahead, key_head, key_token_stride, key_head_stride,
+                        KEY_BLOCK, DIM_BLOCK,
+                    )  # fmt: skip
+                    visible = _seen_in_tile(ahead, seen_low, seen_high, KEY_BLOCK, PACKED)
+                    key = tl.load(key_ptrs, mask=visible[:, None] & in_head, other=0.0)
+                    visible = _seen_in_tile(here, seen_low, seen_high, KEY_BLOCK, PACKED)
+                    in_tile = _tile_of(marks, (here - span) // KEY_BLOCK, KEY_BLOCK, TILES)
+                    written = visible
+                    if not PACKED:
+                        written = visible & (in_tile < SEEN_BEFORE)
+                    grad_key_ptrs = _tile_pointers(
+                        grad_key_ptr, here, key_head, grad_token_stride, grad_head_stride,
+                        KEY_BLOCK, DIM_BLOCK,
+                    )  # fmt: skip
+                    owned = written[:, None] & in_head
+                    grad_key = tl.load(grad_key_ptrs, mask=owned, other=0.0)
+                    scores, slope = _attention_scores(query, key, scale, softcap, CAPPED)
+                    alpha = tl.exp(scores - peak[:, None])
+                    wrong = (in_tile % CORRECT).to(tl.float32)
+                    correct = (in_tile // CORRECT % CORRECT).to(tl.float32)
+                    weight = penalty[:, None] * wrong[None, :] - reward[:, None] * correct[None, :]
+                    grad_scores = alpha * (weight - mean_weight[:, None]) * slope
+                    grad_scores = tl.where(visible[None, :], grad_scores, 0.0)
+                    grad_key = _add_dot_float32(
+                        grad_key.to(tl.float32) * inverse_unit, tl.trans(grad_scores), query
+                    )
+                    tl.store(grad_key_ptrs, grad_key * unit, mask=owned)
+                    grad_query = _add_dot_float32(grad_query, grad_scores, key)
+                    here += KEY_BLOCK
+            if later == 0:
+                if SPLIT:
+                    own, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
+                    part = own.to(tl.int64) * splits + split
+                    tl.store(
+                        part_ptr + part[:, None] * HEAD_DIM + tl.arange(0, DIM_BLOCK)[None, :],
+                        grad_query * unit,
+                        mask=exists[:, None] & in_head,
+                    )
+                else:
+                    _add_to_query(
+                        grad_query_ptr, grad_query * unit,
+                        _query_row(key_end_ptr, row, tokens, PACKED), key_head,
+                        grad_query_row_stride, grad_query_head_stride,
+                        GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
+                    )  # fmt: skip
+        if not PACKED:
+            tl.debug_barrier()  # the next row reads what this one has written
+
+
+@triton.jit
+def _add_to_query(
+    grad_query_ptr, added, query_row, key_head, row_stride, head_stride,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradient of one query's heads that share a key head, (GROUP_BLOCK, DIM_BLOCK)."""
+    member = tl.arange(0, GROUP_BLOCK)
+    dim = tl.arange(0, DIM_BLOCK)
+    row_offset = tl.full([GROUP_BLOCK], query_row, tl.int64) * row_stride
+    head_offset = (key_head * GROUP + member).to(tl.int64) * head_stride
+    pointers = grad_query_ptr + (row_offset + head_offset)[:, None] + dim[None, :]
+    there = (member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    old = tl.load(pointers, mask=there, other=0.0).to(tl.float32)
+    tl.store(pointers, old + added, mask=there)
+
+
+@triton.jit(do_not_specialize=_COUNTS)
+def _sum_parts_kernel(
+    part_ptr,  # (R, Hq, splits, D)
+    is_induction_ptr, grad_loss_ptr, key_end_ptr,
+    grad_query_ptr,  # like the queries, in and out
+    scale, tokens, splits, head_filter, loss_row_stride, loss_head_stride,
+    grad_query_row_stride, grad_query_head_stride,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Add a row's dq, the sum of its splits' parts in their order, for one key head."""
+    row = tl.program_id(0)
+    key_head = tl.program_id(1)
+    offsets, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
+    coefficient = _coefficient(
+        grad_loss_ptr, is_induction_ptr, row, key_head, offsets, exists, scale, head_filter,
+        loss_row_stride, loss_head_stride, GROUP, GROUP_BLOCK,
+    )  # fmt: skip
+    if tl.max((coefficient != 0).to(tl.int32), 0) > 0:
         dim = tl.arange(0, DIM_BLOCK)
-        grad_ptrs = (
-            grad_key_ptr
-            + key_head.to(tl.int64) * grad_head_stride
-            + positions.to(tl.int64)[:, None] * grad_token_stride
-            + dim[None, :]
-        )
-        inside = (positions < tokens)[:, None] & (dim < HEAD_DIM)[None, :]
-        if ACCUMULATE:
-            grad_key += tl.load(grad_ptrs, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_ptrs, grad_key, mask=inside)
+        there = exists[:, None] & (dim < HEAD_DIM)[None, :]
+        grad_query = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
+        for split in range(splits):
+            part = offsets.to(tl.int64) * splits + split
+            grad_query += tl.load(
+                part_ptr + part[:, None] * HEAD_DIM + dim[None, :], mask=there, other=0.0
+            )
+        _add_to_query(
+            grad_query_ptr, grad_query, _query_row(key_end_ptr, row, tokens, PACKED), key_head,
+            grad_query_row_stride, grad_query_head_stride,
+            GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
+        )  # fmt: skip
 
 
 def scan_keys(
-    query: Tensor,
-    key: Tensor,
-    rows: Rows,
-    scores: Scores,
-    sinks: Tensor | None,
-    *,
-    active: Tensor | None = None,
-    sum_keys: bool,
-) -> tuple[Normalizer, Tensor]:
-    """Compute every row's normalizer and sum_j alpha_j c_j k_j, (R, Hq, D), all float32.
-
-    With `active`, (R, Hq) bool, key heads without an active head are not read; the sums of other
-    heads are 0.
-    """
+    query: Tensor, key: Tensor, rows: Rows, scores: Scores, *, packed: bool
+) -> tuple[Tensor, Tensor]:
+    """Scan all keys in splits: the largest score and the sum of each, both (R, Hq, splits)."""
     query, key = _readable(query), _readable(key)
-    shape = _Shape(query, key)
-    splits = _count_splits(query, key)
+    shape = _Shape(query, key, rows)
+    splits = _count_splits(shape, shape.tokens, _KEYS_PER_SPLIT)
     parts = (shape.rows, shape.query_heads, splits)
     part_max, part_sum = (query.new_empty(parts, dtype=torch.float32) for _ in range(2))
-    part_key = query.new_empty((*parts, shape.head_dim) if sum_keys else 0, dtype=torch.float32)
-    normalizer = Normalizer(*(query.new_empty(parts[:2], dtype=torch.float32) for _ in range(2)))
-    mean_key = query.new_empty(query.shape if sum_keys else 0, dtype=torch.float32)
     with _on_device(query):
         _scan_keys_kernel[(shape.rows * splits, shape.key_heads)](
-            query, key, rows.key_start, rows.key_end,
-            query if active is None else active,
-            part_max, part_sum, part_key,
+            query, key, rows.key_start, rows.key_end, part_max, part_sum,
             *shape.scores(scores), shape.tokens, splits, *shape.strides(query, key),
             **shape.constants(), KEY_BLOCK=shape.key_block, CAPPED=scores.softcap is not None,
-            ONLY_ACTIVE=active is not None, SUM_KEYS=sum_keys, **shape.launch(),
+            PACKED=packed, **shape.launch(_SCAN_STAGES),
         )  # fmt: skip
-        _combine_splits_kernel[(shape.rows, shape.query_heads)](
-            part_max, part_sum, part_key,
-            query if sinks is None else _readable(sinks), query if active is None else active,
-            *normalizer, mean_key, splits,
-            HEAD_DIM=shape.head_dim, DIM_BLOCK=shape.dim_block, SPLIT_BLOCK=_SPLIT_BLOCK,
-            HAS_SINKS=sinks is not None, ONLY_ACTIVE=active is not None, SUM_KEYS=sum_keys,
-            **_OPTIONS,
-        )  # fmt: skip
-    return normalizer, mean_key
+    return part_max, part_sum
 
 
 def label_loss(
@@ -547,91 +710,124 @@ def label_loss(
     key: Tensor,
     rows: Rows,
     scores: Scores,
-    normalizer: Normalizer,
+    sinks: Tensor | None,
+    lse: Tensor | None,
     penalty: Tensor,
     reward: Tensor,
     *,
     head_filter: bool,
-    sum_keys: bool,
     hold: Tensor | None = None,
+    packed: bool = False,
 ) -> LabelLoss:
-    """Compute the losses and masses of all rows, given their normalizers.
+    """Compute the losses and masses of all rows.
 
-    With `hold` the objective is `share`, else `mass`.
+    With `lse`, (T, Hq), the log-sum-exp of packed queries, only label keys are read. With `hold`
+    the objective is `share`, else `mass`.
     """
     query, key = _readable(query), _readable(key)
-    shape = _Shape(query, key)
+    shape = _Shape(query, key, rows)
     heads = (shape.rows, shape.query_heads)
+    if lse is None:
+        part_max, part_sum = scan_keys(query, key, rows, scores, packed=packed)
+        splits = part_max.shape[2]
+    else:
+        part_max = part_sum = query  # not read
+        splits = 0
+    known = 0 if lse is not None else heads
+    peak, total = (query.new_empty(known, dtype=torch.float32) for _ in range(2))
     loss, label_mass, correct_mass, mean_weight = (
         query.new_empty(heads, dtype=torch.float32) for _ in range(4)
     )
     is_induction = query.new_empty(heads, dtype=torch.bool)
-    label_key = query.new_empty(query.shape if sum_keys else 0, dtype=torch.float32)
     head_factors = query.new_empty(0 if hold is None else (2, *heads), dtype=torch.float32)
     with _on_device(query):
         _label_loss_kernel[(shape.rows, shape.key_heads)](
-            query, key, *rows, *normalizer, penalty, reward, penalty if hold is None else hold,
-            loss, label_mass, correct_mass, is_induction, mean_weight, label_key, head_factors,
-            *shape.scores(scores), shape.tokens, shape.rows, len(rows.label_positions),
-            int(head_filter), *shape.strides(query, key), **shape.constants(),
-            LABEL_BLOCK=shape.key_block, CAPPED=scores.softcap is not None, SUM_KEYS=sum_keys,
+            query, key, *rows, part_max, part_sum,
+            query if sinks is None else _readable(sinks), peak if lse is None else lse, total,
+            penalty, reward, penalty if hold is None else hold,
+            loss, label_mass, correct_mass, is_induction, mean_weight, head_factors,
+            *shape.scores(scores), shape.tokens, splits, shape.rows, len(rows.label_positions),
+            int(head_filter), *((0, 0) if lse is None else lse.stride()),
+            *shape.strides(query, key), **shape.constants(),
+            LABEL_BLOCK=shape.key_block, SPLIT_BLOCK=_SPLIT_BLOCK,
+            CAPPED=scores.softcap is not None, PACKED=packed, KNOWN_LSE=lse is not None,
+            HAS_SINKS=sinks is not None and lse is None,
             SHARE=hold is not None, SMALLEST_MASS=SMALLEST_MASS,
             num_warps=shape.warps, **_OPTIONS,
         )  # fmt: skip
     return LabelLoss(
-        loss, label_mass, correct_mass, is_induction, mean_weight, label_key, head_factors
+        loss, label_mass, correct_mass, is_induction, peak, total, mean_weight, head_factors
     )
 
 
-def grad_key(
+def add_gradients(
+    grad_query: Tensor,
+    grad_key: Tensor,
     query: Tensor,
     key: Tensor,
     rows: Rows,
     scores: Scores,
     normalizer: Normalizer,
     mean_weight: Tensor,
-    coefficient: Tensor,
+    is_induction: Tensor,
+    grad_loss: Tensor,
     penalty: Tensor,
     reward: Tensor,
     *,
-    accumulate_into: Tensor | None = None,
-) -> Tensor:
-    """Compute the gradient of the keys, (T, Hkv, D), or add it in place to `accumulate_into`.
+    head_filter: bool,
+    packed: bool,
+    longest: int,
+) -> None:
+    """Add the gradients of queries and keys in place.
 
-    `coefficient`, (R, Hq), is the incoming gradient times the scale, 0 for heads without a loss.
-    Keys that only such heads share are not read. `penalty` and `reward` are 0-d, or (R, Hq).
+    Keys that only heads without a loss share are not read. `penalty` and `reward` are 0-d, or
+    (R, Hq). No row sees more than `longest` keys.
     """
-    dtype = key.dtype
     query, key = _readable(query), _readable(key)
-    shape = _Shape(query, key)
-    grad = key.new_empty(key.shape) if accumulate_into is None else _readable(accumulate_into)
+    shape = _Shape(query, key, rows)
+    splits = _count_splits(shape, longest, _GRADIENT_KEYS_PER_SPLIT)
+    parts = (shape.rows, shape.query_heads, splits, shape.head_dim)
+    part = query.new_empty(parts if splits > 1 else 0, dtype=torch.float32)
+    outputs = [_readable(grad) for grad in (grad_query, grad_key)]
+    known = normalizer.total is None
     with _on_device(query):
-        _grad_key_kernel[(triton.cdiv(shape.tokens, shape.key_block), shape.key_heads)](
-            query, key, *rows, *normalizer, mean_weight, coefficient.contiguous(),
-            penalty.contiguous(), reward.contiguous(), grad,
-            *shape.scores(scores), shape.tokens, shape.rows, len(rows.label_positions),
-            *shape.strides(query, key), *grad.stride()[:2],
-            **shape.constants(), KEY_BLOCK=shape.key_block, LABEL_BLOCK=_LABEL_BLOCK,
-            ROW_BLOCK=_ROW_BLOCK, CAPPED=scores.softcap is not None,
-            ACCUMULATE=accumulate_into is not None, FACTOR_PER_HEAD=penalty.ndim > 0,
-            **shape.launch(),
+        _gradient_kernel[(shape.rows * splits, shape.key_heads)](
+            query, key, *rows, normalizer.peak, query if known else normalizer.total,
+            mean_weight, is_induction, grad_loss, penalty.contiguous(), reward.contiguous(),
+            *outputs, part,
+            *shape.scores(scores), shape.tokens, splits, shape.rows, len(rows.label_positions),
+            int(head_filter), int(penalty.ndim > 0), *normalizer.peak.stride(),
+            *grad_loss.stride(), *shape.strides(query, key), *shape.strides(*outputs),
+            **shape.constants(), KEY_BLOCK=shape.gradient_block, TILES=_SPAN_TILES,
+            LABEL_BLOCK=_LABEL_BLOCK, ROW_BLOCK=_ROW_BLOCK, EARLIER_ROW_BLOCK=_EARLIER_ROW_BLOCK,
+            CAPPED=scores.softcap is not None, PACKED=packed, KNOWN_LSE=known, SPLIT=splits > 1,
+            **shape.launch(_GRADIENT_STAGES),
         )  # fmt: skip
-    if accumulate_into is None:
-        return grad.to(dtype)
-    return accumulate_into if grad is accumulate_into else accumulate_into.copy_(grad)
+        if splits > 1:
+            _sum_parts_kernel[(shape.rows, shape.key_heads)](
+                part, is_induction, grad_loss, rows.key_end, outputs[0],
+                scores.scale, shape.tokens, splits, int(head_filter), *grad_loss.stride(),
+                *outputs[0].stride()[:2], **shape.constants(), PACKED=packed, **_OPTIONS,
+            )  # fmt: skip
+    for grad, output in zip((grad_query, grad_key), outputs, strict=True):
+        if output is not grad:
+            grad.copy_(output)
 
 
 class _Shape:
     """The sizes of one call, and the block sizes that follow from them."""
 
-    def __init__(self, query: Tensor, key: Tensor):
-        self.rows, self.query_heads, self.head_dim = query.shape
+    def __init__(self, query: Tensor, key: Tensor, rows: Rows):
+        self.rows = len(rows.key_start)
+        _, self.query_heads, self.head_dim = query.shape
         self.tokens, self.key_heads, _ = key.shape
         self.dim_block = max(16, triton.next_power_of_2(self.head_dim))
         self.group = self.query_heads // self.key_heads
         self.group_block = max(16, triton.next_power_of_2(self.group))
+        self.processors = _count_processors(query)
         row_bytes = self.dim_block * query.element_size()
         self.key_block = max(16, min(64, _TILE_BYTES // row_bytes))
+        self.gradient_block = max(16, min(64, _GRADIENT_TILE_BYTES // row_bytes))
         # Float32 products keep their operands in registers.
         wide = self.group_block * self.dim_block >= (2048 if query.element_size() > 2 else 16384)
         self.warps = 8 if wide else 4
@@ -644,8 +840,8 @@ class _Shape:
             "DIM_BLOCK": self.dim_block,
         }
 
-    def launch(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": 3, **_OPTIONS}
+    def launch(self, stages: int) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": stages, **_OPTIONS}
 
     @staticmethod
     def scores(scores: Scores) -> tuple[float, float, int]:
@@ -664,14 +860,21 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _count_splits(query: Tensor, key: Tensor) -> int:
-    """Count the splits of a row by sizes that the host knows; rows' lengths are on the device."""
-    processors = 4  # in the interpreter; any small number does
-    if query.is_cuda:
-        processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    programs = query.shape[0] * key.shape[1]
-    wanted = triton.cdiv(processors * _PROGRAMS_PER_PROCESSOR, programs)
-    return max(1, min(wanted, triton.cdiv(key.shape[0], _KEYS_PER_SPLIT)))
+def _count_processors(tensor: Tensor) -> int:
+    """Count the processors of the tensor's GPU; in the interpreter, any small number does."""
+    if not tensor.is_cuda:
+        return 4
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def _count_splits(shape: _Shape, longest: int, keys: int) -> int:
+    """Count the splits of a row, of `keys` or more if a row has `longest`.
+
+    The host knows these sizes; rows' lengths are on the device.
+    """
+    programs = shape.rows * shape.key_heads
+    wanted = triton.cdiv(shape.processors * _PROGRAMS_PER_PROCESSOR, programs)
+    return max(1, min(wanted, triton.cdiv(longest, keys)))
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -91,29 +91,29 @@ class Normalizer(NamedTuple):
     log-probability.
 
     Attributes:
-        peak: (R, Hq), the largest score, or the log-sum-exp itself.
-        total: (R, Hq), the sum of exp(score - peak), or 1.
+        peak: (R, Hq), the largest score; or (T, Hq), the log-sum-exp of all packed queries.
+        total: (R, Hq), the sum of exp(score - peak); None beside a log-sum-exp.
     """
 
     peak: Tensor
-    total: Tensor
+    total: Tensor | None
 
 
 class LabelLoss(NamedTuple):
-    """What follows from a row's label keys and its normalizer.
+    """The losses and masses of all rows, and the few numbers that their backward needs.
 
     g is the derivative of the loss by a key's probability alpha: penalty on wrong labels, -reward
     on correct ones, 0 elsewhere. The objective `mass` has the same two factors for all heads, the
-    objective `share` has two for each row and head. c is the slope of the soft-cap, 1 without a
-    soft-cap.
+    objective `share` has two for each row and head.
 
     Attributes:
         loss: (R, Hq).
         label_mass: (R, Hq), S.
         correct_mass: (R, Hq).
         is_induction: (R, Hq) bool.
+        peak: (R, Hq), of the row's Normalizer; (0,) if the caller knows the log-sum-exp.
+        total: (R, Hq), of the row's Normalizer, or (0,).
         mean_weight: (R, Hq), G = sum_j alpha_j g_j.
-        label_key: (R, Hq, D), sum_j alpha_j g_j c_j k_j; (0,) if the caller does not ask for it.
         head_factors: (2, R, Hq), penalty and reward of `share`; (0,) for `mass`.
     """
 
@@ -121,27 +121,9 @@ class LabelLoss(NamedTuple):
     label_mass: Tensor
     correct_mass: Tensor
     is_induction: Tensor
-    mean_weight: Tensor
-    label_key: Tensor
-    head_factors: Tensor
-
-
-class Residuals(NamedTuple):
-    """The few numbers a row and head that a forward leaves for its backward.
-
-    Attributes:
-        peak: (R, Hq), of the row's Normalizer.
-        total: (R, Hq), of the row's Normalizer.
-        mean_weight: (R, Hq), G.
-        key_sum: (R, Hq, D), dq before the factors scale and incoming gradient; (0,) without
-            gradient.
-        head_factors: (2, R, Hq), penalty and reward of `share`; (0,) for `mass`.
-    """
-
     peak: Tensor
     total: Tensor
     mean_weight: Tensor
-    key_sum: Tensor
     head_factors: Tensor
 
 

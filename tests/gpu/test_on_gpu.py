@@ -21,7 +21,7 @@ from tests.last_row_cases import DEVICE, error
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.gpu
-KERNELS = ("_scan_keys_kernel", "_combine_splits_kernel", "_label_loss_kernel", "_grad_key_kernel")
+KERNELS = ("_scan_keys_kernel", "_label_loss_kernel", "_gradient_kernel", "_sum_parts_kernel")
 
 
 def assert_all(check):

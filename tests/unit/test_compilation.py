@@ -27,7 +27,7 @@ def test_representative_variants_compile_for_every_target_without_spills():
     assert run.returncode == 0, run.stderr
     for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx90a", "gfx942"):
         assert target in run.stdout
-    for kernel in ("scan_keys", "combine_splits", "label_loss", "grad_key"):
+    for kernel in ("scan_keys", "label_loss", "gradient", "sum_parts"):
         assert f"| {kernel} | bfloat16 | 128 |" in run.stdout
     assert "spills" not in run.stdout.split("| kernel |")[1]
 
@@ -35,7 +35,7 @@ def test_representative_variants_compile_for_every_target_without_spills():
 COUNT_COMPILATIONS = """
 import torch
 from compile_report import PROCESSORS, recorded_launches
-from abft_kernels.loss import _forward_op, _grad_key_op
+from abft_kernels.loss import _backward_op, _forward_op
 from tests.last_row_cases import make_case
 
 def launch(lengths, labels, **options):
@@ -50,11 +50,12 @@ def launch(lengths, labels, **options):
         "key_start", "key_end", "label_positions", "label_offsets", "label_is_correct")]
     factors = [torch.tensor(float(case[n])) for n in ("penalty", "reward")]
     tail = (0.125, None, case.get("window"))
-    *_, peak, total, mean_weight, _ = _forward_op(
-        *leaves, *indices, *factors, *tail, case.get("head_filter", True), "triton", True)
-    coefficient = torch.ones_like(peak)
-    _grad_key_op(*leaves[:2], *indices, peak, total, mean_weight, coefficient, *factors, *tail,
-                 "triton")
+    options = *tail, case.get("head_filter", True), "triton"
+    loss, _, _, is_induction, peak, total, mean_weight, _ = _forward_op(
+        *leaves, *indices, *factors, *options, True)
+    for grad_loss in (loss, torch.ones(()).expand_as(loss)):
+        _backward_op(grad_loss, *leaves[:2], *indices, is_induction, peak, total, mean_weight,
+                     *factors, *options)
 
 def count(*calls):
     def run():
@@ -81,5 +82,5 @@ def test_new_lengths_counts_penalties_filters_and_layouts_compile_nothing():
     run = run_compiled("-c", COUNT_COMPILATIONS)
     assert run.returncode == 0, run.stderr
     alone, together = map(int, run.stdout.split())
-    assert alone == 4  # one of each kernel
+    assert alone == 3  # one of each kernel, but no sum of parts of short rows
     assert together == alone

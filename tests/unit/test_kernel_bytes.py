@@ -1,10 +1,8 @@
 """Bytes the Triton kernels load and store, by argument, against formulas: exactly as many."""
 
-import itertools
-
 import pytest
 import torch
-from abft_kernels.loss import loss_forward, loss_grad_key
+from abft_kernels.loss import add_loss_gradients, loss_forward
 from abft_kernels.types import Normalizer, Rows, Scores
 
 from tests.costs import counted_traffic
@@ -23,15 +21,16 @@ class Sizes:
     """What the formulas are made of; bytes an element of queries and keys, four of all else."""
 
     def __init__(self, case):
-        self.rows, self.query_heads, self.dim = case["query"].shape
-        self.tokens, self.key_heads, _ = case["key"].shape
-        self.group = self.query_heads // self.key_heads
+        rows = Rows(*(case[name] for name in Rows._fields))
+        shape = loss_triton._Shape(case["query"], case["key"], rows)
+        self.rows, self.query_heads, self.dim = shape.rows, shape.query_heads, shape.head_dim
+        self.key_heads, self.group = shape.key_heads, shape.group
         self.labels = len(case["label_positions"])
         self.element = case["query"].element_size()
         self.row_heads = self.rows * self.query_heads
         self.programs = self.rows * self.key_heads  # one a row and key head
-        self.splits = loss_triton._count_splits(case["query"], case["key"])
-        self.key_block = loss_triton._Shape(case["query"], case["key"]).key_block
+        self.splits = loss_triton._count_splits(shape, shape.tokens, loss_triton._KEYS_PER_SPLIT)
+        self.span = loss_triton._SPAN_TILES * shape.gradient_block
 
     def vectors(self, count):
         """Bytes of that many queries or keys."""
@@ -45,20 +44,17 @@ def arguments(case):
     return (case["query"], case["key"], rows, scores), tuple(factors)
 
 
-def traffic_of_forward(case, needs_grad, known):
-    """Also what it returns; the normalizer, where it is known, is that of a first forward."""
+def packed_arguments(case):
+    """The same rows among packed queries, and the log-sum-exp of all queries."""
     problem, factors = arguments(case)
-
-    def run(normalizer):
-        return loss_forward("triton", *problem, None, *factors, True, needs_grad, normalizer)
-
-    normalizer = None
-    if known:
-        _, residuals = run(None)
-        normalizer = Normalizer(residuals.peak, residuals.total)
-    with counted_traffic() as traffic:
-        found, residuals = run(normalizer)
-    return traffic, found, residuals
+    query, key, rows, scores = problem
+    alone = loss_forward("torch", *problem, None, *factors, True)
+    last = rows.key_end.long() - 1
+    packed = query.new_zeros(len(key), *query.shape[1:])
+    packed[last] = query
+    lse = torch.zeros(packed.shape[:2], device=DEVICE)
+    lse[last] = alone.peak + alone.total.log()
+    return (packed, key, rows, scores), factors, lse
 
 
 def check(traffic, kernel, read, written):
@@ -72,9 +68,12 @@ def check(traffic, kernel, read, written):
             )
 
 
-def check_label_loss(traffic, size, needs_grad):
+def check_label_loss(traffic, size, known):
     """Label keys alone, once a key head."""
     per_head = dict.fromkeys(("loss", "label_mass", "correct_mass", "mean_weight"), 4)
+    normalizer = dict.fromkeys(("peak", "total"), size.row_heads * 4)
+    parts = dict.fromkeys(("part_max", "part_sum"), size.row_heads * size.splits * 4)
+    lse = {"peak": size.row_heads * 4}
     check(
         traffic, "label_loss",
         read={
@@ -83,13 +82,14 @@ def check_label_loss(traffic, size, needs_grad):
             "label_positions": size.labels * size.key_heads * 4,
             "label_is_correct": size.labels * size.key_heads,
             "label_offsets": size.programs * 2 * 4,
-            **dict.fromkeys(("key_start", "key_end", "penalty", "reward"), size.programs * 4),
-            **dict.fromkeys(("peak", "total"), size.row_heads * 4),
+            "key_end": size.programs * 4 * (2 if known else 1),  # once to find a packed query
+            **dict.fromkeys(("key_start", "penalty", "reward"), size.programs * 4),
+            **(lse if known else parts),
         },
         written={
             **{name: size.row_heads * each for name, each in per_head.items()},
             "is_induction": size.row_heads,
-            "label_key": size.row_heads * size.dim * 4 * needs_grad,
+            **({} if known else normalizer),
         },
     )  # fmt: skip
 
@@ -108,14 +108,14 @@ def case(request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("needs_grad", [False, True], ids=["no-grad", "grad"])
-def test_bytes_of_a_forward_that_scans_all_keys(needs_grad, case):
+def test_bytes_of_a_forward_that_scans_all_keys(case):
     """A key head's keys are read once for its whole group of query heads, once more at labels."""
     size = Sizes(case)
-    traffic, _, _ = traffic_of_forward(case, needs_grad, known=False)
+    problem, factors = arguments(case)
+    with counted_traffic() as traffic:
+        loss_forward("triton", *problem, None, *factors, True)
     visible = int((case["key_end"] - case["key_start"]).sum())
     parts = size.row_heads * size.splits
-    sums = parts * size.dim * 4 * needs_grad
     check(
         traffic, "scan_keys",
         read={
@@ -123,102 +123,56 @@ def test_bytes_of_a_forward_that_scans_all_keys(needs_grad, case):
             "query": size.vectors(parts),
             **dict.fromkeys(("key_start", "key_end"), size.programs * size.splits * 4),
         },
-        written={"part_max": parts * 4, "part_sum": parts * 4, "part_key": sums},
+        written={"part_max": parts * 4, "part_sum": parts * 4},
     )  # fmt: skip
-    check(
-        traffic, "combine_splits",
-        read={"part_max": parts * 4, "part_sum": parts * 4, "part_key": sums},
-        written={
-            **dict.fromkeys(("peak", "total"), size.row_heads * 4),
-            "mean_key": size.row_heads * size.dim * 4 * needs_grad,
-        },
-    )  # fmt: skip
-    check_label_loss(traffic, size, needs_grad)
+    check_label_loss(traffic, size, known=False)
 
 
 @pytest.mark.slow
 def test_bytes_of_a_forward_that_knows_its_normalizer(case):
-    """Label keys alone; for a gradient, once, also all keys of key heads with an induction head."""
-    size = Sizes(case)
-    traffic, _, _ = traffic_of_forward(case, needs_grad=False, known=True)
-    check_label_loss(traffic, size, needs_grad=False)
-    assert traffic.of("scan_keys") == traffic.of("combine_splits") == ({}, {})
-
-    traffic, found, _ = traffic_of_forward(case, needs_grad=True, known=True)
-    check_label_loss(traffic, size, needs_grad=True)
-    groups = found.is_induction.unflatten(1, (size.key_heads, -1)).any(-1)  # (R, Hkv)
-    assert groups.any() and not groups.all()
-    lengths = case["key_end"] - case["key_start"]
-    active = int(groups.sum()) * size.splits
-    parts = int(found.is_induction.sum()) * size.splits
-    check(
-        traffic, "scan_keys",
-        read={
-            "key": size.vectors(int((lengths[:, None] * groups).sum())),
-            "query": size.vectors(active * size.group),
-            "active": size.row_heads * size.splits,
-            **dict.fromkeys(("key_start", "key_end"), active * 4),
-        },
-        written={
-            **dict.fromkeys(("part_max", "part_sum"), active * size.group * 4),
-            "part_key": active * size.group * size.dim * 4,
-        },
-    )  # fmt: skip
-    check(
-        traffic, "combine_splits",
-        read={
-            "active": size.row_heads,
-            **dict.fromkeys(("part_max", "part_sum"), parts * 4),
-            "part_key": parts * size.dim * 4,
-        },
-        written={"mean_key": size.row_heads * size.dim * 4},
-    )  # fmt: skip
+    """Label keys alone, whether or not a gradient follows."""
+    problem, factors, lse = packed_arguments(case)
+    with counted_traffic() as traffic:
+        loss_forward("triton", *problem, None, *factors, True, lse=lse, packed=True)
+    check_label_loss(traffic, Sizes(case), known=True)
+    assert traffic.of("scan_keys") == ({}, {})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [False, True], ids=["new", "added"])
-def test_bytes_of_a_backward(accumulate, case):
-    """Keys and queries of heads with a loss alone; where it adds, no other key's gradient."""
+def test_bytes_of_a_backward(case):
+    """Keys of key heads with a loss, once; their gradients are read and written once."""
     size = Sizes(case)
-    problem, factors = arguments(case)
-    _, found, residuals = traffic_of_forward(case, needs_grad=True, known=False)
-    coefficient = found.is_induction.float()
-    grad = torch.zeros_like(case["key"]) if accumulate else None
+    problem, factors, lse = packed_arguments(case)
+    found = loss_forward("triton", *problem, None, *factors, True, lse=lse, packed=True)
+    grads = [torch.zeros_like(t) for t in problem[:2]]
     with counted_traffic() as traffic:
-        loss_grad_key(
-            "triton", *problem, Normalizer(residuals.peak, residuals.total), residuals.mean_weight,
-            coefficient, *factors, accumulate_into=grad,
+        add_loss_gradients(
+            "triton", *grads, *problem, Normalizer(lse, None), found.mean_weight,
+            found.is_induction, torch.ones_like(found.loss), *factors, True, True, 2000,
         )  # fmt: skip
-    groups = found.is_induction.unflatten(1, (size.key_heads, -1)).any(-1)
-    starts, ends = case["key_start"].tolist(), case["key_end"].tolist()
-    lengths, labels = case["key_end"] - case["key_start"], case["label_offsets"].diff().tolist()
-    blocks = {
-        b: min(size.key_block, size.tokens - b) for b in range(0, size.tokens, size.key_block)
-    }
-    meetings = [  # of a block of keys and a row that sees some of them, for each key head
-        (first, row, head)
-        for first, row, head in itertools.product(blocks, range(size.rows), range(size.key_heads))
-        if starts[row] < first + blocks[first] and ends[row] > first
-    ]
-    works = [(first, row, head) for first, row, head in meetings if groups[row, head]]
-    changed = sum(blocks[first] for first, _ in {(first, head) for first, _, head in works})
-    seen_labels = sum(labels[row] for _, row, _ in works)
-    searched = len(blocks) * size.key_heads * size.rows  # every block looks for its rows
+    groups = found.is_induction.unflatten(1, (size.key_heads, -1)).any(-1)  # (R, Hkv)
+    assert groups.any() and not groups.all()
+    lengths = case["key_end"] - case["key_start"]
+    active = int(groups.sum())
+    keys = size.vectors(int((lengths[:, None] * groups).sum()))
+    spans = -(-lengths // size.span)
+    labels = int((case["label_offsets"].diff() * spans * groups.sum(1)).sum())
     check(
-        traffic, "grad_key",
+        traffic, "gradient",
         read={
-            "key": size.vectors(int((lengths[:, None] * groups).sum())),
-            "query": size.vectors(len(works) * size.group),
-            "grad_key": size.vectors(changed) * accumulate,
-            "coefficient": len(meetings) * size.group * 4,
-            **dict.fromkeys(("peak", "total", "mean_weight"), len(works) * size.group * 4),
-            **dict.fromkeys(("key_start", "key_end"), (searched + len(meetings)) * 4),
-            **dict.fromkeys(("penalty", "reward"), len(works) * 4),
-            "label_offsets": len(works) * 2 * 4,
-            "label_positions": seen_labels * 4,
-            "label_is_correct": seen_labels,
+            "key": keys,
+            "grad_key": keys,
+            **dict.fromkeys(("query", "grad_query"), size.vectors(active * size.group)),
+            "is_induction": size.row_heads,
+            "grad_loss": int(found.is_induction.sum()) * 4,
+            **dict.fromkeys(
+                ("peak", "mean_weight", "penalty", "reward"), active * size.group * 4
+            ),
+            "key_start": size.programs * 4,
+            "key_end": (size.programs + 2 * active) * 4,
+            "label_offsets": active * 2 * 4,
+            "label_positions": labels * 4,
+            "label_is_correct": labels,
         },
-        written={
-            "grad_key": size.vectors(changed if accumulate else size.tokens * size.key_heads)
-        },
+        written={"grad_key": keys, "grad_query": size.vectors(active * size.group)},
     )  # fmt: skip

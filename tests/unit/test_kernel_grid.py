@@ -71,10 +71,10 @@ def share_busy(monkeypatch, lengths, processors, programs):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     query = tensor(len(lengths), KEY_HEADS * GROUP, HEAD_DIM)
     key = tensor(sum(lengths), KEY_HEADS, HEAD_DIM)
-    splits = loss_triton._count_splits(query, key)
-    return busy(
-        tiles(lengths, splits, loss_triton._Shape(query, key).key_block), processors * programs
-    )
+    rows = types.SimpleNamespace(key_start=lengths)
+    shape = loss_triton._Shape(query, key, rows)
+    splits = loss_triton._count_splits(shape, shape.tokens, loss_triton._KEYS_PER_SPLIT)
+    return busy(tiles(lengths, splits, shape.key_block), processors * programs)
 
 
 def test_the_model_of_a_grid():

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 TILE = 64 * 128 * 2  # bytes of 64 keys in bfloat16: 16 KiB
+GRADIENT_TILE = TILE // 4
 INSTRUCTIONS = 1800  # of all warps, for a tile
 PROGRAMS = {"sm_80": 4, "sm_86": 2, "sm_89": 2, "sm_90": 4, "sm_100": 4}  # the goal is 4
 
@@ -54,12 +55,26 @@ def test_the_scan_keeps_64_kib_in_flight(loops):
 
 
 def test_instructions_of_the_scan_a_tile(loops):
-    """All warps' instructions for 16 KiB of keys; sums of keys take two products more."""
+    """All warps' instructions for 16 KiB of keys."""
     for loop in of(loops, "scan_keys"):
         assert loop["loop"] * loop["warps"] <= INSTRUCTIONS, loop
 
 
-def test_the_keys_gradient_has_two_programs_a_processor(loops):
-    """It copies nothing asynchronously yet, and two programs are half of the goal."""
-    for loop in of(loops, "grad_key"):
-        assert loop["programs"] >= 2, loop
+def test_the_backward_loads_keys_by_128_bit_asynchronous_copies_alone(loops):
+    """The keys' old gradients are loaded as they are added to, and the new ones stored."""
+    for loop in of(loops, "gradient"):
+        assert all(".128" in name for name in loop["copies"]), loop
+        assert len(loop["copies"]) * loop["warps"] * 32 * 16 == GRADIENT_TILE, loop
+        assert len(loop["loads"]) == len(loop["stores"]) == len(loop["copies"]), loop
+        assert all(".128" in name for name in loop["loads"] + loop["stores"]), loop
+
+
+def test_the_backward_keeps_60_kib_of_keys_in_flight(loops):
+    for loop in of(loops, "gradient"):
+        assert loop["programs"] >= 3, loop
+        assert loop["programs"] * (loop["stages"] - 1) * GRADIENT_TILE >= 60 * 1024, loop
+
+
+def test_instructions_of_the_backward_a_tile(loops):
+    for loop in of(loops, "gradient"):
+        assert loop["loop"] * loop["warps"] <= INSTRUCTIONS, loop

@@ -3,13 +3,12 @@
 import pytest
 import torch
 from abft_kernels import (
-    LastRowLoss,
     flash_attention_with_last_row_loss,
     fused,
     last_row_loss,
     loss,
 )
-from abft_kernels.types import Residuals
+from abft_kernels.types import LabelLoss
 
 from tests.last_row_cases import DEVICE, make_case
 from tests.unit.test_fused import make_fused, run
@@ -64,10 +63,10 @@ def heads_first(tensor):
 def test_opcheck_of_the_backwards(backend):
     """Also with inputs whose heads come before their tokens, as transformers hands them over."""
     query, key, _, *rest = standalone_arguments(backend, grad=False)
-    indices, factors, (scale, softcap, window, *_) = rest[:5], rest[5:7], rest[7:]
-    per_head = [torch.rand(query.shape[:2], device=DEVICE) + 1 for _ in range(4)]
-    arguments = (query, heads_first(key), *indices, *per_head, *factors, scale, softcap, window)
-    torch.library.opcheck(torch.ops.abft.last_row_loss_grad_key.default, (*arguments, backend))
+    indices, factors, options = rest[:5], rest[5:7], rest[7:-1]
+    grad_loss, *per_head = (torch.rand(query.shape[:2], device=DEVICE) + 1 for _ in range(4))
+    arguments = (grad_loss, query, heads_first(key), *indices, grad_loss > 1.5, *per_head, *factors)
+    torch.library.opcheck(torch.ops.abft.last_row_loss_backward.default, (*arguments, *options))
 
     if DEVICE == "cpu":
         *inputs, _ = fused_arguments(backend, grad=False, sinks=True)
@@ -89,7 +88,7 @@ def test_named_tuples_follow_the_ops(module):
     schema = module._forward_op._opoverload._schema
     assert module._Inputs._fields == tuple(argument.name for argument in schema.arguments)
     assert len(module._Outputs._fields) == len(schema.returns)
-    assert module._Outputs._fields[-9:] == LastRowLoss._fields + Residuals._fields
+    assert module._Outputs._fields[-8:] == LabelLoss._fields
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

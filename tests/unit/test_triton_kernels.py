@@ -90,22 +90,37 @@ def test_long_rows_are_split_over_programs(monkeypatch):
     counted = []
     real = loss_triton._count_splits
     monkeypatch.setattr(
-        loss_triton, "_count_splits", lambda q, k: counted.append(real(q, k)) or counted[-1]
+        loss_triton, "_count_splits", lambda *sizes: counted.append(real(*sizes)) or counted[-1]
     )
     check(case)
-    assert counted[0] > 1
+    assert len(counted) > 1 and min(counted) > 1
     for splits in (1, 90):  # 90: some splits of the long row are empty too
-        monkeypatch.setattr(loss_triton, "_count_splits", lambda q, k, splits=splits: splits)
+        monkeypatch.setattr(loss_triton, "_count_splits", lambda *sizes, splits=splits: splits)
         check(case)
 
 
-def test_rows_may_share_keys():
-    case = make_case([70, 70], [3, 3], dtype=torch.float32)
-    case["key"] = case["key"][:70]
-    case["label_positions"][3:] -= 70
-    case["key_start"] = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
-    case["key_end"] = torch.tensor([70, 69], dtype=torch.int32, device=DEVICE)
-    case["label_positions"].clamp_(5, 68)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("window", [None, 30])
+def test_rows_may_share_keys(window, splits, monkeypatch):
+    """Rows inside each other, overlapping and apart, in no order."""
+    monkeypatch.setattr(loss_triton, "_count_splits", lambda *sizes: splits)
+    labels, bounds = [3, 4, 3, 5], [(10, 70), (0, 90), (20, 61), (75, 160)]
+    options = {"window": window, "head_filter": False}
+    case = make_case([160] * 4, labels, dtype=torch.float32, **options)
+    case["key"] = case["key"][:160]
+    positions = [
+        end - 2 - 3 * i for k, (_, end) in zip(labels, bounds, strict=True) for i in range(k)
+    ]
+    ints = {"dtype": torch.int32, "device": DEVICE}
+    case["label_positions"] = torch.tensor(positions, **ints)
+    case["key_start"], case["key_end"] = torch.tensor(bounds, **ints).T
+    check(case)
+
+
+def test_a_label_given_twice_counts_twice():
+    case = make_case([70, 20], [6, 3], dtype=torch.float32, head_filter=False)
+    case["label_positions"][1:3] = case["label_positions"][0]
+    case["label_is_correct"][:3] = torch.tensor([True, False, True])
     check(case)
 
 
@@ -133,55 +148,28 @@ def test_views_are_read_where_they_are():
     torch.testing.assert_close(last_row_loss(**{**case, **views}, backend="triton"), expected)
 
 
-class Recorder:
-    """In a kernel's place: keeps what it would be launched with."""
-
-    def __init__(self):
-        self.arguments = None
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **_: setattr(self, "arguments", arguments)
-
-
-def test_key_heads_without_a_loss_are_not_scanned(monkeypatch):
-    """What the scan leaves for them is the memory's poison, and for the other head no NaN."""
-    case = make_case([60], [4], query_heads=2, key_heads=2, dtype=torch.float32)
-    combine = Recorder()
-    monkeypatch.setattr(loss_triton, "_combine_splits_kernel", combine)
-    rows = loss_triton.Rows(*(case[name] for name in loss_triton.Rows._fields))
-    active = torch.tensor([[True, False]], device=DEVICE)
-    loss_triton.scan_keys(
-        case["query"], case["key"], rows, loss_triton.Scores(1.0, None, None), None,
-        active=active, sum_keys=True,
-    )  # fmt: skip
-    for part in combine.arguments[:3]:
-        assert part[0, 0].isfinite().all() and part[0, 1].isnan().all()
-
-
 def test_only_heads_with_a_loss_are_read():
     """NaN keys of a head without induction heads reach no gradient."""
     case = make_case([60], [4], query_heads=2, key_heads=2, dtype=torch.float32)
     case["key"][:, 1] = 0.0
-    result, (_, grad_key) = gradients(last_row_loss, case, backend="triton")
-    assert result.is_induction[0].tolist() == [True, False]
     rows = loss_triton.Rows(*(case[name] for name in loss_triton.Rows._fields))
     scores = loss_triton.Scores(8**-0.5, None, None)
-    lse, _ = loss_triton.scan_keys(case["query"], case["key"], rows, scores, None, sum_keys=True)
+    factor = torch.ones((), device=DEVICE)
+    found = loss_triton.label_loss(
+        case["query"], case["key"], rows, scores, None, None, factor, factor, head_filter=True
+    )
+    assert found.is_induction[0].tolist() == [True, False]
     poisoned = case["key"].clone()
     poisoned[:, 1] = torch.nan
-    _, mean_key = loss_triton.scan_keys(
-        case["query"], poisoned, rows, scores, None, active=result.is_induction, sum_keys=True
-    )
-    assert mean_key.isfinite().all() and (mean_key[0, 1] == 0).all()
-    coefficient = torch.tensor([[1.0, 0.0]], device=DEVICE)
-    factor = torch.ones((), device=DEVICE)
-    base = torch.full_like(grad_key, 2.0)
-    grad = loss_triton.grad_key(
-        case["query"], poisoned, rows, scores, lse, coefficient, coefficient, factor, factor,
-        accumulate_into=base,
+    grads = [torch.full_like(case[name], 2.0) for name in ("query", "key")]
+    loss_triton.add_gradients(
+        *grads, case["query"], poisoned, rows, scores,
+        loss_triton.Normalizer(found.peak, found.total), found.mean_weight, found.is_induction,
+        torch.ones_like(found.loss), factor, factor, head_filter=True, packed=False, longest=60,
     )  # fmt: skip
-    assert grad is base and (grad[:, 1] == 2).all() and grad.isfinite().all()
-    assert (grad[:, 0] != 2).any()
+    for grad in grads:
+        assert (grad[:, 1] == 2).all() and grad.isfinite().all()
+        assert (grad[:, 0] != 2).any()
 
 
 def test_nan_is_passed_on():
@@ -245,9 +233,8 @@ def test_an_index_out_of_bounds_is_nan_not_a_wrong_number(broken):
     scores = loss_triton.Scores(1.0, None, None)
     query, key = case["query"], case["key"]
     factor = torch.ones((), device=DEVICE)
-    lse, _ = loss_triton.scan_keys(query, key, rows, scores, None, sum_keys=False)
     found = loss_triton.label_loss(
-        query, key, rows, scores, lse, factor, factor, head_filter=True, sum_keys=False
+        query, key, rows, scores, None, None, factor, factor, head_filter=True
     )
     assert found.loss.isnan().all() and found.label_mass.isnan().all()
 
