@@ -119,7 +119,7 @@ class _Options(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """The results of the backward's op, in its order; sinks is (0,) if there are no sinks."""
+    """The results of the backward's op, in its order; sinks is (0,) unless sinks learn."""
 
     query: Tensor
     key: Tensor
@@ -226,14 +226,16 @@ def _backward_op(
     head_filter: bool,
     attention: str,
     backend: str,
+    sinks_learn: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     prompts, scores = Prompts(cu_seqlens, longest), Scores(scale, softcap, window)
+    learning = sinks if sinks_learn else None
     if grad_out is None:  # nothing uses the output, as in the last layer
         grads = [t.new_zeros(t.shape) for t in (query, key, value)]
-        grad_sinks = None if sinks is None else sinks.new_zeros(sinks.shape)
+        grad_sinks = None if learning is None else learning.new_zeros(learning.shape)
     else:
         *grads, grad_sinks = attention_backward(
-            attention, grad_out, query, key, value, sinks, out, lse, prompts, scores
+            attention, grad_out, query, key, value, learning, out, lse, prompts, scores
         )
     grad_query, grad_key, grad_value = (grad.contiguous() for grad in grads)
     if grad_loss is not None and len(label_positions):
@@ -258,9 +260,9 @@ def _backward_op(
             packed=True,
             longest=longest,
         )
-        if sinks is not None and grad_sinks is not None:
+        if learning is not None and grad_sinks is not None:
             grad_sinks += loss_grad_sinks(
-                sinks, rows, normalizer, mean_weight, is_induction, grad_loss, head_filter
+                learning, rows, normalizer, mean_weight, is_induction, grad_loss, head_filter
             )
     if grad_sinks is None:
         grad_sinks = query.new_empty(0)
@@ -271,9 +273,9 @@ def _backward_op(
 def _(
     grad_out: Tensor | None, grad_loss: Tensor | None, *saved_and_options: Any
 ) -> tuple[Tensor, ...]:
-    query, key, value, sinks, *_ = saved_and_options
+    query, key, value, sinks, *_, sinks_learn = saved_and_options
     grads = (t.new_empty(t.shape) for t in (query, key, value))
-    return (*grads, query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape))
+    return (*grads, sinks.new_empty(sinks.shape) if sinks_learn else query.new_empty(0))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -290,8 +292,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, *grads: Tensor | None) -> _Inputs:
     grads, saved = _Outputs._make(grads), _Saved(*ctx.saved_tensors)
+    sinks_learn = saved.sinks is not None and _Inputs(*ctx.needs_input_grad).sinks
     gradients = _Gradients(
-        *_backward_op(grads.out, grads.loss, **saved._asdict(), **ctx.options._asdict())
+        *_backward_op(
+            grads.out,
+            grads.loss,
+            **saved._asdict(),
+            **ctx.options._asdict(),
+            sinks_learn=sinks_learn,
+        )
     )
     return none_but(
         _Inputs,
@@ -299,7 +308,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> _Inputs:
         key=gradients.key,
         # Without the output the loss alone is differentiated, and it does not depend on values.
         value=None if grads.out is None else gradients.value,
-        sinks=None if saved.sinks is None else gradients.sinks,
+        sinks=gradients.sinks if sinks_learn else None,
     )
 
 

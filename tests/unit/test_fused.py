@@ -13,7 +13,8 @@ from abft_kernels import (
     loss_torch,
     reference,
 )
-from abft_kernels.attention.registry import FLASH_ATTENTIONS
+from abft_kernels import fused as fused_module
+from abft_kernels.attention.registry import FLASH_ATTENTIONS, attention_forward
 from abft_kernels.attention.separate import visible_keys
 from abft_kernels.types import Prompts, Scores
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -156,6 +157,59 @@ def test_without_gradient_the_results_are_the_same():
     assert not out.requires_grad and not result.loss.requires_grad
     expected_out, expected, _ = run(fused, case)
     assert torch.equal(out, expected_out) and torch.equal(result.loss, expected.loss)
+
+
+class Wide(TorchDispatchMode):
+    """Notes operations whose results are as large as the queries, in float32 or more."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.found = elements, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and made.numel() >= self.elements:
+            self.found += [func] * (made.element_size() > 2)
+        return made
+
+
+def test_sinks_take_no_wide_temporaries(monkeypatch):
+    case = make_fused(torch.float16, sinks=True)
+    arguments = case["q"], case["k"], case["v"]
+    prompts = Prompts(case["cu_seqlens"], max(LENGTHS))
+    scores = Scores(case["q"].shape[-1] ** -0.5, None, None)
+    name, _ = choose_attention(case["q"])
+    implementation = FLASH_ATTENTIONS[name]
+    out, without = implementation.forward(*arguments, prompts, scores)
+    monkeypatch.setitem(
+        FLASH_ATTENTIONS, name, implementation._replace(forward=lambda *_: (out.clone(), without))
+    )
+    with Wide(out.numel()) as wide:
+        found, lse = attention_forward(name, *arguments, case["sinks"], prompts, scores)
+    assert not wide.found
+    assert torch.equal(found, (out * torch.exp(without - lse).T[..., None]).half())
+
+
+@pytest.mark.parametrize("use", [("out", "loss"), ("loss",)], ids="+".join)
+def test_frozen_sinks_cost_no_gradient(use, monkeypatch):
+    case = make_fused(torch.float32, sinks=True)
+    out, result, expected = run(fused, case, use)
+    sinks_of_attention = []
+    real = fused_module.attention_backward
+
+    def backward(name, grad_out, q, k, v, sinks, *rest):
+        sinks_of_attention.append(sinks)
+        return real(name, grad_out, q, k, v, sinks, *rest)
+
+    monkeypatch.setattr(fused_module, "attention_backward", backward)
+    monkeypatch.setattr(fused_module, "loss_grad_sinks", None)  # a call would fail
+    sinks = case.pop("sinks")
+    same_out, same, grads = run(fused, case, use, sinks=sinks)
+    assert torch.equal(same_out, out) and torch.equal(same.loss, result.loss)
+    assert sinks_of_attention == [None] * ("out" in use)
+    for name, grad in grads.items():
+        if grad is not None or expected[name] is not None:
+            assert torch.equal(grad, expected[name]), name
 
 
 def test_dropout_leaves_the_loss_alone():

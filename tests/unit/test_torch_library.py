@@ -74,11 +74,11 @@ def test_opcheck_of_the_backwards(backend):
         tensors, options = inputs[:10], inputs[10:]
         op = torch.ops.abft.flash_attention_with_last_row_loss
         out, lse, loss, _, _, is_induction, *residuals = op(*tensors, *options, True)
-        for grad_out in (torch.rand_like(out), None):
+        for grad_out, sinks_learn in ((torch.rand_like(out), True), (None, True), (None, False)):
             torch.library.opcheck(
                 torch.ops.abft.flash_attention_with_last_row_loss_backward.default,
                 (grad_out, torch.rand_like(loss), *tensors, out, lse, is_induction, *residuals,
-                 *options),
+                 *options, sinks_learn),
             )  # fmt: skip
 
 

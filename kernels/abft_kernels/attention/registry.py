@@ -98,7 +98,7 @@ def attention_forward(
     if sinks is not None:
         without = lse
         lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-        out = (out * torch.exp(without - lse).T[..., None]).to(out.dtype)
+        out.mul_(torch.exp(without - lse).T[..., None])  # in place: no copy of it in float32
     return out, lse
 
 
@@ -114,7 +114,7 @@ def attention_backward(
     prompts: Prompts,
     scores: Scores,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the gradients of q, k, v and the sinks."""
+    """Return the gradients of q, k, v, and of the sinks if there are any that learn."""
     dq, dk, dv = FLASH_ATTENTIONS[name].backward(grad_out, q, k, v, out, lse, prompts, scores)
     if sinks is None:
         return dq, dk, dv, None
