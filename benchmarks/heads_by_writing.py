@@ -69,8 +69,7 @@ def loss_of_writing_heads(model, prompts, packed, config, penalty):
     effect = writes(model, prompts, packed)
     forward = PackedForward(packed, loss_options(config, penalty), config.attention_backend)
     run_packed(prepare(model), forward)
-    results = [forward.results._by_layer[i] for i in forward.results.with_graph()]
-    losses = torch.stack([result.loss for result in results])
+    losses = torch.stack([result.loss for result in forward.results.in_order()])
     behavior = forward.behavior()
     shares = [sum(p.label_is_correct) / len(p.label_positions) for p in prompts]
     chance = torch.tensor(shares)[:, None]

@@ -74,9 +74,13 @@ class LayerResults:
         total = torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
         return total / self._prompts
 
+    def in_order(self) -> list[LastRowLoss]:
+        """Return the results of the layers, the first one first."""
+        return [self._by_layer[index] for index in sorted(self._by_layer)]
+
     def behavior(self, loss: Tensor) -> AttentionBehavior:
         """Stack all layers, on the device of `loss`."""
-        results = [self._by_layer[index] for index in sorted(self._by_layer)]
+        results = self.in_order()
         masses = (
             torch.stack([getattr(result, name).to(loss.device) for result in results])
             for name in ("label_mass", "correct_mass", "is_induction")
