@@ -150,7 +150,7 @@ def plan(flags: dict[str, Any]) -> None:
     streams.check_stdout()
     checks.check_plan(config)
     if config.stream:
-        from abft_fast.commands.plan_streamed import plan_stream
+        from abft_fast.commands.streamed.plan import plan_stream
 
         printing.print_streamed_plan(config.model, *plan_stream(config, Progress()))
         return
@@ -249,7 +249,7 @@ def doctor(flags: dict[str, Any]) -> None:
     findings, problems = diagnose()
     speeds = ""
     if config.measure is not None:
-        from abft_fast.commands.measured_speeds import measure
+        from abft_fast.commands.streamed.speeds import measure
 
         measured, speeds = measure(config.measure)
         findings += measured

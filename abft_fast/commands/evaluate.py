@@ -50,7 +50,7 @@ def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
             for line in (*adapter_origin.differences(config), *config.without_effect):
                 progress.say(line)
             if config.stream:
-                from abft_fast.commands.streamed import evaluate_streamed  # it uses this module
+                from abft_fast.commands.streamed.run import evaluate_streamed  # it uses this module
 
                 metrics, attention = evaluate_streamed(config, session, tests)
             else:

@@ -72,7 +72,7 @@ def predict(
 
 def _labeller(config: PredictConfig, dataset: Dataset, progress: Progress) -> Labeller:
     if config.stream:
-        from abft_fast.commands.predict_streamed import StreamedLabeller  # it uses this module
+        from abft_fast.commands.streamed.predict import StreamedLabeller  # it uses this module
 
         return StreamedLabeller(config, dataset, progress)
     return Labeller(config, dataset, progress)

@@ -63,7 +63,7 @@ def train(config: TrainConfig, run: RunFolder, progress: Progress) -> RunFolder:
         run = RunFolder(processes.from_main(run.folder))
         try:
             if config.stream:
-                from abft_fast.commands.streamed import train_streamed  # it uses this module
+                from abft_fast.commands.streamed.run import train_streamed  # it uses this module
 
                 train_streamed(config, run, progress)
             else:

@@ -122,8 +122,8 @@ REAL = """
 import json, sys
 from pathlib import Path
 import torch
-from abft_fast.commands.plan_streamed import plan_stream
-from abft_fast.commands.streamed import StreamedTraining
+from abft_fast.commands.streamed.plan import plan_stream
+from abft_fast.commands.streamed.run import StreamedTraining
 from abft_fast.commands.train import prepare_data
 from abft_fast.options import PlanConfig, TrainConfig
 from abft_fast.options.resolve import resolve

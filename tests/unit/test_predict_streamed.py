@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from abft_fast import data
-from abft_fast.commands import predict, predict_streamed
-from abft_fast.commands.predict_streamed import StreamedLabeller
+from abft_fast.commands import predict
+from abft_fast.commands.streamed import predict as predict_streamed
+from abft_fast.commands.streamed.predict import StreamedLabeller
 from abft_fast.core.packed_forward import PackedForward
 from abft_fast.errors import UserError
 from abft_fast.models import loading

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from abft_fast.commands.measured_speeds import measure
+from abft_fast.commands.streamed.speeds import measure
 from abft_fast.errors import UserError
 from abft_fast.options import PlanConfig
 from abft_fast.options.resolve import resolve

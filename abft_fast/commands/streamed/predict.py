@@ -12,7 +12,7 @@ from torch import Tensor
 
 from abft_fast.commands import adapter_origin
 from abft_fast.commands.predict import Labeller
-from abft_fast.commands.streamed import streamed_model
+from abft_fast.commands.streamed.run import streamed_model
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.core.shared_prefix import common_prefix
 from abft_fast.models.base_identity import base_of_adapter

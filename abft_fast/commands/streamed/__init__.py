@@ -1,0 +1,1 @@
+"""The verbs with `--stream`, which read a model block by block, and the speeds of their plan."""
