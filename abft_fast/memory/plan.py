@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedConfig
 
+from abft_fast.data import BOXES
 from abft_fast.errors import UserError
 from abft_fast.memory.measure import static_memory, step_memory
 from abft_fast.memory.simulation import CannotCount
@@ -80,6 +81,8 @@ def what_to_change(
     flow = max(plan.steps, key=plan.most_demonstrations)
     if not plan.most_demonstrations(flow):
         return "not even a prompt with one demonstration fits: use a larger GPU or a smaller model"
+    if config.dataset in BOXES:  # the dataset's name sets k
+        return f"try {options}{flow.options}, and a dataset of fewer boxes"
     return f"try {options}{flow.options} --k {plan.most_demonstrations(flow)}"
 
 

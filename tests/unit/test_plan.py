@@ -349,6 +349,18 @@ def test_advice_is_advice_that_can_be_followed():
     assert advice.startswith("try --quantized --trainable lora --gradient ")
 
 
+@pytest.mark.slow
+def test_boxes_are_not_advised_another_k():
+    shape = tiny_config("llama", max_position_embeddings=4096)
+    few, many = options(quantized=True), options(quantized=True, dataset="boxes7")
+    start, length = "try --gradient local", 1000
+    room = step_memory(shape, few, FLOAT32, Flow("local"), length).at(700)
+    limit = static_memory(shape, few, FLOAT32).total + int(room)
+    assert plan.what_to_change(shape, few, FLOAT32, length, limit).startswith(f"{start} --k ")
+    advice = plan.what_to_change(shape, many, FLOAT32, length, limit)
+    assert advice == f"{start}, and a dataset of fewer boxes"
+
+
 def test_a_cpu_packs_no_more_than_the_plan_has_room_for(tmp_path):
     config = options(train_samples=8, device="cpu")
     found = train.TrainSession(config, Progress())
