@@ -38,7 +38,7 @@ _GRADIENT_KEYS_PER_SPLIT = 2048  # below, the programs of one launch write the g
 _TILE_BYTES = 16384
 _SCAN_STAGES = 3
 _GRADIENT_TILE_BYTES = 4096
-_GRADIENT_STAGES = 6
+_GRADIENT_BYTES_IN_FLIGHT = 20480  # where tiles are larger, fewer stages: cards hold 99 KiB
 
 
 @triton.jit
@@ -509,7 +509,7 @@ def _gradient_kernel(
     penalty_ptr, reward_ptr,  # scalars, or (R, Hq) if factor_stride is 1
     grad_query_ptr,  # like the queries, in and out
     grad_key_ptr,  # (T, Hkv, D), in and out
-    part_ptr,  # (R, Hq, splits, D) out, if SPLIT: the query's gradient of each split
+    part_ptr,  # (R, Hq, splits, D) out: dq of each split, unless a packed row has one
     scale, softcap, window, tokens, splits, rows, labels, head_filter, factor_stride,
     peak_token_stride, peak_head_stride, loss_row_stride, loss_head_stride,
     query_row_stride, query_head_stride, key_token_stride, key_head_stride,
@@ -517,7 +517,7 @@ def _gradient_kernel(
     GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr, TILES: tl.constexpr, LABEL_BLOCK: tl.constexpr,
     ROW_BLOCK: tl.constexpr, EARLIER_ROW_BLOCK: tl.constexpr,
-    CAPPED: tl.constexpr, PACKED: tl.constexpr, KNOWN_LSE: tl.constexpr, SPLIT: tl.constexpr,
+    CAPPED: tl.constexpr, PACKED: tl.constexpr, KNOWN_LSE: tl.constexpr,
 ):  # fmt: skip
     """Add dk of one split of a row's keys, and the row's dq, for one key head.
 
@@ -617,21 +617,11 @@ def _gradient_kernel(
                     grad_query = _add_dot_float32(grad_query, grad_scores, key)
                     here += KEY_BLOCK
             if later == 0:
-                if SPLIT:
-                    own, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
-                    part = own.to(tl.int64) * splits + split
-                    tl.store(
-                        part_ptr + part[:, None] * HEAD_DIM + tl.arange(0, DIM_BLOCK)[None, :],
-                        grad_query * unit,
-                        mask=exists[:, None] & in_head,
-                    )
-                else:
-                    _add_to_query(
-                        grad_query_ptr, grad_query * unit,
-                        _query_row(key_end_ptr, row, tokens, PACKED), key_head,
-                        grad_query_row_stride, grad_query_head_stride,
-                        GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
-                    )  # fmt: skip
+                _leave_query_gradient(
+                    grad_query_ptr, part_ptr, grad_query * unit, key_end_ptr, row, split, splits,
+                    tokens, key_head, grad_query_row_stride, grad_query_head_stride,
+                    GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK, PACKED,
+                )  # fmt: skip
         if not PACKED:
             tl.debug_barrier()  # the next row reads what this one has written
 
@@ -650,6 +640,33 @@ def _add_to_query(
     there = (member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
     old = tl.load(pointers, mask=there, other=0.0).to(tl.float32)
     tl.store(pointers, old + added, mask=there)
+
+
+@triton.jit
+def _leave_query_gradient(
+    grad_query_ptr, part_ptr, grad_query, key_end_ptr, row, split, splits, tokens, key_head,
+    row_stride, head_stride,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Add a packed row's only part to its query's gradient; else store the part of this split."""
+    whole = False
+    if PACKED:
+        whole = splits == 1
+    if whole:
+        _add_to_query(
+            grad_query_ptr, grad_query, _query_row(key_end_ptr, row, tokens, PACKED), key_head,
+            row_stride, head_stride, GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
+        )  # fmt: skip
+    else:
+        offsets, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
+        part = offsets.to(tl.int64) * splits + split
+        dim = tl.arange(0, DIM_BLOCK)
+        tl.store(
+            part_ptr + part[:, None] * HEAD_DIM + dim[None, :],
+            grad_query,
+            mask=exists[:, None] & (dim < HEAD_DIM)[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -787,7 +804,8 @@ def add_gradients(
     shape = _Shape(query, key, rows)
     splits = _count_splits(shape, longest, _GRADIENT_KEYS_PER_SPLIT)
     parts = (shape.rows, shape.query_heads, splits, shape.head_dim)
-    part = query.new_empty(parts if splits > 1 else 0, dtype=torch.float32)
+    in_parts = splits > 1 or not packed
+    part = query.new_empty(parts if in_parts else 0, dtype=torch.float32)
     outputs = [_readable(grad) for grad in (grad_query, grad_key)]
     known = normalizer.total is None
     with _on_device(query):
@@ -800,10 +818,10 @@ def add_gradients(
             *grad_loss.stride(), *shape.strides(query, key), *shape.strides(*outputs),
             **shape.constants(), KEY_BLOCK=shape.gradient_block, TILES=_SPAN_TILES,
             LABEL_BLOCK=_LABEL_BLOCK, ROW_BLOCK=_ROW_BLOCK, EARLIER_ROW_BLOCK=_EARLIER_ROW_BLOCK,
-            CAPPED=scores.softcap is not None, PACKED=packed, KNOWN_LSE=known, SPLIT=splits > 1,
-            **shape.launch(_GRADIENT_STAGES),
+            CAPPED=scores.softcap is not None, PACKED=packed, KNOWN_LSE=known,
+            **shape.launch(shape.gradient_stages),
         )  # fmt: skip
-        if splits > 1:
+        if in_parts:
             _sum_parts_kernel[(shape.rows, shape.key_heads)](
                 part, is_induction, grad_loss, rows.key_end, outputs[0],
                 scores.scale, shape.tokens, splits, int(head_filter), *grad_loss.stride(),
@@ -828,6 +846,8 @@ class _Shape:
         row_bytes = self.dim_block * query.element_size()
         self.key_block = max(16, min(64, _TILE_BYTES // row_bytes))
         self.gradient_block = max(16, min(64, _GRADIENT_TILE_BYTES // row_bytes))
+        gradient_tile = self.gradient_block * row_bytes
+        self.gradient_stages = 1 + max(1, min(5, _GRADIENT_BYTES_IN_FLIGHT // gradient_tile))
         # Float32 products keep their operands in registers.
         wide = self.group_block * self.dim_block >= (2048 if query.element_size() > 2 else 16384)
         self.warps = 8 if wide else 4
