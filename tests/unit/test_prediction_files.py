@@ -52,7 +52,7 @@ def test_the_options_are_those_that_make_sense():
         "model", "quantized", "bits", "config", "debug", "adapter", "demonstrations", "input",
         "output", "text_column", "label_column", "delimiter", "template", "prompt_form",
         "label_token", "on_long_prompt", "token_budget", "attention_backend", "device",
-        "device_map", "mixed_precision",
+        "device_map", "mixed_precision", "stream", "stream_states",
     }  # fmt: skip
 
 
