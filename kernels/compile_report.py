@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+HEAD_DIMS = (64, 128, 256)  # all others are padded to one of these
 GROUPS = (4, 32)  # query heads a key head: up to 16 share one tile size, 32 have the next
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
