@@ -19,7 +19,7 @@ from abft_fast.options.data import (
     absolute_place,
 )
 from abft_fast.options.merge import parse_adapters
-from abft_fast.options.model import PromptOptions
+from abft_fast.options.model import PromptOptions, check_stream_placement
 from abft_fast.options.without_effect import EVALUATION, Rule, lines_without_effect
 
 _OF_BOXES = {
@@ -192,11 +192,8 @@ class EvalConfig(Options):
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
-        if self.stream and self.device_map == "auto":
-            raise ValueError(
-                "--stream and --device-map auto, which keeps all layers on GPUs: leave one of "
-                "them out"
-            )
+        if self.stream:
+            check_stream_placement(self)
         if self.stream and self.adapter_is_a_sum:
             raise ValueError(
                 f"--stream and --adapter {self.adapter}, which is a sum: name one folder without a "

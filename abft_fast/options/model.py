@@ -65,6 +65,18 @@ class PlacementOptions(ModelOptions):
         return "no" if value is False else value  # YAML reads `no` as false
 
 
+def check_stream_placement(options: PlacementOptions) -> None:
+    """Refuse a streamed model whose layers are all to be on GPUs.
+
+    Raises:
+        ValueError: `device_map` is `auto`.
+    """
+    if options.device_map == "auto":
+        raise ValueError(
+            "--stream and --device-map auto, which keeps all layers on GPUs: leave one of them out"
+        )
+
+
 class PromptOptions(PlacementOptions):
     """Options that say how prompts are written and what runs the model on them."""
 

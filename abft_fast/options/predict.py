@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from abft_fast.options.data import ColumnOptions
-from abft_fast.options.model import PromptOptions
+from abft_fast.options.model import PromptOptions, check_stream_placement
 
 
 class PredictConfig(PromptOptions, ColumnOptions):
@@ -57,11 +57,8 @@ class PredictConfig(PromptOptions, ColumnOptions):
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
-        if self.stream and self.device_map == "auto":
-            raise ValueError(
-                "--stream and --device-map auto, which keeps all layers on GPUs: leave one of "
-                "them out"
-            )
+        if self.stream:
+            check_stream_placement(self)
         if self.stream_states == "disk":
             if not self.stream:
                 raise ValueError("--stream-states disk needs --stream")

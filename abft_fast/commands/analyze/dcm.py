@@ -63,21 +63,20 @@ def dcm(config: DcmConfig, progress: Progress) -> Results:
     pairs = {name: _pairs(session, name) for name in config.chosen}
     pair = session.pair()
     sources = [each.source for some in pairs.values() for each in some]
-    session.check_attention([*session.encoded.prompts, *sources])
-    longest = max(map(len, [*session.encoded.prompts, *sources]))
-    check_can_patch(session.model, longest)
+    prompts = [*session.encoded.prompts, *sources]
+    session.check_attention(prompts)
+    check_can_patch(session.model, max(map(len, prompts)))
     pair.keep_label_rows(session.encoder.label_ids)
     sides = {"before": pair.base}
     if config.adapter is not None or config.tuned is not None:
         sides["after"] = pair.tuned
     learning = MaskLearning(
         config.head_cost,
-        float(config.learning_rate),
+        config.learning_rate,
         config.steps,
         config.batch_size,
         config.attention_backend,
     )
-    prompts = [*session.encoded.prompts, *sources]
     learnt: dict[tuple[str, str], Learnt] = {}
     uses = sum(
         learning.steps * min(learning.batch_size, len(some[::2])) + len(some[1::2])
