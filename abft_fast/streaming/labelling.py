@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 
 from abft_fast.core.backbone import attention_layers, prepare
-from abft_fast.core.label_logits import label_logits_of
 from abft_fast.core.packed_forward import KeysAndValues, PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.core.run_packed import run_packed
@@ -22,7 +21,7 @@ from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.token_budget import in_halves
 from abft_fast.streaming.group import PromptGroup
 from abft_fast.streaming.model import StreamedModel
-from abft_fast.streaming.stages import Stage
+from abft_fast.streaming.stages import Stage, run_block
 
 
 class Labelling(Stage):
@@ -114,11 +113,8 @@ class Labelling(Stage):
         places: Sequence[int],
     ) -> None:
         forward = self._forward(block, group, places, prefix=kept)
-        model = self.streamed.model
-        if block.stop < self.streamed.layers:
-            run_packed(prepare(model), forward)
-        else:
-            rows = label_logits_of(model, forward, self._label_ids)
+        rows = run_block(self.streamed, block, forward, self._label_ids)
+        if rows is not None:
             self.logits[[indices[place] for place in places]] = rows.float().cpu()
         group.store(places, forward.leaving)
 

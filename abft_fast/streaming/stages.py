@@ -255,13 +255,10 @@ class Evaluating(Stage):
             part=block,
             entering=group.entering(places, self.accelerator.device),
         )
-        model = self.streamed.model
         with fast_float32_linear(), self.accelerator.autocast():
-            if block.stop < self.streamed.layers:
-                run_packed(prepare(model), forward)
-            else:
-                rows = label_logits_of(model, forward, part.label_ids)
-                part.logits[[indices[place] for place in places]] = rows.float().cpu()
+            rows = run_block(self.streamed, block, forward, part.label_ids)
+        if rows is not None:
+            part.logits[[indices[place] for place in places]] = rows.float().cpu()
         group.store(places, forward.leaving)
         group.observe(block, places, forward.behavior())
 
@@ -281,6 +278,20 @@ class Evaluating(Stage):
         for group in part.groups if behavior else ():
             heads.join(group.behavior())
         return encoded.of_answers(part.logits), heads
+
+
+def run_block(
+    streamed: StreamedModel, block: range, forward: PackedForward, label_ids: Sequence[int]
+) -> Tensor | None:
+    """Run R prompts through a block.
+
+    Returns:
+        Behind the last layer the label words' logits, (R, labels); None before it.
+    """
+    if block.stop < streamed.layers:
+        run_packed(prepare(streamed.model), forward)
+        return None
+    return label_logits_of(streamed.model, forward, label_ids)
 
 
 class _Part:
