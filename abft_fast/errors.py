@@ -22,6 +22,17 @@ class ProcessEnded(RunError):  # noqa: N818 - what happened, to another one
     """Another process of this run is gone, so nothing can be waited for."""
 
 
+class FailedApart(Exception):  # noqa: N818 - what happened, to the error inside
+    """The error of a process that worked for itself: no other process can print it.
+
+    Attributes:
+        error: what ended the process.
+    """
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
 class Interrupted(Exception):  # noqa: N818 - no error
     """Ended from outside: the message says how to go on. Exit code 130."""
 

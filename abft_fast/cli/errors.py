@@ -8,7 +8,7 @@ import traceback as tracebacks
 
 import typer
 
-from abft_fast.errors import Interrupted, ProcessEnded, RunError, SaidByMain, UserError
+from abft_fast.errors import FailedApart, Interrupted, ProcessEnded, RunError, SaidByMain, UserError
 from abft_fast.runtime import launch
 
 INTERRUPTED = 130
@@ -34,7 +34,7 @@ def report(error: BaseException, *, traceback: bool) -> int:
         tracebacks.print_exception(error)
     message, code = explain(error)
     message = " ".join(message.split())
-    if isinstance(error, ProcessEnded):
+    if isinstance(error, ProcessEnded | FailedApart):
         launch.exit_at_once(message, code)
     if not launch.is_main() and isinstance(error, _SAME_EVERYWHERE):
         launch.exit_after_main(code, seconds=0 if code == INTERRUPTED else 10)
@@ -47,6 +47,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     """Return the line that a user reads, and the exit code."""
     code = 1
     match error:
+        case FailedApart():
+            line, code = explain(error.error)
         case UserError():
             line, code = str(error), 2
         case Interrupted():

@@ -65,13 +65,16 @@ def check_train(flags: dict[str, Any]) -> tuple[TrainConfig, RunFolder]:
         check_train_data(config)
     check_model(config.model)
     _check_device(config)
-    _check_alone(config.stream)
+    _check_processes(config)
     return config, run
 
 
-def _check_alone(stream: bool) -> None:
-    if stream and launch.process_count() > 1:
-        raise UserError("--stream runs in one process: start it without a launcher")
+def _check_processes(config: TrainConfig) -> None:
+    if config.stream and launch.process_count() > 1 and not config.pipeline:
+        raise UserError(
+            "--stream runs in one process: start it without a launcher, or add --pipeline, which "
+            "divides the layers among the processes"
+        )
 
 
 def _resumed(flags: dict[str, Any]) -> tuple[RunFolder, TrainConfig]:
@@ -102,7 +105,8 @@ def check_evaluate(config: EvalConfig) -> None:
     for folder in config.adapter_folders:
         adapter_origin.check_tested_apart(config, folder)
     _check_device(config)
-    _check_alone(config.stream)
+    if config.stream and launch.process_count() > 1:
+        raise UserError("eval --stream runs in one process: start it without a launcher")
 
 
 def check_plan(config: PlanConfig) -> None:

@@ -121,6 +121,12 @@ class TrainConfig(TrainingDataOptions):
         "--gradient local or a number; --save-steps counts blocks. The penalty is controlled for "
         "each block by its own heads (ours), or not with --adaptation none.",
     )
+    pipeline: bool = Field(
+        False,
+        description="With --stream, under a launcher: each process holds some of the blocks for "
+        "the whole run, takes the hidden states of a step from the process before it, and hands "
+        "them on. The result is that of one process.",
+    )
     stream_states: Literal["memory", "disk"] = Field(
         "memory",
         description="Where --stream keeps the hidden states of all prompts between blocks. disk: "
@@ -306,7 +312,14 @@ class TrainConfig(TrainingDataOptions):
         if not self.stream:
             if self.stream_states != "memory":
                 raise ValueError(f"--stream-states {self.stream_states} needs --stream")
+            if self.pipeline:
+                raise ValueError("--pipeline needs --stream")
             return self
+        if self.pipeline and self.stream_states != "memory":
+            raise ValueError(
+                f"--pipeline and --stream-states {self.stream_states}: a process keeps one step's "
+                "hidden states at a time, so leave --stream-states out"
+            )
         if self.gradient == "full":
             raise ValueError(
                 "--stream trains one block of layers after the other, and with --gradient full a "

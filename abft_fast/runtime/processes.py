@@ -1,8 +1,8 @@
 """Let the processes of one run work together; in a run of one process, nothing here waits.
 
 Each process holds the whole model and computes its share of the prompts. The main process decides
-whatever depends on files. An error on one process ends all of them with one message. No process
-waits for another process in any other module.
+whatever depends on files. An error on one process ends all of them with one message. In no other
+module but `neighbours` does a process wait for another one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -18,16 +19,19 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
-from abft_fast.errors import ProcessEnded, RunError, SaidByMain, UserError
+from abft_fast.errors import FailedApart, ProcessEnded, RunError, SaidByMain, UserError
 from abft_fast.runtime import launch
 from abft_fast.runtime.batching import balanced_shares
 from abft_fast.runtime.token_budget import is_out_of_memory
 
 T = TypeVar("T")
+_are_apart = ContextVar("_are_apart", default=False)
 
 
 def count() -> int:
-    """Return how many processes run together."""
+    """Return how many processes run together; 1 while they work apart."""
+    if _are_apart.get():
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -58,7 +62,7 @@ def running(cpu: bool) -> Iterator[None]:
     group_is_whole = True
     try:
         yield
-    except ProcessEnded:
+    except (ProcessEnded, FailedApart):
         group_is_whole = False
         raise
     finally:
@@ -105,6 +109,27 @@ def fail_together() -> Iterator[None]:
     raise SaidByMain(2 if isinstance(errors[0], UserError) else 1) from error
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Run a block in which each process works for itself, as if it were the only one.
+
+    Raises:
+        FailedApart: this process's error, where there are other processes.
+    """
+    are_several = count() > 1
+    token = _are_apart.set(True)
+    try:
+        yield
+    except ProcessEnded:
+        raise
+    except Exception as error:
+        if are_several:
+            raise FailedApart(error) from error
+        raise
+    finally:
+        _are_apart.reset(token)
+
+
 def run_on_main(function: Callable[..., None], *arguments: object) -> None:
     """Call a function on the main process; all processes wait for it and fail if it fails."""
     with fail_together():
@@ -128,7 +153,7 @@ def gather(value: T) -> list[T]:
     """
     if count() == 1:
         return [value]
-    with _collective():
+    with waiting_for_others():
         return gather_object([value])
 
 
@@ -162,7 +187,7 @@ def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) 
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    with _collective():
+    with waiting_for_others():
         total = accelerator.reduce(flat, reduction="sum")
     parts = total.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
@@ -170,8 +195,12 @@ def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) 
 
 
 @contextmanager
-def _collective() -> Iterator[None]:
-    """Run a collective; an error in it, other than out of memory, means a process has ended."""
+def waiting_for_others() -> Iterator[None]:
+    """Wait for other processes; an error, other than out of memory, means that one has ended.
+
+    Raises:
+        ProcessEnded: another process has ended.
+    """
     try:
         yield
     except RuntimeError as error:

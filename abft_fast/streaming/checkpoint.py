@@ -99,6 +99,7 @@ class WalkCheckpoint:
 
     def put_trained_back(self, streamed: StreamedModel, blocks: Sequence[range]) -> None:
         """Give the model what all blocks have learnt, to write the adapter."""
+        self._put_lora_back(streamed, blocks)
         for number, block in enumerate(blocks, start=1):
             tensors = load_file(self._of(number) / _TRAINED)
             for name, module in streamed.trained_modules(block).items():

@@ -76,7 +76,7 @@ class PromptGroup:
         """Store the hidden states of some prompts that leave the block, (1, T, width)."""
         if leaving is None:
             return
-        states = leaving[0].cpu()
+        states = leaving[0].to(self._states.device)
         if self._leaving is None:
             self._leaving = states.new_empty(sum(self.lengths), states.shape[1])
         self._leaving[self._rows(places)] = states
@@ -95,6 +95,14 @@ class PromptGroup:
         if self._leaving is not None:
             self._states.write(self._number, self._leaving)
         self._entering = self._leaving = None
+
+    def arrive(self, states: Tensor) -> None:
+        """Take the hidden states from another process; they enter the next block."""
+        self._states.write(self._number, states.to(self._states.device))
+
+    def depart(self) -> Tensor:
+        """Return the hidden states that left the last block, for another process."""
+        return self._states.read(self._number)
 
     def behavior(self) -> BehaviorMean:
         """Return what the heads of all layers did; of no prompt where they were not observed."""

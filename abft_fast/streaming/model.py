@@ -96,6 +96,7 @@ class StreamedModel:
 
     Attributes:
         name: as `--model` names it.
+        device: where weights are brought.
         is_quantized: whether weights are quantized as they come.
         model: the model, of which `bring` makes some layers ready.
         weights: the model's files.
@@ -114,7 +115,7 @@ class StreamedModel:
         dtype: torch.dtype,
         bits: int | None,
     ):
-        self.name, self._device, self.is_quantized = name, device, bits is not None
+        self.name, self.device, self.is_quantized = name, device, bits is not None
         self.model: PreTrainedModel = skeleton(copy.deepcopy(config), dtype, bits)
         if bits is not None:
             self.model.config.quantization_config = quantization(bits, dtype)
@@ -142,8 +143,7 @@ class StreamedModel:
         ]
         self._ahead: dict[str, Tensor] = {}
         self._trained: dict[int, list[Projection]] = {}
-        for index, layer in enumerate(self._layers):
-            layer.forward = Away(index)
+        self.pass_by(range(self.layers))
 
     def check_length(self, longest: int) -> None:
         """Refuse prompts so long that this family cannot pack them.
@@ -256,7 +256,7 @@ class StreamedModel:
         On a CPU both would share the processor. With a GPU the host waits anyway, and its free
         memory must hold two of the largest block.
         """
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return False
         places = [[place for index in block for place in self._places[index]] for block in blocks]
         sizes = (sum(p.empty.numel() * self._dtype_of(p).itemsize for p in each) for each in places)
@@ -290,16 +290,26 @@ class StreamedModel:
             for module in layer.modules():
                 self._make_buffers(module)
                 for parameter in module.parameters(recurse=False):  # of adapters
-                    if parameter.device not in (self._device, torch.device("meta")):
-                        parameter.data = parameter.data.to(self._device)
+                    if parameter.device not in (self.device, torch.device("meta")):
+                        parameter.data = parameter.data.to(self.device)
             for projection in self._trained.get(index, []):
                 trainable.train_weight(projection)
-            del layer.forward
+        self.run_layers(block)
+
+    def run_layers(self, block: range) -> None:
+        """Let the layers of a block run, whose weights are in memory."""
+        for index in block:
+            del self._layers[index].forward
+
+    def pass_by(self, block: range) -> None:
+        """Let hidden states pass the layers of a block by; its weights stay in memory."""
+        for index in block:
+            self._layers[index].forward = Away(index)
 
     def drop(self, block: range) -> None:
         """Drop the weights of a block; hidden states pass its layers by."""
+        self.pass_by(block)
         for index in block:
-            self._layers[index].forward = Away(index)
             for place in self._places[index]:
                 setattr(place.module, place.own_name, place.empty)
 
@@ -337,7 +347,7 @@ class StreamedModel:
         for place in places:
             if is_quantized(place.module) and place.own_name == "weight":
                 tensor = self._read_to(torch.device("cpu"), place)
-                new = _unquantized(place.empty, tensor).to(self._device)  # and quantize it
+                new = _unquantized(place.empty, tensor).to(self.device)  # and quantize it
             else:
                 new = self._read(place)  # of a buffer that the files hold
                 if isinstance(place.empty, nn.Parameter):
@@ -345,7 +355,7 @@ class StreamedModel:
             setattr(place.module, place.own_name, new)
 
     def _read(self, place: _Place, rows: Sequence[int] | None = None) -> Tensor:
-        return self._read_to(self._device, place, rows)
+        return self._read_to(self.device, place, rows)
 
     def _read_to(
         self, device: torch.device, place: _Place, rows: Sequence[int] | None = None
@@ -371,7 +381,7 @@ class StreamedModel:
         if not buffers:
             return
         for name, buffer in buffers.items():
-            setattr(module, name, torch.empty_like(buffer, device=self._device))
+            setattr(module, name, torch.empty_like(buffer, device=self.device))
         kept = {name: p for name, p in module.named_parameters(recurse=False)}
         for name, parameter in kept.items():  # `_init_weights` would overwrite them
             setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

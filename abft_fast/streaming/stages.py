@@ -49,7 +49,8 @@ class Stage(ABC):
 
     Attributes:
         groups: the prompts that it takes along.
-        facts: what a checkpoint keeps of it besides its groups, as JSON.
+        facts: what a checkpoint keeps of it besides its groups, as JSON: lists by block, or
+            objects.
     """
 
     def __init__(self, streamed: StreamedModel, accelerator: Accelerator):
@@ -62,7 +63,40 @@ class Stage(ABC):
         """Do it on one block."""
 
 
-class BaseIdentity(Stage):
+class StageInTurns(Stage):
+    """A stage whose groups go through a block turn by turn; turns of other blocks may be between.
+
+    Attributes:
+        turns: the groups of each turn.
+        logits: what the stage finds behind the last block.
+    """
+
+    logits: Sequence[Tensor] = ()
+
+    @property
+    def turns(self) -> list[list[PromptGroup]]:
+        """Return the groups of each turn; unless a stage says otherwise, one group a turn."""
+        return [[group] for group in self.groups]
+
+    def run(self, block: range) -> None:
+        """Take all turns on one block."""
+        self.begin(block)
+        for turn in range(len(self.turns)):
+            self.take(block, turn)
+        self.end(block)
+
+    def begin(self, block: range) -> None:
+        """Do what precedes the first turn on a block."""
+
+    @abstractmethod
+    def take(self, block: range, turn: int) -> None:
+        """Run the groups of a turn through a block."""
+
+    def end(self, block: range) -> None:
+        """Do what follows the last turn on a block."""
+
+
+class BaseIdentity(StageInTurns):
     """Take the numbers that identify the base, and compare them with those of an adapter or a run.
 
     Attributes:
@@ -88,19 +122,22 @@ class BaseIdentity(Stage):
         """Return what is known of the base so far."""
         return {**describe_name(self.streamed.name, self.streamed.is_quantized), **self.facts}
 
-    def run(self, block: range) -> None:
+    def begin(self, block: range) -> None:
         """Take the numbers of the block's layers, if they are among those that identify a model.
 
         Raises:
             UserError: the base is another one than expected, or than before the walk went on.
         """
-        if block.start > 0 and self._is_first:
+        if block.start > 0 and self._is_first and self.facts["vectors"]:
             self._compare_with_checkpoint()
         self._is_first = False
         for index in set(block) & set(described_layers(self.streamed.layers)):
             for name, module, own in self.streamed.parameters_of(index):
                 add_numbers(self.facts, f"layers.{index}.{name}", module, own)
             self._compare(f"layers.{index}.")
+
+    def take(self, block: range, turn: int) -> None:
+        """Do nothing: there are no prompts."""
 
     def _compare_with_checkpoint(self) -> None:
         """Read the vectors of the first layer again, which a checkpoint's walk has read before."""
@@ -123,7 +160,7 @@ class BaseIdentity(Stage):
                 self._said.append(line)
 
 
-class AttentionCheck(Stage):
+class AttentionCheck(StageInTurns):
     """Compare packed attention with the model's own, block by block, on two prompts.
 
     See `preflight.check_attention`, which does it on a whole model.
@@ -143,7 +180,12 @@ class AttentionCheck(Stage):
         self.groups = [PromptGroup([ordered[0], longest]) for _ in ("packed", "eager")]
         self._backend, self._progress = attention_backend, progress
 
-    def run(self, block: range) -> None:
+    @property
+    def turns(self) -> list[list[PromptGroup]]:
+        """Return both groups as one turn."""
+        return [self.groups]
+
+    def take(self, block: range, turn: int) -> None:
         """Compare the two after this block.
 
         Raises:
@@ -203,7 +245,7 @@ class AttentionCheck(Stage):
         return left
 
 
-class Evaluating(Stage):
+class Evaluating(StageInTurns):
     """Take the prompts of tests along; afterwards the tests have their predictions.
 
     Args:
@@ -230,16 +272,18 @@ class Evaluating(Stage):
                 part = _Part(encoded, tokens)
                 self._parts[id(encoded)] = part
                 self.groups += part.groups
+        parts = self._parts.values()
+        self.logits = [part.logits for part in parts]
+        self._batches = [(part, indices) for part in parts for indices in part.indices]
 
     @torch.no_grad()
-    def run(self, block: range) -> None:
-        """Run all prompts through the block."""
-        for part in self._parts.values():
-            for group, indices in zip(part.groups, part.indices, strict=True):
-                group.enter(block)
-                run = functools.partial(self._forward, block, part, group, indices)
-                in_halves(run, range(len(indices)))
-                group.leave()
+    def take(self, block: range, turn: int) -> None:
+        """Run the prompts of a packed batch through the block."""
+        group, (part, indices) = self.groups[turn], self._batches[turn]
+        group.enter(block)
+        run = functools.partial(self._forward, block, part, group, indices)
+        in_halves(run, range(len(indices)))
+        group.leave()
 
     def _forward(
         self,

@@ -22,9 +22,13 @@ class HiddenStates:
     Args:
         tokens: of each part.
         folder: where files are kept; None keeps the states in memory.
+        device: whose memory keeps them.
     """
 
-    def __init__(self, tokens: Sequence[int], folder: Path | None):
+    def __init__(
+        self, tokens: Sequence[int], folder: Path | None, device: torch.device | str = "cpu"
+    ):
+        self.device = device
         self._starts = np.cumsum([0, *tokens]).tolist()
         self._folder = folder
         self._entering: dict[int, Tensor] = {}
@@ -38,7 +42,7 @@ class HiddenStates:
         return self._folder is not None
 
     def read(self, part: int) -> Tensor:
-        """Return a part's hidden states that enter the block, (T, width), on the CPU."""
+        """Return a part's hidden states that enter the block, (T, width)."""
         if self._folder is None:
             return self._entering[part]
         start, end = self._starts[part : part + 2]

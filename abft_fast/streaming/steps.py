@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,16 +18,17 @@ from abft_fast.core.packing import EncodedPrompt, PackedPrompts
 from abft_fast.core.run_packed import run_packed
 from abft_fast.models.preflight import check_gradients
 from abft_fast.options import TrainConfig
+from abft_fast.runtime import launch
 from abft_fast.runtime.token_budget import TokenBudget, tokens_at_once
 from abft_fast.streaming.group import PromptGroup, WalkingPrompt
 from abft_fast.streaming.model import StreamedModel
-from abft_fast.streaming.stages import Stage
+from abft_fast.streaming.stages import StageInTurns
 from abft_fast.training.loop import Training, TrainState, check_step, pseudo_batches, train_step
 from abft_fast.training.methods import loss_options
 from abft_fast.training.penalty import PenaltyController
 
 
-class TrainingSteps(Stage):
+class TrainingSteps(StageInTurns):
     """The training of a run, exchanged: for each block all steps.
 
     With h(b, t) the hidden states that enter block b at step t and θ(b, t) the block's trained
@@ -52,26 +54,32 @@ class TrainingSteps(Stage):
         ]
         self.facts = {"rows": []}  # rows of each block, by step
         training.loss, training.is_part = self._loss, True
-        self._block = range(0)
+        self._block = range(0)  # that takes a step
+        self._states: dict[range, TrainState] = {}
+        self._rows: dict[range, list[dict[str, Any]]] = {}
 
-    def run(self, block: range) -> None:
-        """Take all steps on a block."""
-        self._block = block
+    def begin(self, block: range) -> None:
+        """Make the block's optimizer and penalty."""
         if block.start == 0:
             check_gradients(self.streamed.model)
-        state = self._state(block)
-        rows = []
-        for step, group in enumerate(self.groups, start=1):
-            group.enter(block)
-            rows.append(train_step(self._training, state, list(group.prompts), step))
-            group.leave()
-        self.facts["rows"].append(rows)
-
-    def _state(self, block: range) -> TrainState:
         trained = self.streamed.trained_parameters(block)
         controller = PenaltyController.by_options(self._config)
         optimizer = torch.optim.Adam(trained.values(), lr=self._config.lr)
-        return TrainState(trained, optimizer, controller, self._budget)
+        self._states[block] = TrainState(trained, optimizer, controller, self._budget)
+        self._rows[block] = []
+
+    def take(self, block: range, turn: int) -> None:
+        """Take a step on a block."""
+        self._block, group = block, self.groups[turn]
+        group.enter(block)
+        row = train_step(self._training, self._states[block], list(group.prompts), turn + 1)
+        self._rows[block].append({**row, "process": launch.rank()})
+        group.leave()
+
+    def end(self, block: range) -> None:
+        """Keep the rows of the block's steps, and nothing else of it."""
+        del self._states[block]
+        self.facts["rows"].append(self._rows.pop(block))
 
     def _loss(
         self,
@@ -111,7 +119,7 @@ class TrainingSteps(Stage):
             heads = group.behavior()
             behavior = heads.result()
             penalties = [row["penalty"] for row in of_blocks]
-            seconds = sum(row["seconds"] for row in of_blocks)
+            seconds = _seconds(of_blocks)
             row: dict[str, Any] = {
                 "step": step,
                 "loss": sum(row["loss"] for row in of_blocks),
@@ -131,3 +139,11 @@ class TrainingSteps(Stage):
             )
             rows.append(row)
         return rows
+
+
+def _seconds(rows: Sequence[dict[str, Any]]) -> float:
+    """Return the seconds of a step on all blocks; processes compute at the same time."""
+    by_process: defaultdict[int, float] = defaultdict(float)
+    for row in rows:
+        by_process[row["process"]] += row["seconds"]
+    return max(by_process.values())

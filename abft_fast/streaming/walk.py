@@ -42,14 +42,15 @@ class Walk:
         starts = range(0, streamed.layers, size)
         self.blocks = [range(start, min(start + size, streamed.layers)) for start in starts]
         self._groups = [group for stage in stages for group in stage.groups]
-        self._states = HiddenStates([sum(group.lengths) for group in self._groups], states_folder)
+        self._tokens_of_groups = [sum(group.lengths) for group in self._groups]
+        self._states = HiddenStates(self._tokens_of_groups, states_folder)
         config = streamed.model.config
         self._states.check_space(config.hidden_size, streamed.model.dtype.itemsize)
 
     @property
     def tokens(self) -> int:
         """Return how many tokens each block computes."""
-        return sum(sum(group.lengths) for group in self._groups)
+        return sum(self._tokens_of_groups)
 
     def read_outside(self, label_ids: Sequence[int]) -> None:
         """Read the weights outside the layers; of the head, the rows of these tokens.
@@ -78,9 +79,7 @@ class Walk:
 
     def run(self, progress: Progress, title: str) -> None:
         """Walk from the newest checkpoint, or from the start, to the last block."""
-        rows = {token: row for row, token in enumerate(self.streamed.embedded)}
-        for number, group in enumerate(self._groups):
-            group.settle(number, self._states, rows)
+        self._settle()
         done = 0
         if self._checkpoint is not None:
             done = self._checkpoint.restore(self.streamed, self._stages, self._states, self.blocks)
@@ -91,6 +90,11 @@ class Walk:
             for number, block in enumerate(self.blocks[done:], start=done + 1):
                 self._walk(number, block, ahead)
                 advance(1, tokens, f"block {number} of {count}")
+
+    def _settle(self) -> None:
+        rows = {token: row for row, token in enumerate(self.streamed.embedded)}
+        for number, group in enumerate(self._groups):
+            group.settle(number, self._states, rows)
 
     def _walk(self, number: int, block: range, ahead: ReadingAhead | None) -> None:
         if ahead is None:

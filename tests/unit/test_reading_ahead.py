@@ -142,6 +142,6 @@ def test_it_needs_a_gpu_and_room_for_two_blocks(tmp_path, monkeypatch):
     largest = sum(p.numel() * 4 for p in streamed._layers[0].parameters())
     monkeypatch.setattr(streaming_model, "free_memory", lambda _: 2 * largest + 1)
     assert not streamed.has_room_ahead(walk.blocks)
-    streamed._device = torch.device("cuda")
+    streamed.device = torch.device("cuda")
     assert streamed.has_room_ahead(walk.blocks)
     assert not streamed.has_room_ahead([range(0, 2), range(2, 4)])

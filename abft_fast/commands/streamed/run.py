@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from accelerate.utils import set_seed
 
 from abft_fast.commands.evaluate import Scores, as_details, as_scores
-from abft_fast.commands.session import ModelOnDevice, Session
+from abft_fast.commands.session import ModelOnDevice, Session, check_same_data
 from abft_fast.commands.train import TrainSession, begin, prepare_data, save_result, to_train
 from abft_fast.core.objective import block_size
 from abft_fast.core.packing import EncodedPrompt
@@ -17,11 +17,13 @@ from abft_fast.evaluation.evaluation_set import EvaluationSet
 from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter
 from abft_fast.options import EvalConfig, TrainConfig
+from abft_fast.runtime import processes
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import tokens_at_once
 from abft_fast.streaming.checkpoint import WalkCheckpoint
 from abft_fast.streaming.model import StreamedModel
-from abft_fast.streaming.stages import AttentionCheck, BaseIdentity, Evaluating, Stage
+from abft_fast.streaming.pipeline import PipelinedWalk
+from abft_fast.streaming.stages import AttentionCheck, BaseIdentity, Evaluating, StageInTurns
 from abft_fast.streaming.steps import TrainingSteps
 from abft_fast.streaming.walk import Walk
 from abft_fast.training.run_folder import RunFolder
@@ -34,8 +36,10 @@ def train_streamed(config: TrainConfig, run: RunFolder, progress: Progress) -> N
         UserError: an option, the data or the model does not allow the run; nothing is written.
         RunError: training cannot continue.
     """
-    session, prompts, tests = prepare_data(config, run, progress)
-    if not run.artifact.is_dir():
+    check_same_data(config)
+    with processes.fail_together():
+        session, prompts, tests = prepare_data(config, run, progress)
+    if processes.from_main(not run.artifact.is_dir()):
         StreamedTraining(session, run, prompts, tests).run()
 
 
@@ -94,7 +98,7 @@ def _label_ids(tests: Sequence[EvaluationSet]) -> list[int]:
 
 def say_read(session: Session, streamed: StreamedModel) -> None:
     """Say how many bytes of weights were read."""
-    read = sum(streamed.weights.read_bytes.values())
+    read = sum(processes.gather(sum(streamed.weights.read_bytes.values())))
     session.progress.say(f"weights read: {read / 1e6:,.0f} MB")
 
 
@@ -124,7 +128,7 @@ class StreamedTraining:
             for side in config.sides
         }
         self._steps = TrainingSteps(self._streamed, training)
-        stages: list[Stage] = [self._identity, check, self._steps]
+        stages: list[StageInTurns] = [self._identity, check, self._steps]
         if "before" in self._tests:
             stages.insert(2, self._tests["before"])
         if "after" in self._tests:
@@ -132,16 +136,17 @@ class StreamedTraining:
         self._checkpoint = None
         if not config.no_save:
             self._checkpoint = WalkCheckpoint(run.checkpoints, config.save_steps)
-        self._walk = Walk(
-            self._streamed,
-            stages,
-            block_size(config.gradient) or self._streamed.layers,
-            run.checkpoints if config.stream_states == "disk" else None,
-            self._checkpoint,
-        )
-        self._walk.read_outside(_label_ids(tests))
-        set_seed(config.seed)
-        self._streamed.set_trained(config.trainable, config.lora_r)
+        size = block_size(config.gradient) or self._streamed.layers
+        self._walk: Walk
+        if processes.count() > 1:
+            self._walk = PipelinedWalk(self._streamed, stages, size, self._checkpoint)
+        else:
+            states = run.checkpoints if config.stream_states == "disk" else None
+            self._walk = Walk(self._streamed, stages, size, states, self._checkpoint)
+        with processes.fail_together():
+            self._walk.read_outside(_label_ids(tests))
+            set_seed(config.seed)
+            self._streamed.set_trained(config.trainable, config.lora_r)
         training.model = self._streamed.model
 
     def run(self) -> None:
@@ -151,7 +156,13 @@ class StreamedTraining:
             RunError: a step's loss is not finite, or nothing was learnt.
         """
         session, config = self._session, self._session.config
-        begin(session, self._run, self._streamed.count_trained(), self._identity.base)
+        with processes.fail_together():
+            begin(session, self._run, self._streamed.count_trained(), self._identity.base)
+        if config.pipeline and processes.count() == 1:
+            session.progress.say(
+                "--pipeline has one process, which takes one block after the other: start it with "
+                "a launcher, as `torchrun --nproc_per_node 2 -m abft_fast train ...`"
+            )
         if config.tracker != "none":
             session.accelerator.init_trackers("abft-fast", config.model_dump(mode="json"))
         if config.adaptation != "none":
@@ -161,7 +172,7 @@ class StreamedTraining:
             )
         try:
             self._walk.run(session.progress, "block by block")
-            self._write()
+            processes.run_on_main(self._write)
         finally:
             if config.no_save:
                 self._walk.remove_files()

@@ -1,0 +1,78 @@
+"""Hand tensors from each process to the next one, in order of rank."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from abft_fast.runtime import launch
+from abft_fast.runtime.processes import waiting_for_others
+
+_ON_THE_WAY = 2  # tensors that the next process has not taken yet; more would fill the memory
+
+
+class Neighbours:
+    """The processes before and behind this one; all processes make it together.
+
+    Args:
+        width: columns of each tensor.
+        dtype: of each tensor.
+
+    Attributes:
+        is_first: whether no process is before this one.
+        is_last: whether no process is behind it.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype):
+        self._width, self._dtype = width, dtype
+        self._rank = launch.rank()
+        self.is_first = self._rank == 0
+        self.is_last = self._rank == launch.process_count() - 1
+        self._group = dist.new_group(backend="gloo")  # takes tensors of the host's memory
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def receive(self, rows: int) -> Tensor:
+        """Wait for the next tensor of the process before this one, (rows, width), on the CPU.
+
+        Raises:
+            ProcessEnded: that process has ended.
+        """
+        received = torch.empty(rows, self._width, dtype=self._dtype)
+        with waiting_for_others():
+            dist.recv(received.view(torch.uint8), self._rank - 1, group=self._group)
+        return received
+
+    def send(self, tensor: Tensor) -> None:
+        """Hand a tensor, (rows, width), to the process behind this one.
+
+        Raises:
+            ProcessEnded: that process has ended.
+        """
+        if tensor.shape[1:] != (self._width,) or tensor.dtype != self._dtype:
+            raise RuntimeError(
+                f"(rows, {self._width}) of {self._dtype} is awaited, not {tuple(tensor.shape)} of "
+                f"{tensor.dtype}"
+            )
+        tensor = tensor.cpu().contiguous()
+        with waiting_for_others():
+            work = dist.isend(tensor.view(torch.uint8), self._rank + 1, group=self._group)
+            assert work is not None
+            self._sent.append((work, tensor))
+            self._wait(_ON_THE_WAY)
+
+    def finish(self) -> None:
+        """Wait until the process behind has taken everything.
+
+        Raises:
+            ProcessEnded: that process has ended.
+        """
+        with waiting_for_others():
+            self._wait(0)
+
+    def _wait(self, most: int) -> None:
+        while len(self._sent) > most:
+            work, _ = self._sent.popleft()
+            work.wait()
