@@ -109,6 +109,12 @@ DATA = [
     option("train --stream", "--stream", "--gradient full", "--gradient local or a number"),
     option("train --stream --gradient local --checkpointing", "--stream and --checkpointing"),
     option("train --stream-states disk", "--stream-states disk needs --stream"),
+    option("train --pipeline", "--pipeline needs --stream"),
+    option(
+        "train --stream --gradient local --pipeline --stream-states disk", "--stream-states disk"
+    ),
+    option("plan --stream --gradient local --pipeline", "--pipeline and --processes"),
+    option("plan --processes 2", "--pipeline and --processes"),
     option("plan --disk-bandwidth 2", "--disk-bandwidth works with --stream only"),
     option("plan --stream --gradient local --bus-bandwidth 0", "--bus-bandwidth 0"),
     option("train --dataset nowhere.csv", "nowhere.csv cannot be read: No such file"),

@@ -70,10 +70,10 @@ def check_train(flags: dict[str, Any]) -> tuple[TrainConfig, RunFolder]:
 
 
 def _check_processes(config: TrainConfig) -> None:
-    if config.stream and launch.process_count() > 1 and not config.pipeline:
+    if config.stream_states == "disk" and launch.process_count() > 1:
         raise UserError(
-            "--stream runs in one process: start it without a launcher, or add --pipeline, which "
-            "divides the layers among the processes"
+            "--stream-states disk works in one process: start it without a launcher, or leave the "
+            "option out"
         )
 
 
@@ -105,8 +105,6 @@ def check_evaluate(config: EvalConfig) -> None:
     for folder in config.adapter_folders:
         adapter_origin.check_tested_apart(config, folder)
     _check_device(config)
-    if config.stream and launch.process_count() > 1:
-        raise UserError("eval --stream runs in one process: start it without a launcher")
 
 
 def check_plan(config: PlanConfig) -> None:

@@ -49,13 +49,13 @@ def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
             session.show_data(tests[0].prompts)
             for line in (*adapter_origin.differences(config), *config.without_effect):
                 progress.say(line)
-            if config.stream:
-                from abft_fast.commands.streamed.run import evaluate_streamed  # it uses this module
-
-                metrics, attention = evaluate_streamed(config, session, tests)
-            else:
+            if not config.stream:
                 _load(config, session, tests)
-        if not config.stream:
+        if config.stream:
+            from abft_fast.commands.streamed.run import evaluate_streamed  # it uses this module
+
+            metrics, attention = evaluate_streamed(config, session, tests)
+        else:
             metrics, attention, _ = run_tests(session, tests, "evaluating")
         if config.output is not None:
             processes.run_on_main(write_json, config.output, metrics)

@@ -16,7 +16,9 @@ from abft_fast.memory.simulation import bytes_of
 from abft_fast.memory.types import Arithmetic, Flow, StepMemory
 from abft_fast.models.shapes import with_layers
 from abft_fast.options import TrainConfig
+from abft_fast.runtime.neighbours import ON_THE_WAY
 from abft_fast.streaming.model import WeightToRead
+from abft_fast.streaming.pipeline import block_shares
 
 _ADAM_STATES = 2
 
@@ -30,12 +32,16 @@ class Prompts:
         steps: tokens of all training prompts, each as often as it is trained on.
         tests: tokens of all test prompts, each as often as it is tested.
         batch: most tokens of a packed batch, before memory runs out.
+        turn: most tokens that one process of a pipeline hands on at once.
+        turns: how often a process hands on hidden states.
     """
 
     longest: int
     steps: int
     tests: int
     batch: int
+    turn: int
+    turns: int
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,10 @@ class Speeds:
 
 @dataclass(frozen=True)
 class StreamedPlan:
-    """What a streamed run takes.
+    """What a streamed run takes, in a pipeline the process that takes most.
 
     Attributes:
+        processes: of a pipeline; 1 without one.
         device: bytes on the device all the time that the largest block is there, by part.
         reading: bytes on the device that one weight takes while it is quantized.
         step: bytes that a packed batch adds.
@@ -70,8 +77,10 @@ class StreamedPlan:
         read: bytes read from the weights' files.
         copied: bytes copied to the device; 0 on a CPU.
         operations: of all products with weights of the layers.
+        filling: how much longer a pipeline takes because it fills and empties; 1 without one.
     """
 
+    processes: int
     device: dict[str, int]
     reading: int
     step: StepMemory
@@ -84,6 +93,7 @@ class StreamedPlan:
     read: int
     copied: int
     operations: float
+    filling: float
 
     @property
     def weights(self) -> int:
@@ -107,11 +117,14 @@ class StreamedPlan:
         return self.device_peak + shared <= self.limit
 
     def seconds(self, speeds: Speeds) -> dict[str, float]:
-        """Return the seconds of each part whose speed is known; on a GPU reading overlaps."""
+        """Return the seconds of each part whose speed is known; on a GPU reading overlaps.
+
+        The processes of a pipeline share one disk, and have a bus and a device each.
+        """
         parts = {
             "read": (self.read, speeds.disk),
-            "copy": (self.copied, speeds.bus),
-            "compute": (self.operations, speeds.operations),
+            "copy": (self.copied / self.processes, speeds.bus),
+            "compute": (self.operations * self.filling / self.processes, speeds.operations),
         }
         return {name: work / speed for name, (work, speed) in parts.items() if speed and work}
 
@@ -123,6 +136,7 @@ def plan_streamed(
     weights: Sequence[tuple[WeightToRead, int]],
     prompts: Prompts,
     limit: int,
+    processes: int = 1,
 ) -> StreamedPlan:
     """Plan `train --stream` with these options.
 
@@ -132,7 +146,8 @@ def plan_streamed(
         arithmetic: how numbers are kept.
         weights: what is read, by `streaming.model.weights_to_read`, and the bytes stored of it.
         prompts: tokens of the prompts.
-        limit: available bytes of the device.
+        limit: available bytes of a device.
+        processes: of a pipeline.
 
     Raises:
         UserError: the model cannot be trained this way.
@@ -140,8 +155,12 @@ def plan_streamed(
     """
     depth = shape.num_hidden_layers
     size = min(block_size(config.gradient) or depth, depth)
-    device = _on_device(shape, config, arithmetic, size)
     item = arithmetic.dtype.itemsize
+    width = shape.get_text_config(decoder=True).hidden_size
+    handed_on = prompts.turn * width * item
+    device = _on_device(shape, config, arithmetic, size, processes)
+    if processes > 1:
+        device["hidden states that enter and leave a block"] = 2 * handed_on
     outside = sum(each.numbers for each, _ in weights if each.layer is None)
     device["rows of the embedding and the head, norms"] = item * outside
     # The layer behind the block lets the block's last layer run whole: a model's last one stops
@@ -162,14 +181,18 @@ def plan_streamed(
         if each.layer is not None:
             ahead[each.layer // size] += item * each.numbers
     tokens = prompts.steps + prompts.tests
-    width = shape.get_text_config(decoder=True).hidden_size
+    states = min(blocks - 1, 2) * tokens * width * item
+    if processes > 1:
+        states = (ON_THE_WAY + 1) * handed_on
+        ahead = []
     return StreamedPlan(
+        processes=processes,
         device=device,
         reading=reading,
         step=step,
         batch=batch,
         limit=limit,
-        states=min(blocks - 1, 2) * tokens * width * item,
+        states=states,
         states_on_disk=config.stream_states == "disk",
         host_reading=stored + item * largest,
         host_ahead=max(ahead[1:], default=0) if on_gpu else 0,
@@ -177,29 +200,43 @@ def plan_streamed(
         copied=item * sum(each.numbers for each, _ in weights) if on_gpu else 0,
         # Forward: 2 a weight and token. Backward: again 2 for the layers that a loss crosses.
         operations=2.0 * inside * (tokens + prompts.steps * (size - 1) / size),
+        filling=1 + (processes - 1) / prompts.turns,
     )
 
 
 def _on_device(
-    shape: PreTrainedConfig, config: TrainConfig, arithmetic: Arithmetic, size: int
+    shape: PreTrainedConfig,
+    config: TrainConfig,
+    arithmetic: Arithmetic,
+    size: int,
+    processes: int,
 ) -> dict[str, int]:
-    """Return the bytes of the largest block, its gradients and optimizer, and of all of LoRA."""
+    """Return the bytes of a process's blocks and their optimizer, one's gradients, all LoRA.
+
+    A process has one block at a time, or, in a pipeline, its share of them; the largest counts.
+    """
     model = trainable_without_memory(shape, config, arithmetic, Flow("local"))
     layers = decoder_layers(prepare(model))
     blocks = [layers[start : start + size] for start in range(0, len(layers), size)]
+    trained, frozen = ([bytes_of(_tensors(b, kind)) for b in blocks] for kind in (True, False))
+    at_once = [range(i, i + 1) for i in range(len(blocks))]
+    whose, of = "a block's", "of a block"
+    if processes > 1:
+        at_once = block_shares(len(blocks), processes)
+        of = f"of {max(map(len, at_once))} blocks"
+        whose = f"a process's {max(map(len, at_once))} blocks'"
 
-    def of_blocks(trained: bool) -> list[int]:
-        return [bytes_of(_tensors(block, trained)) for block in blocks]
+    def most(sizes: Sequence[int]) -> int:
+        return max(sum(sizes[i] for i in blocks) for blocks in at_once)
 
-    trained = of_blocks(True)
     is_lora = config.trainable == "lora"
     return {
-        "a block's frozen weights": max(of_blocks(False)),
-        "LoRA of all layers" if is_lora else "a block's trained weights": (
-            sum(trained) if is_lora else max(trained)
+        f"{whose} frozen weights": most(frozen),
+        "LoRA of all layers" if is_lora else f"{whose} trained weights": (
+            sum(trained) if is_lora else most(trained)
         ),
         "a block's gradients": max(trained),
-        "Adam's moments of a block": _ADAM_STATES * max(trained),
+        f"Adam's moments {of}": _ADAM_STATES * most(trained),
     }
 
 

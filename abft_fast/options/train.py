@@ -424,8 +424,17 @@ class PlanConfig(TrainConfig):
         description="With --stream: 10^12 floating-point operations a second of the device.",
     )
 
+    processes: int = Field(
+        1,
+        ge=1,
+        description="With --pipeline: how many processes the launcher will start, each on a GPU of "
+        "its own.",
+    )
+
     @model_validator(mode="after")
     def _check_speeds(self) -> Self:
+        if self.pipeline != (self.processes > 1):
+            raise ValueError("--pipeline and --processes, at least 2, belong together: give both")
         for name in ("disk_bandwidth", "bus_bandwidth", "operations"):
             if getattr(self, name) is not None and not self.stream:
                 raise ValueError(f"{flag(name)} works with --stream only: add --stream")

@@ -11,7 +11,8 @@ from torch import Tensor
 from abft_fast.runtime import launch
 from abft_fast.runtime.processes import waiting_for_others
 
-_ON_THE_WAY = 2  # tensors that the next process has not taken yet; more would fill the memory
+ON_THE_WAY = 2
+"""Most tensors that the next process has not taken yet; more would fill the memory."""
 
 
 class Neighbours:
@@ -61,7 +62,7 @@ class Neighbours:
             work = dist.isend(tensor.view(torch.uint8), self._rank + 1, group=self._group)
             assert work is not None
             self._sent.append((work, tensor))
-            self._wait(_ON_THE_WAY)
+            self._wait(ON_THE_WAY)
 
     def finish(self) -> None:
         """Wait until the process behind has taken everything.

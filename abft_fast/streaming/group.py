@@ -32,7 +32,8 @@ class PromptGroup:
     Attributes:
         prompts: the same prompts, for the embedding's rows after `settle`.
         lengths: tokens of each prompt.
-        masses: what the heads did, by field and first layer of a block: (layers, R, Hq) each.
+        masses: what the heads did, by field and first layer of a block: (layers, R, Hq) each; 0
+            where another process observes it.
     """
 
     def __init__(self, prompts: Sequence[EncodedPrompt]):
@@ -87,7 +88,7 @@ class PromptGroup:
             own = getattr(behavior, name).cpu()
             key = f"{name}.{block.start}"
             if key not in self.masses:
-                self.masses[key] = own.new_empty(len(own), len(self.prompts), own.shape[2])
+                self.masses[key] = own.new_zeros(len(own), len(self.prompts), own.shape[2])
             self.masses[key][:, list(places)] = own
 
     def leave(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,21 @@ from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import StageInTurns
 from abft_fast.streaming.states import HiddenStates
 from abft_fast.streaming.walk import Walk
+
+
+def block_shares(blocks: int, processes: int) -> list[range]:
+    """Return which consecutive blocks each process holds; their numbers differ by 1 at most.
+
+    Raises:
+        UserError: there are fewer blocks than processes.
+    """
+    if blocks < processes:
+        raise UserError(
+            f"--pipeline: {processes} processes for {blocks} blocks of layers: start at most "
+            f"{blocks}, or use a smaller --gradient"
+        )
+    ends = [blocks * rank // processes for rank in range(processes + 1)]
+    return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
 class PipelinedWalk(Walk):
@@ -43,13 +59,7 @@ class PipelinedWalk(Walk):
     ):
         super().__init__(streamed, stages, size, None, checkpoint)
         self._in_turns = stages
-        blocks, count, rank = len(self.blocks), processes.count(), launch.rank()
-        if blocks < count:
-            raise UserError(
-                f"--pipeline: {count} processes for {blocks} blocks of layers: start at most "
-                f"{blocks}, or use a smaller --gradient"
-            )
-        self._own = range(blocks * rank // count, blocks * (rank + 1) // count)
+        self._own = block_shares(len(self.blocks), processes.count())[launch.rank()]
         self._states = HiddenStates(self._tokens_of_groups, None, streamed.device)
         width = streamed.model.config.get_text_config(decoder=True).hidden_size
         self._neighbours = Neighbours(width, streamed.model.dtype)
@@ -112,28 +122,11 @@ class PipelinedWalk(Walk):
                 self._checkpoint.keep_trained(self.streamed, block, number + 1)
             self.streamed.drop(block)
 
-    def _join(self) -> None:
-        """Give every process what the stages found on all blocks."""
-        own = [
-            (stage.facts, [group.masses for group in stage.groups], stage.logits)
-            for stage in self._in_turns
-        ]
-        of_processes = processes.gather(own)
-        for stage, found in zip(self._in_turns, zip(*of_processes, strict=True), strict=True):
-            facts, masses, logits = zip(*found, strict=True)
-            stage.facts = _joined(facts)
-            for group, of_group in zip(stage.groups, zip(*masses, strict=True), strict=True):
-                group.masses = {name: mass for part in of_group for name, mass in part.items()}
-            for mine, last in zip(stage.logits, logits[-1], strict=True):
-                mine.copy_(last)
-
-
-def _joined(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join what processes found, in order of their blocks."""
-    joined = facts[0]
-    for other in facts[1:]:
-        for name, found in other.items():
-            joined[name] = (
-                joined[name] + found if isinstance(found, list) else {**joined[name], **found}
-            )
-    return joined
+    def _join_facts(self, of_processes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Join what processes found, in order of their blocks."""
+        joined = of_processes[0]
+        for facts in of_processes[1:]:
+            for name, found in facts.items():
+                before = joined[name]
+                joined[name] = before + found if isinstance(found, list) else {**before, **found}
+        return joined

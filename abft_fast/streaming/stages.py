@@ -36,6 +36,7 @@ from abft_fast.models.preflight import (
     wrong_attention,
 )
 from abft_fast.prompts import EncodedPrompts
+from abft_fast.runtime import processes
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.progress import Progress
@@ -51,12 +52,17 @@ class Stage(ABC):
         groups: the prompts that it takes along.
         facts: what a checkpoint keeps of it besides its groups, as JSON: lists by block, or
             objects.
+        results: what it finds behind the last block, by prompt; 0 where another process finds it.
+        waits_for_others: whether it does collectives.
     """
+
+    waits_for_others = False
 
     def __init__(self, streamed: StreamedModel, accelerator: Accelerator):
         self.streamed, self.accelerator = streamed, accelerator
         self.groups: list[PromptGroup] = []
         self.facts: dict[str, Any] = {}
+        self.results: list[Tensor] = []
 
     @abstractmethod
     def run(self, block: range) -> None:
@@ -68,10 +74,7 @@ class StageInTurns(Stage):
 
     Attributes:
         turns: the groups of each turn.
-        logits: what the stage finds behind the last block.
     """
-
-    logits: Sequence[Tensor] = ()
 
     @property
     def turns(self) -> list[list[PromptGroup]]:
@@ -252,7 +255,7 @@ class Evaluating(StageInTurns):
         streamed: the model.
         accelerator: the device and the arithmetic.
         tests: the tests.
-        tokens: most tokens of a packed batch.
+        tokens: most tokens of a packed batch, of which each of several processes takes a share.
         attention_backend: which attention runs.
     """
 
@@ -273,16 +276,17 @@ class Evaluating(StageInTurns):
                 self._parts[id(encoded)] = part
                 self.groups += part.groups
         parts = self._parts.values()
-        self.logits = [part.logits for part in parts]
+        self.results = [part.logits for part in parts]
         self._batches = [(part, indices) for part in parts for indices in part.indices]
 
     @torch.no_grad()
     def take(self, block: range, turn: int) -> None:
         """Run the prompts of a packed batch through the block."""
         group, (part, indices) = self.groups[turn], self._batches[turn]
+        own = processes.own_share(group.lengths)
         group.enter(block)
-        run = functools.partial(self._forward, block, part, group, indices)
-        in_halves(run, range(len(indices)))
+        if own:
+            in_halves(functools.partial(self._forward, block, part, group, indices), own)
         group.leave()
 
     def _forward(
@@ -346,4 +350,4 @@ class _Part:
         self.indices = list(micro_batches(lengths, tokens))
         self.groups = [PromptGroup([encoded.prompts[i] for i in batch]) for batch in self.indices]
         self.label_ids = encoded.label_ids
-        self.logits = torch.empty(len(lengths), len(encoded.label_ids))
+        self.logits = torch.zeros(len(lengths), len(encoded.label_ids))

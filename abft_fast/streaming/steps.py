@@ -42,6 +42,8 @@ class TrainingSteps(StageInTurns):
         training: what `loop.train_step` takes, with this stage's loss.
     """
 
+    waits_for_others = True
+
     def __init__(self, streamed: StreamedModel, training: Training):
         super().__init__(streamed, training.accelerator)
         self._training = training

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from abft_fast.runtime import processes
 from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.ahead import ReadingAhead
 from abft_fast.streaming.checkpoint import WalkCheckpoint
@@ -17,7 +24,8 @@ from abft_fast.streaming.states import HiddenStates
 class Walk:
     """Bring each block's weights, do all stages on it, drop the weights, go on.
 
-    On a GPU the next block's weights are read meanwhile, where the host has room for them.
+    On a GPU the next block's weights are read meanwhile, where the host has room for them. Of
+    several processes each reads all weights and computes its share of the prompts.
 
     Args:
         streamed: the model.
@@ -81,8 +89,10 @@ class Walk:
         """Walk from the newest checkpoint, or from the start, to the last block."""
         self._settle()
         done = 0
-        if self._checkpoint is not None:
+        if self._checkpoint is not None and processes.count() == 1:
             done = self._checkpoint.restore(self.streamed, self._stages, self._states, self.blocks)
+        elif self._checkpoint is not None:  # each process has hidden states of its own
+            processes.run_on_main(self._checkpoint.remove)
         count, tokens = len(self.blocks), self.tokens
         bar = progress.bar(title, count, tokens * (count - done), done)
         reads_ahead = self.streamed.has_room_ahead(self.blocks)
@@ -90,6 +100,7 @@ class Walk:
             for number, block in enumerate(self.blocks[done:], start=done + 1):
                 self._walk(number, block, ahead)
                 advance(1, tokens, f"block {number} of {count}")
+        self._join()
 
     def _settle(self) -> None:
         rows = {token: row for row, token in enumerate(self.streamed.embedded)}
@@ -97,19 +108,49 @@ class Walk:
             group.settle(number, self._states, rows)
 
     def _walk(self, number: int, block: range, ahead: ReadingAhead | None) -> None:
-        if ahead is None:
-            self.streamed.bring(block)
-        else:
-            self.streamed.bring(block, ahead.take())
-            if number < len(self.blocks):
-                ahead.begin(self.blocks[number])  # numbers begin with 1
+        with processes.fail_together():
+            if ahead is None:
+                self.streamed.bring(block)
+            else:
+                self.streamed.bring(block, ahead.take())
+                if number < len(self.blocks):
+                    ahead.begin(self.blocks[number])  # numbers begin with 1
         for stage in self._stages:
-            stage.run(block)
+            with nullcontext() if stage.waits_for_others else processes.fail_together():
+                stage.run(block)
         if self._checkpoint is not None:
-            self._checkpoint.keep_trained(self.streamed, block, number)
+            processes.run_on_main(self._checkpoint.keep_trained, self.streamed, block, number)
         self.streamed.drop(block)
         if block.start == 0:
             self.streamed.drop_embedding()
         self._states.turn()
-        if self._checkpoint is not None and number < len(self.blocks):
+        if self._checkpoint is not None and processes.count() == 1 and number < len(self.blocks):
             self._checkpoint.save(self._stages, self._states, number)
+
+    def _join(self) -> None:
+        """Give every process what all of them have found."""
+        if processes.count() == 1:
+            return
+        own = [
+            (stage.facts, [group.masses for group in stage.groups], stage.results)
+            for stage in self._stages
+        ]
+        of_stages = zip(*processes.gather(own), strict=True)
+        for stage, found in zip(self._stages, of_stages, strict=True):
+            facts, masses, results = zip(*found, strict=True)
+            stage.facts = self._join_facts(facts)
+            for group, of_group in zip(stage.groups, zip(*masses, strict=True), strict=True):
+                names = dict.fromkeys(name for part in of_group for name in part)
+                group.masses = {
+                    name: _sum([part[name] for part in of_group if name in part]) for name in names
+                }
+            for mine, of_all in zip(stage.results, zip(*results, strict=True), strict=True):
+                mine.copy_(_sum(of_all))
+
+    def _join_facts(self, of_processes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return of_processes[0]  # all processes found the same
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """Return what several processes found; a part is 0 where another process found it."""
+    return reduce(operator.or_ if parts[0].dtype == torch.bool else operator.add, parts)

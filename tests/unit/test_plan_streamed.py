@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from abft_fast.errors import UserError
 from abft_fast.memory.streamed import Prompts, Speeds, plan_streamed
 from abft_fast.memory.types import Arithmetic
 from abft_fast.models.shapes import known_shape
@@ -21,16 +22,16 @@ pytestmark = [pytest.mark.unit, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 CPU = Arithmetic("cpu", mixed=False)
-PROMPTS = Prompts(longest=60, steps=5000, tests=3000, batch=900)
+PROMPTS = Prompts(longest=60, steps=5000, tests=3000, batch=900, turn=1000, turns=10)
 
 
-def planned(shape, arithmetic=CPU, limit=10**9, prompts=PROMPTS, **options):
+def planned(shape, arithmetic=CPU, limit=10**9, processes=1, **options):
     config = resolve(TrainConfig, {"stream": True, "gradient": "local", **options})
     bits = config.bits if config.quantized else None
     model = skeleton(shape, arithmetic.dtype, bits)
     wanted = weights_to_read(model, {1, 2, 3}, {3, 4})
     weights = [(each, 2 * each.numbers) for each in wanted]
-    return plan_streamed(shape, config, arithmetic, weights, prompts, limit)
+    return plan_streamed(shape, config, arithmetic, weights, PROMPTS, limit, processes)
 
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["own-head", "tied"])
@@ -78,6 +79,27 @@ def test_a_larger_block_takes_more_and_reads_the_same():
         three.step.of_large_batches.a_token > one.step.of_large_batches.a_token
         and three.read == one.read
     )
+
+
+def test_a_process_of_a_pipeline_holds_its_blocks():
+    """Six blocks: of four processes two hold two."""
+    shape = tiny_config("llama", num_hidden_layers=6)
+    gpu = Arithmetic("cuda", mixed=True)
+    one, four = (planned(shape, gpu, processes=count, limit=10**10) for count in (1, 4))
+    weights = four.device["a process's 2 blocks' frozen weights"]
+    assert weights == 2 * one.device["a block's frozen weights"]
+    assert four.device["Adam's moments of 2 blocks"] == 2 * one.device["Adam's moments of a block"]
+    turn = 1000 * shape.hidden_size * 2
+    assert four.device["hidden states that enter and leave a block"] == 2 * turn
+    assert four.host_peak == four.host_reading + 3 * turn
+    assert four.read == one.read
+    speeds = Speeds(1.0, 1.0, 1.0)
+    assert four.seconds(speeds)["read"] == one.seconds(speeds)["read"]
+    assert four.seconds(speeds)["copy"] == one.seconds(speeds)["copy"] / 4
+    filled = one.seconds(speeds)["compute"] / 4 * 1.3  # three of ten turns to fill it
+    assert four.seconds(speeds)["compute"] == pytest.approx(filled)
+    with pytest.raises(UserError, match="7 processes for 6 blocks"):
+        planned(shape, processes=7)
 
 
 def test_operations_and_seconds():

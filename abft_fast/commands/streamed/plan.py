@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from transformers import PreTrainedConfig
 
 from abft_fast.commands.data_report import show_data
@@ -47,18 +49,22 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
     everything = [*prompts, *(prompt for part in tested for prompt in part)]
     steps = [sum(len(prompts[i]) for i in batch) for batch in pseudo_batches(len(prompts), config)]
     sums = [sum(map(len, part)) for part in tested]
+    batch = min(tokens_at_once(config.token_budget), max(steps + sums))
+    tested_tokens = len(config.sides) * sum(sums)
     data = Prompts(
         longest=max(map(len, everything)),
         steps=sum(steps),
-        tests=len(config.sides) * sum(sums),
-        batch=min(tokens_at_once(config.token_budget), max(steps + sums)),
+        tests=tested_tokens,
+        batch=batch,
+        turn=max(*steps, batch),
+        turns=len(steps) + math.ceil(tested_tokens / batch),
     )
     arithmetic, limit = machine_of(config)
     tokens = {token for prompt in everything for token in prompt.input_ids}
     label_ids = {token for test in tests for token in test.label_ids}
     try:
         weights = _weights(config, shape, arithmetic, is_known, tokens, label_ids)
-        planned = plan_streamed(shape, config, arithmetic, weights, data, limit)
+        planned = plan_streamed(shape, config, arithmetic, weights, data, limit, config.processes)
     except CannotCount as error:
         raise UserError(
             f"model {config.model}: {error}; `train --stream` counts nothing"
@@ -73,14 +79,14 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
             )
         )
     )
-    verdict = (
-        "fits" if planned.fits else "does not fit: use a larger GPU, or a shorter prompt (--k)"
-    )
+    fixes = ["a larger GPU", *(["more processes"] if config.pipeline else []), "fewer --k"]
+    verdict = "fits" if planned.fits else f"does not fit: use {' or '.join(fixes)}"
+    pipeline = f" --pipeline, {config.processes} processes" if config.pipeline else ""
     notes = [
         *notes_on_data(config, dataset, prompts, is_known),
         note_on_limit(arithmetic, limit),
         *(["stored weights are counted as bfloat16, as there are no files"] if is_known else []),
-        f"--stream --gradient {config.gradient}: {verdict}",
+        f"--stream --gradient {config.gradient}{pipeline}: {verdict}",
         *([] if is_known else loading.left_out(config.model)),
         *config.without_effect,
     ]

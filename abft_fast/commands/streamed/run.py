@@ -54,12 +54,23 @@ def evaluate_streamed(
     Raises:
         UserError: the model cannot be streamed, or the adapter does not fit it.
     """
+    with processes.fail_together():
+        streamed, walk, evaluating = _walk_of_tests(config, session, tests)
+    walk.run(session.progress, "evaluating")
+    say_read(session, streamed)
+    return as_scores(evaluating.outcomes())
+
+
+def _walk_of_tests(
+    config: EvalConfig, session: Session, tests: list[EvaluationSet]
+) -> tuple[StreamedModel, Walk, Evaluating]:
     streamed = streamed_model(session)
     place = streamed, session.accelerator
     adapter = next(iter(config.adapter_folders), None)
     trained_on = None if adapter is None else base_of_adapter(adapter)
     backend = config.attention_backend
-    evaluating = Evaluating(*place, tests, tokens_at_once(config.token_budget), backend)
+    tokens = tokens_at_once(config.token_budget) * processes.count()
+    evaluating = Evaluating(*place, tests, tokens, backend)
     stages = [
         BaseIdentity(*place, session.progress, trained_on, f"adapter {adapter}"),
         AttentionCheck(*place, tests[0].prompts, backend, session.progress),
@@ -69,9 +80,7 @@ def evaluate_streamed(
     walk.read_outside(_label_ids(tests))
     if adapter is not None:
         streamed.load_adapter(adapter, session.progress.say)
-    walk.run(session.progress, "evaluating")
-    say_read(session, streamed)
-    return as_scores(evaluating.outcomes())
+    return streamed, walk, evaluating
 
 
 def streamed_model(session: ModelOnDevice) -> StreamedModel:
@@ -123,6 +132,8 @@ class StreamedTraining:
         self._identity = BaseIdentity(*place, session.progress, run.base, f"run {run.folder}")
         check = AttentionCheck(*place, prompts, config.attention_backend, session.progress)
         tokens = tokens_at_once(config.token_budget)
+        if not config.pipeline:
+            tokens *= processes.count()
         self._tests = {
             side: Evaluating(*place, tests, tokens, config.attention_backend)
             for side in config.sides
@@ -138,7 +149,7 @@ class StreamedTraining:
             self._checkpoint = WalkCheckpoint(run.checkpoints, config.save_steps)
         size = block_size(config.gradient) or self._streamed.layers
         self._walk: Walk
-        if processes.count() > 1:
+        if config.pipeline and processes.count() > 1:
             self._walk = PipelinedWalk(self._streamed, stages, size, self._checkpoint)
         else:
             states = run.checkpoints if config.stream_states == "disk" else None

@@ -1,0 +1,112 @@
+"""`--stream` in several processes: each has some of the blocks, or a share of the prompts."""
+
+import json
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from tests.close import close
+from tests.command_line import QUICK, abft_fast, environment
+from tests.several_processes import TORCHRUN, adapter_error, launch, metrics, said
+
+pytestmark = pytest.mark.cli
+
+OPTIONS = [*QUICK, "--gradient", "local", "--pseudo-batch-size", "16", "--stream"]
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+def launcher(count):
+    return [count if part == "2" else part for part in TORCHRUN]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "run"
+    result = abft_fast("train", *OPTIONS, "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def figures(folder):
+    names = ("evaluation.json", "attention.json")
+    return [*metrics(folder), *(json.loads((folder / name).read_text()) for name in names)]
+
+
+@pytest.mark.parametrize("count", ["2", "3"])
+def test_a_pipeline_writes_the_bytes_of_one_process(count, one, tmp_path):
+    """Four blocks: of three processes one has two."""
+    folder = tmp_path / "run"
+    command = ["-m", "abft_fast", "train", *OPTIONS, "--pipeline", "--output-dir", folder]
+    result = launch(launcher(count), *command)
+    assert result.returncode == 0, result.stderr
+    assert (folder / ADAPTER).read_bytes() == (one / ADAPTER).read_bytes()
+    assert figures(folder) == figures(one)
+    base = "adapter/base.json"
+    assert json.loads((folder / base).read_text()) == json.loads((one / base).read_text())
+    assert not list((folder / "checkpoints").iterdir())
+
+
+def test_two_processes_share_the_prompts(one, tmp_path):
+    folder, output = tmp_path / "run", tmp_path / "out.json"
+    command = ["-m", "abft_fast", "train", *OPTIONS, "--output-dir", folder]
+    result = launch(TORCHRUN, *command)
+    assert result.returncode == 0, result.stderr
+    assert adapter_error(folder, one) <= 1e-5
+    for found, expected in zip(figures(folder), figures(one), strict=True):
+        assert found == close(expected, rel=1e-5)
+    result = launch(
+        TORCHRUN, "-m", "abft_fast", "eval", "--dataset", "trec", "--k", "2", "--device", "cpu",
+        "--stream", "--adapter", folder / "adapter", "--output", output,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    expected = json.loads((folder / "evaluation.json").read_text())["after"]["trec"]
+    assert json.loads(output.read_text())["trec"] == close(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--gradient", "4"], "2 processes for 1 blocks of layers"),
+        (["--lr", "1e30", "--no-eval"], "not finite"),
+        (["--stream-states", "disk"], "--stream-states disk"),
+    ],
+    ids=["too-few-blocks", "in-the-walk", "disk"],
+)
+def test_one_process_says_what_is_wrong(more, words, tmp_path):
+    folder = tmp_path / "run"
+    options = [*OPTIONS, "--pipeline", *more, "--output-dir", folder]
+    result = launch(TORCHRUN, "-m", "abft_fast", "train", *options)
+    assert result.returncode != 0
+    (line,) = said(result.stderr)
+    assert words in line
+
+
+def test_a_killed_process_ends_the_pipeline_which_starts_again(one, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [*TORCHRUN, "-m", "abft_fast", "train", *OPTIONS, "--pipeline", "--output-dir", folder],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"OMP_NUM_THREADS": "1", **environment()},
+    )
+    log = folder / "run.log"
+    while not (log.exists() and "attention: " in log.read_text()):  # said on the first block
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.002)
+    (victim,) = (
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.environ().get("RANK") == "1"
+    )
+    victim.send_signal(signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    (line,) = said(stderr)
+    assert "another process of this run ended" in line
+    result = abft_fast("train", "--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert "--pipeline has one process" in result.stderr
+    assert (folder / ADAPTER).read_bytes() == (one / ADAPTER).read_bytes()
