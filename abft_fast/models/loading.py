@@ -45,7 +45,8 @@ def read_config(name: str) -> PreTrainedConfig:
     shape = known_shape(name.removeprefix(SYNTHETIC))
     if shape is None:
         raise UserError(
-            f"model {name}: there is no such shape; use one of {', '.join(known_names())}"
+            f"model {name}: there is no such shape; use one of {', '.join(known_names())}, or as "
+            "`llama3-70b:4` its first layers"
         )
     return shape
 

@@ -16,7 +16,8 @@ class ModelOptions(CommandOptions):
     model: str = Field(
         "builtin",
         description="`builtin`, a local folder, a GGUF file, a hub id, or `synthetic:` and the "
-        "name of a known shape, for random weights of that size.",
+        "name of a known shape, for random weights of that size (`synthetic:llama3-70b:4`: of its "
+        "first four layers).",
     )
     quantized: bool = Field(
         False, description="Quantize the weights while they are loaded (bitsandbytes); see --bits."

@@ -27,8 +27,10 @@ from abft_fast.errors import UnsupportedModel, UserError
 from abft_fast.models import trainable
 from abft_fast.models.files import ADAPTER_WEIGHTS, check_adapter
 from abft_fast.models.loading import files_name
+from abft_fast.models.shapes import SYNTHETIC
 from abft_fast.models.synthetic import is_quantized, quantization, skeleton
 from abft_fast.runtime.environment import free_memory
+from abft_fast.streaming.random_weights import RandomWeights
 from abft_fast.streaming.weights import StoredWeights
 
 
@@ -120,7 +122,11 @@ class StreamedModel:
         if bits is not None:
             self.model.config.quantization_config = quantization(bits, dtype)
         self.model.name_or_path = self.model.config.name_or_path = files_name(name)
-        self.weights = StoredWeights(name, config, self.model)
+        self.weights: StoredWeights | RandomWeights
+        if name.startswith(SYNTHETIC):
+            self.weights = RandomWeights(self.model)
+        else:
+            self.weights = StoredWeights(name, config, self.model)
         try:
             self._inner = prepare(self.model)
         except UnsupportedModel as error:

@@ -20,7 +20,6 @@ from abft_fast.errors import UserError
 from abft_fast.models.files import check_model_folder, find_damage, gguf_file, shards
 from abft_fast.models.gguf import LazyTensor, class_and_tensors
 from abft_fast.models.loading import checkpoint_folder
-from abft_fast.models.shapes import SYNTHETIC
 from abft_fast.models.stored_format import stored_format
 
 
@@ -127,8 +126,6 @@ def _files_of_tensors(
     Tensors that transformers converts as it reads them, as experts that are stored one by one, are
     left out.
     """
-    if name.startswith(SYNTHETIC):
-        raise UserError(f"model {name}: --stream reads weights from files, and this model has none")
     check_stored_format(name, config)
     check_model_folder(name)
     folder = builtin_model_path() if name == "builtin" else checkpoint_folder(name)

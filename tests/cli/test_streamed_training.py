@@ -78,3 +78,14 @@ def test_a_streamed_adapter_is_evaluated_by_eval(way, streamed, tmp_path):
     assert result.returncode == 0, result.stderr
     expected = read(folder, "evaluation.json")["after"]["trec"]
     assert json.loads(output.read_text())["trec"] == close(expected, rel=1e-6)
+
+
+def test_random_weights_of_true_width(tmp_path):
+    result = abft_fast(
+        "train", "--model", "synthetic:qwen2.5-0.5b:2", "--stream", "--gradient", "local",
+        "--no-head-filter", "--train-samples", "4", "--epochs", "1", "--k", "2", "--no-eval",
+        "--device", "cpu", "--output-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "weights read: 0 MB" in result.stderr
+    assert (tmp_path / "run" / ADAPTER).is_file()

@@ -48,6 +48,8 @@ def test_the_inferred_shape_trains_as_many_parameters_as_the_paper_says():
 def test_a_shape_is_found_by_its_hub_id():
     assert known_shape("qwen/qwen2.5-32B").to_dict() == known_shape("qwen2.5-32b").to_dict()
     assert known_shape("qwen2.5-33b") is None
+    assert known_shape("llama3-70b:4").num_hidden_layers == 4
+    assert known_shape("llama3-70b:81") is known_shape("llama3-70b:") is None
     with pytest.raises(
         UserError, match=r"model synthetic:foo: there is no such shape; use one of qwen2\.5-0\.5b, "
     ):
