@@ -50,7 +50,8 @@ def test_every_phase_runs_where_only_the_libraries_of_the_model_are(tmp_path):
     bare = ("-c", WITHOUT.replace("{missing}", repr(MISSING)), SCRIPT)
     run = dry_run(tmp_path, "--commit", "abc1234", interpreter=bare)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "large  NF4  needs bitsandbytes and pydantic, not installed  skipped" in run.stdout
+    for phase in ("large  NF4", "streamed  layers"):
+        assert f"{phase}  needs bitsandbytes and pydantic, not installed  skipped" in run.stdout
     assert "cut" not in run.stdout and "FAILED" not in run.stdout
     assert {path.stem for path in tmp_path.iterdir()} == set(PHASES)
     for phase in PHASES:
@@ -69,6 +70,8 @@ def test_nf4_under_its_plan(tmp_path):
     found = rows(tmp_path, "large")
     assert [row["contender"] for row in found] == ["ABFT, local", "ABFT, full, checkpointing"]
     assert all(row["tokens_at_once"] == row["tokens_planned"] == "120" for row in found)
+    (row,) = rows(tmp_path, "streamed")
+    assert row["shape"] == "5x128" and float(row["seconds_of_steps"]) < float(row["seconds"])
 
 
 def test_what_has_no_time_is_named(tmp_path):
