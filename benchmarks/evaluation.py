@@ -29,10 +29,10 @@ from abft_fast import data
 from abft_fast.evaluation.inference import predict_labels
 from abft_fast.evaluation.protocols import METRICS, Protocol
 from abft_fast.prompts import PromptEncoder
-from abft_fast.runtime.token_budget import CPU_TOKENS
+from abft_fast.runtime.token_budget import tokens_at_once
 from benchmarks import stored
 from benchmarks.paired import compare, wall_seconds
-from benchmarks.record import GPU, append, quick_first
+from benchmarks.record import DEVICE, GPU, append, quick_first
 from benchmarks.step_contenders import Padded
 
 
@@ -102,7 +102,8 @@ class Test:
         return found
 
     def packed(self, behavior: bool = True) -> list[list[float]]:
-        logits, _ = predict_labels(self.model, self.encoded(), CPU_TOKENS, behavior=behavior)
+        tokens = tokens_at_once("auto", DEVICE)
+        logits, _ = predict_labels(self.model, self.encoded(), tokens, behavior=behavior)
         return [functional.softmax(row) for row in logits.tolist()]
 
     def predictions(self) -> list[list[float]]:

@@ -22,7 +22,7 @@ from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
 from abft_fast.data import Prompt
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
-from abft_fast.runtime.token_budget import CPU_TOKENS
+from abft_fast.runtime.token_budget import tokens_at_once
 from benchmarks.paired import compare
 from benchmarks.record import DEVICE, GPU, append, quick_first
 
@@ -45,7 +45,7 @@ SMALL, LARGE = Case("subj", 8, 128), Case("subj", 16, 512)
 def whole(model, prompts, label_ids):
     """Every prompt from its first token; logits and tokens computed."""
     logits = torch.empty(len(prompts), len(label_ids))
-    for batch in micro_batches([len(ids) for ids in prompts], CPU_TOKENS):
+    for batch in micro_batches([len(ids) for ids in prompts], tokens_at_once("auto", DEVICE)):
         encoded = [EncodedPrompt(prompts[i], [], []) for i in batch]
         logits[batch] = label_logits(model, encoded, label_ids)[0].cpu()
     return logits, sum(map(len, prompts))
@@ -56,7 +56,8 @@ def shared(model, prompts, label_ids):
     """What all begin with once, the rest packed."""
     prefix = SharedPrefix(model, common_prefix(prompts))
     logits = torch.empty(len(prompts), len(label_ids))
-    for batch in micro_batches([len(ids) - len(prefix.ids) for ids in prompts], CPU_TOKENS):
+    lengths = [len(ids) - len(prefix.ids) for ids in prompts]
+    for batch in micro_batches(lengths, tokens_at_once("auto", DEVICE)):
         logits[batch] = prefix.label_logits([prompts[i] for i in batch], label_ids).cpu()
     return logits, prefix.computed
 

@@ -23,7 +23,6 @@ from abft_fast.runtime import processes
 from abft_fast.runtime.environment import uses_cpu
 from abft_fast.runtime.files import write_json
 from abft_fast.runtime.progress import Progress
-from abft_fast.runtime.token_budget import tokens_at_once
 
 Scores = dict[str, Any]
 """Figures by dataset and name; with several tests, such figures by test."""
@@ -178,7 +177,7 @@ def _predict(
     return inference.predict_labels(
         session.model,
         encoded,
-        tokens_at_once(config.token_budget),
+        session.token_budget,
         advance,
         session.accelerator.autocast,
         config.attention_backend,

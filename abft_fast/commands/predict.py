@@ -25,7 +25,7 @@ from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.progress import Progress
-from abft_fast.runtime.token_budget import in_halves, tokens_at_once
+from abft_fast.runtime.token_budget import in_halves
 
 _CHUNK = 1024  # most rows that are read, sorted by length and written at a time
 _CHUNK_TOKENS = 2**20  # about how many tokens their whole prompts have
@@ -167,7 +167,6 @@ class Labeller(ModelOnDevice):
     def _logits(self, prompts: Sequence[list[int]]) -> Tensor:
         """Return the logits of the label words, (R, labels), in float32 on the CPU."""
         prefix = self._prefix_of(prompts)
-        budget = self.config.token_budget
         lengths = [len(ids) - len(prefix.ids) for ids in prompts]
         logits = torch.empty(len(prompts), len(self.encoder.label_ids))
 
@@ -176,7 +175,7 @@ class Labeller(ModelOnDevice):
                 ids = [prompts[i] for i in part]
                 return prefix.label_logits(ids, self.encoder.label_ids).float().cpu()
 
-        for batch in micro_batches(lengths, tokens_at_once(budget)):
+        for batch in micro_batches(lengths, self.token_budget):
             logits[batch] = torch.cat(in_halves(run, batch))
         return logits
 

@@ -23,6 +23,7 @@ from abft_fast.prompts import EncodedPrompts, PromptEncoder, for_tokenizer
 from abft_fast.runtime import processes
 from abft_fast.runtime.environment import uses_cpu
 from abft_fast.runtime.progress import Progress
+from abft_fast.runtime.token_budget import tokens_at_once
 
 
 class ModelOnDevice:
@@ -49,6 +50,12 @@ class ModelOnDevice:
         self.placement = over_all_gpus(device) if config.device_map == "auto" else None
         self.arithmetic = Arithmetic(device.type, self.accelerator.mixed_precision == "bf16")
         self.shape = loading.read_config(config.model)
+
+    @property
+    def token_budget(self) -> int:
+        """Return the most tokens of a packed batch, where a run does not try what fits."""
+        asked = getattr(self.config, "token_budget", "auto")
+        return tokens_at_once(asked, self.accelerator.device.type)
 
     def load(self) -> None:
         """Read the weights; prompts and memory have been checked by then."""

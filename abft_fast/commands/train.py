@@ -37,7 +37,6 @@ from abft_fast.runtime.files import atomic_folder
 from abft_fast.runtime.freed_memory import KEPT_BY_MALLOC, give_back_at_once
 from abft_fast.runtime.launch import is_main
 from abft_fast.runtime.progress import Progress
-from abft_fast.runtime.token_budget import tokens_at_once
 from abft_fast.training.loop import Training, optimize
 from abft_fast.training.methods import TRAINING_METHODS, training_prompts
 from abft_fast.training.run_folder import RunFolder
@@ -260,7 +259,7 @@ class TrainSession(Session):
     ) -> None:
         """Give freed memory back at once, if a step would not fit with the gaps of malloc."""
         pseudo_batch = sum(sorted(map(len, prompts))[-self.config.pseudo_batch_size :])
-        tokens = min(tokens_at_once(self.config.token_budget), pseudo_batch)
+        tokens = min(self.token_budget, pseudo_batch)
         is_short = static.total + KEPT_BY_MALLOC * step.at(tokens) > room
         if is_short and give_back_at_once():
             self.progress.say(

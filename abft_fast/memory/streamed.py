@@ -21,6 +21,7 @@ from abft_fast.streaming.model import WeightToRead
 from abft_fast.streaming.pipeline import block_shares
 
 _ADAM_STATES = 2
+_COPIES_TO_QUANTIZE = 2.5  # that bitsandbytes' NF4 holds on a CPU at most, beside the weight itself
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,11 @@ def plan_streamed(
     cut = with_layers(shape, min(size + 1, depth))
     step = step_memory(cut, config, arithmetic, Flow(config.gradient), prompts.longest)
     largest, stored = max(((each.numbers, stored) for each, stored in weights if each.is_matrix))
-    reading = item * largest if config.quantized else 0
+    on_gpu = arithmetic.device_type == "cuda"
+    copies = 0.0 if not config.quantized else 1.0 if on_gpu else _COPIES_TO_QUANTIZE
+    reading = int(copies * item * largest)
     room = limit - sum(device.values())
     batch = max(prompts.batch, prompts.longest)
-    on_gpu = arithmetic.device_type == "cuda"
     while on_gpu and batch > prompts.longest and step.at(batch) > room:
         batch = max(prompts.longest, batch // 2)  # as `TokenBudget` does
     inside = sum(each.numbers for each, _ in weights if each.layer is not None and each.is_matrix)

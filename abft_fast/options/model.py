@@ -98,8 +98,8 @@ class PromptOptions(PlacementOptions):
     token_budget: str | int = Field(
         "auto",
         description="Most tokens in a packed batch. auto: a training run on a GPU tries what "
-        "the GPU holds; otherwise 8192, or fewer if the plan of memory says so. Results do not "
-        "depend on this option.",
+        "the GPU holds, and other work takes 8192 there; a CPU takes 2048, or fewer if the plan of "
+        "memory says so. Results do not depend on this option.",
     )
     attention_backend: Literal[
         "auto", "flash-attn", "varlen", "sdpa", "flash-attn-3", "separate"

@@ -12,14 +12,20 @@ from accelerate.utils.memory import should_reduce_batch_size
 from abft_fast.errors import RunError
 from abft_fast.runtime.batching import micro_batches
 
-CPU_TOKENS = 8192  # without a GPU, the system kills a process that takes too much memory
+CPU_TOKENS = 2048
+"""More make no step on a CPU faster: activations leave its caches, and memory grows."""
+
+GPU_TOKENS = 8192
+"""A GPU's packed batch where nothing is tried: in evaluations, and in blocks that are streamed."""
 S = TypeVar("S")
 T = TypeVar("T")
 
 
-def tokens_at_once(asked: str | int) -> int:
-    """Return the most tokens of a packed batch: the value of `--token-budget`, or a CPU's."""
-    return asked if isinstance(asked, int) else CPU_TOKENS
+def tokens_at_once(asked: str | int, device_type: str) -> int:
+    """Return the most tokens of a packed batch: the value of `--token-budget`, or the device's."""
+    if isinstance(asked, int):
+        return asked
+    return CPU_TOKENS if device_type == "cpu" else GPU_TOKENS
 
 
 def is_out_of_memory(error: Exception) -> bool:

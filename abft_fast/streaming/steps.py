@@ -49,7 +49,8 @@ class TrainingSteps(StageInTurns):
         self._training = training
         self._config = training.config
         self._size = block_size(self._config.gradient)
-        self._budget = TokenBudget(tokens_at_once(self._config.token_budget), training.progress.say)
+        tokens = tokens_at_once(self._config.token_budget, training.accelerator.device.type)
+        self._budget = TokenBudget(tokens, training.progress.say)
         self.groups = [
             PromptGroup([training.prompts[i] for i in places])
             for places in pseudo_batches(len(training.prompts), self._config)

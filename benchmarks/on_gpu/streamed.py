@@ -78,7 +78,7 @@ def planned(case, config, prompts):
     item = ARITHMETIC.dtype.itemsize
     weights = [(each, item * each.numbers) for each in weights_to_read(model, used, set())]
     tokens = case.prompts * case.length
-    batch = min(tokens, tokens_at_once(config.token_budget))
+    batch = min(tokens, tokens_at_once(config.token_budget, ARITHMETIC.device_type))
     data = Prompts(case.length, STEPS * tokens, tests=0, batch=batch, turn=tokens, turns=STEPS)
     limit = int(case.cap_gb * 1e9) - GPU_RESERVE if case.cap_gb else 10**12
     return plan_streamed(case.config, config, ARITHMETIC, weights, data, limit)

@@ -27,7 +27,6 @@ from abft_fast.options import (
 )
 from abft_fast.prompts import EncodedPrompts
 from abft_fast.runtime.progress import Progress
-from abft_fast.runtime.token_budget import tokens_at_once
 
 
 class MovableModel(ModelOnDevice):
@@ -123,11 +122,6 @@ class DrawnPrompts(PromptSession):
         super().__init__(config, progress)
         self.drawn, self.encoded = self._draw()
         self.show_data(self.encoded.prompts)
-
-    @property
-    def token_budget(self) -> int:
-        """Return how many tokens a packed batch may have."""
-        return tokens_at_once(self.config.token_budget)
 
     @property
     def longest(self) -> int:

@@ -49,7 +49,8 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
     everything = [*prompts, *(prompt for part in tested for prompt in part)]
     steps = [sum(len(prompts[i]) for i in batch) for batch in pseudo_batches(len(prompts), config)]
     sums = [sum(map(len, part)) for part in tested]
-    batch = min(tokens_at_once(config.token_budget), max(steps + sums))
+    arithmetic, limit = machine_of(config)
+    batch = min(tokens_at_once(config.token_budget, arithmetic.device_type), max(steps + sums))
     tested_tokens = len(config.sides) * sum(sums)
     data = Prompts(
         longest=max(map(len, everything)),
@@ -59,7 +60,6 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
         turn=max(*steps, batch),
         turns=len(steps) + math.ceil(tested_tokens / batch),
     )
-    arithmetic, limit = machine_of(config)
     tokens = {token for prompt in everything for token in prompt.input_ids}
     label_ids = {token for test in tests for token in test.label_ids}
     try:

@@ -16,7 +16,6 @@ from abft_fast.commands.streamed.run import streamed_model
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.core.shared_prefix import common_prefix
 from abft_fast.models.base_identity import base_of_adapter
-from abft_fast.runtime.token_budget import tokens_at_once
 from abft_fast.streaming.labelling import Labelling
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import AttentionCheck, BaseIdentity, Stage
@@ -86,7 +85,7 @@ class StreamedLabeller(Labeller):
             prompts,
             prefix,
             self.encoder.label_ids,
-            tokens_at_once(config.token_budget),
+            self.token_budget,
             config.attention_backend,
             check=is_first,
         )

@@ -19,7 +19,6 @@ from abft_fast.models.base_identity import base_of_adapter
 from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.runtime import processes
 from abft_fast.runtime.progress import Progress
-from abft_fast.runtime.token_budget import tokens_at_once
 from abft_fast.streaming.checkpoint import WalkCheckpoint
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.pipeline import PipelinedWalk
@@ -69,7 +68,7 @@ def _walk_of_tests(
     adapter = next(iter(config.adapter_folders), None)
     trained_on = None if adapter is None else base_of_adapter(adapter)
     backend = config.attention_backend
-    tokens = tokens_at_once(config.token_budget) * processes.count()
+    tokens = session.token_budget * processes.count()
     evaluating = Evaluating(*place, tests, tokens, backend)
     stages = [
         BaseIdentity(*place, session.progress, trained_on, f"adapter {adapter}"),
@@ -131,7 +130,7 @@ class StreamedTraining:
         place = self._streamed, session.accelerator
         self._identity = BaseIdentity(*place, session.progress, run.base, f"run {run.folder}")
         check = AttentionCheck(*place, prompts, config.attention_backend, session.progress)
-        tokens = tokens_at_once(config.token_budget)
+        tokens = session.token_budget
         if not config.pipeline:
             tokens *= processes.count()
         self._tests = {
