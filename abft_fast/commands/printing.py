@@ -174,16 +174,17 @@ def print_streamed_plan(model: str, plan: StreamedPlan, speeds: Speeds, notes: l
     memory.add_column("memory")
     memory.add_column("GB", justify="right")
     adds = plan.step.at(plan.batch)
+    each = ", each process" if plan.processes > 1 else ""
     states = "hidden states, in files" if plan.states_on_disk else "host: hidden states"
     for name, size in (
         *((f"device: {name}", size) for name, size in plan.device.items()),
         (f"device: a packed batch of {plan.batch:,} tokens", adds),
         ("device: or a weight that is being quantized", plan.reading),
-        ("device at most", plan.device_peak),
+        (f"device at most{each}", plan.device_peak),
         (states, plan.states),
         ("host: a weight that is being read", plan.host_reading),
         ("host: the block that is read ahead", plan.host_ahead),
-        ("host at most, beside programs and tokenizer", plan.host_peak),
+        (f"host at most{each}, beside programs and tokenizer", plan.host_peak),
     ):
         if size:
             memory.add_row(name, f"{size / 1e9:.3f}")

@@ -182,6 +182,7 @@ def plan_streamed(
     for each, _ in weights:
         if each.layer is not None:
             ahead[each.layer // size] += item * each.numbers
+    read_by_each = sum(stored for each, stored in weights if each.layer is None)
     tokens = prompts.steps + prompts.tests
     states = min(blocks - 1, 2) * tokens * width * item
     if processes > 1:
@@ -198,7 +199,7 @@ def plan_streamed(
         states_on_disk=config.stream_states == "disk",
         host_reading=stored + item * largest,
         host_ahead=max(ahead[1:], default=0) if on_gpu else 0,
-        read=sum(stored for _, stored in weights),
+        read=sum(stored for _, stored in weights) + (processes - 1) * read_by_each,
         copied=item * sum(each.numbers for each, _ in weights) if on_gpu else 0,
         # Forward: 2 a weight and token. Backward: again 2 for the layers that a loss crosses.
         operations=2.0 * inside * (tokens + prompts.steps * (size - 1) / size),

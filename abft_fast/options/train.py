@@ -118,8 +118,8 @@ class TrainConfig(TrainingDataOptions):
         False,
         description="Train block by block: each block of layers takes all steps before the next "
         "is read, so that one block's weights are in memory, and are read once a run. Needs "
-        "--gradient local or a number; --save-steps counts blocks. The penalty is controlled for "
-        "each block by its own heads (ours), or not with --adaptation none.",
+        "--gradient local or a number. In one process --save-steps counts blocks. The penalty is "
+        "controlled for each block by its own heads (ours), or not with --adaptation none.",
     )
     pipeline: bool = Field(
         False,
@@ -432,7 +432,7 @@ class PlanConfig(TrainConfig):
     )
 
     @model_validator(mode="after")
-    def _check_speeds(self) -> Self:
+    def _check_machine(self) -> Self:
         if self.pipeline != (self.processes > 1):
             raise ValueError("--pipeline and --processes, at least 2, belong together: give both")
         for name in ("disk_bandwidth", "bus_bandwidth", "operations"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,9 @@ class Neighbours:
         self._rank = launch.rank()
         self.is_first = self._rank == 0
         self.is_last = self._rank == launch.process_count() - 1
-        self._group = dist.new_group(backend="gloo")  # takes tensors of the host's memory
+        # gloo takes tensors of the host's memory, and sees at once that a process has ended; a
+        # turn may take long.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
     def receive(self, rows: int) -> Tensor:
@@ -54,8 +57,8 @@ class Neighbours:
         """
         if tensor.shape[1:] != (self._width,) or tensor.dtype != self._dtype:
             raise RuntimeError(
-                f"(rows, {self._width}) of {self._dtype} is awaited, not {tuple(tensor.shape)} of "
-                f"{tensor.dtype}"
+                f"the layers hand on {tuple(tensor.shape)} of {tensor.dtype}, and the next process "
+                f"awaits rows of {self._width} of {self._dtype}: train without --pipeline"
             )
         tensor = tensor.cpu().contiguous()
         with waiting_for_others():
@@ -65,13 +68,14 @@ class Neighbours:
             self._wait(ON_THE_WAY)
 
     def finish(self) -> None:
-        """Wait until the process behind has taken everything.
+        """Wait until all processes have taken everything.
 
         Raises:
-            ProcessEnded: that process has ended.
+            ProcessEnded: one of them has ended.
         """
         with waiting_for_others():
             self._wait(0)
+            dist.barrier(group=self._group)
 
     def _wait(self, most: int) -> None:
         while len(self._sent) > most:

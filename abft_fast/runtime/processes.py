@@ -1,8 +1,9 @@
 """Let the processes of one run work together; in a run of one process, nothing here waits.
 
-Each process holds the whole model and computes its share of the prompts. The main process decides
-whatever depends on files. An error on one process ends all of them with one message. In no other
-module but `neighbours` does a process wait for another one.
+Each process holds the whole model and computes its share of the prompts; in a pipeline it holds
+some of the blocks. The main process decides whatever depends on files. An error on one process ends
+all of them with one message. In no other module but `neighbours` does a process wait for another
+one.
 """
 
 from __future__ import annotations

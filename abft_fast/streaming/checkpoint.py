@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from abft_fast.errors import RunError
+from abft_fast.errors import RunError, UserError
 from abft_fast.runtime.files import atomic_folder
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import Stage
@@ -96,6 +96,20 @@ class WalkCheckpoint:
                 "the walk again"
             ) from error
         return done
+
+    def start_again(self) -> None:
+        """Remove what blocks have learnt, for a walk that cannot go on from a saved one.
+
+        Raises:
+            UserError: there is the state of a walk of one process.
+        """
+        if any(self._folder.glob("block-*/state")):
+            raise UserError(
+                f"{self._folder} has the state of a walk of one process, which several processes "
+                "cannot go on from: resume the run without a launcher, or delete that folder to "
+                "start the walk again"
+            )
+        self.remove()
 
     def put_trained_back(self, streamed: StreamedModel, blocks: Sequence[range]) -> None:
         """Give the model what all blocks have learnt, to write the adapter."""

@@ -32,8 +32,7 @@ class PromptGroup:
     Attributes:
         prompts: the same prompts, for the embedding's rows after `settle`.
         lengths: tokens of each prompt.
-        masses: what the heads did, by field and first layer of a block: (layers, R, Hq) each; 0
-            where another process observes it.
+        masses: what the heads did, by field and first layer of a block: (layers, R, Hq) each.
     """
 
     def __init__(self, prompts: Sequence[EncodedPrompt]):
@@ -86,10 +85,18 @@ class PromptGroup:
         """Store what the heads of a block's layers did on some prompts."""
         for name in _FIELDS:
             own = getattr(behavior, name).cpu()
-            key = f"{name}.{block.start}"
-            if key not in self.masses:
-                self.masses[key] = own.new_zeros(len(own), len(self.prompts), own.shape[2])
-            self.masses[key][:, list(places)] = own
+            self.take_masses(places, {f"{name}.{block.start}": own})
+
+    def masses_of(self, places: Sequence[int]) -> dict[str, Tensor]:
+        """Return what the heads did on some prompts."""
+        return {name: mass[:, list(places)] for name, mass in self.masses.items()}
+
+    def take_masses(self, places: Sequence[int], masses: dict[str, Tensor]) -> None:
+        """Store what the heads did on some prompts, as another process returned it."""
+        for name, own in masses.items():
+            if name not in self.masses:
+                self.masses[name] = own.new_empty(len(own), len(self.prompts), own.shape[2])
+            self.masses[name][:, list(places)] = own
 
     def leave(self) -> None:
         """Hand on the hidden states that left the block."""

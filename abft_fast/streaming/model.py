@@ -29,6 +29,7 @@ from abft_fast.models.files import ADAPTER_WEIGHTS, check_adapter
 from abft_fast.models.loading import files_name
 from abft_fast.models.shapes import SYNTHETIC
 from abft_fast.models.synthetic import is_quantized, quantization, skeleton
+from abft_fast.runtime import launch
 from abft_fast.runtime.environment import free_memory
 from abft_fast.streaming.random_weights import RandomWeights
 from abft_fast.streaming.weights import StoredWeights
@@ -260,13 +261,14 @@ class StreamedModel:
         """Return whether to read a block while the one before it computes.
 
         On a CPU both would share the processor. With a GPU the host waits anyway, and its free
-        memory must hold two of the largest block.
+        memory must hold two of the largest block for each process of this machine.
         """
         if self.device.type != "cuda":
             return False
         places = [[place for index in block for place in self._places[index]] for block in blocks]
         sizes = (sum(p.empty.numel() * self._dtype_of(p).itemsize for p in each) for each in places)
-        return free_memory(torch.device("cpu")) > 2 * max(sizes)
+        needed = 2 * max(sizes) * launch.local_process_count()
+        return free_memory(torch.device("cpu")) > needed
 
     def read_ahead(self, block: range, stop: Event) -> dict[str, Tensor]:
         """Return the weights of a block for `bring`, in the host's memory; for another thread.

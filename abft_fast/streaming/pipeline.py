@@ -14,7 +14,6 @@ from abft_fast.streaming.checkpoint import WalkCheckpoint
 from abft_fast.streaming.group import PromptGroup
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import StageInTurns
-from abft_fast.streaming.states import HiddenStates
 from abft_fast.streaming.walk import Walk
 
 
@@ -57,10 +56,9 @@ class PipelinedWalk(Walk):
         size: int,
         checkpoint: WalkCheckpoint | None,
     ):
-        super().__init__(streamed, stages, size, None, checkpoint)
+        super().__init__(streamed, stages, size, None, checkpoint, streamed.device)
         self._in_turns = stages
         self._own = block_shares(len(self.blocks), processes.count())[launch.rank()]
-        self._states = HiddenStates(self._tokens_of_groups, None, streamed.device)
         width = streamed.model.config.get_text_config(decoder=True).hidden_size
         self._neighbours = Neighbours(width, streamed.model.dtype)
 
@@ -73,7 +71,7 @@ class PipelinedWalk(Walk):
         """
         self._settle()
         if self._checkpoint is not None:
-            processes.run_on_main(self._checkpoint.remove)
+            processes.run_on_main(self._checkpoint.start_again)
         turns = [len(stage.turns) for stage in self._in_turns]
         with processes.apart(), progress.bar(title, sum(turns), self.tokens) as advance:
             self._bring_all()
@@ -121,6 +119,10 @@ class PipelinedWalk(Walk):
             if self._checkpoint is not None:
                 self._checkpoint.keep_trained(self.streamed, block, number + 1)
             self.streamed.drop(block)
+
+    def _places(self, group: PromptGroup) -> Sequence[Sequence[int]]:
+        """Return all prompts of a group for each process: it computes them on its own blocks."""
+        return [range(len(group.prompts))] * processes.count()
 
     def _join_facts(self, of_processes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Join what processes found, in order of their blocks."""

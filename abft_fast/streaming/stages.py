@@ -255,8 +255,9 @@ class Evaluating(StageInTurns):
         streamed: the model.
         accelerator: the device and the arithmetic.
         tests: the tests.
-        tokens: most tokens of a packed batch, of which each of several processes takes a share.
+        tokens: most tokens of a packed batch.
         attention_backend: which attention runs.
+        sharing: processes of which each takes a share of the prompts.
     """
 
     def __init__(
@@ -266,13 +267,14 @@ class Evaluating(StageInTurns):
         tests: Sequence[EvaluationSet],
         tokens: int,
         attention_backend: str,
+        sharing: int = 1,
     ):
         super().__init__(streamed, accelerator)
-        self._tests, self._backend = tests, attention_backend
+        self._tests, self._backend, self._tokens = tests, attention_backend, tokens
         self._parts: dict[int, _Part] = {}
         for test in tests:
             for encoded in test.encoded:
-                part = _Part(encoded, tokens)
+                part = _Part(encoded, tokens * sharing)
                 self._parts[id(encoded)] = part
                 self.groups += part.groups
         parts = self._parts.values()
@@ -281,12 +283,15 @@ class Evaluating(StageInTurns):
 
     @torch.no_grad()
     def take(self, block: range, turn: int) -> None:
-        """Run the prompts of a packed batch through the block."""
+        """Run the prompts of a group through the block, of several processes each its share."""
         group, (part, indices) = self.groups[turn], self._batches[turn]
         own = processes.own_share(group.lengths)
+        if not own:  # then there are no hidden states either
+            return
+        run = functools.partial(self._forward, block, part, group, indices)
         group.enter(block)
-        if own:
-            in_halves(functools.partial(self._forward, block, part, group, indices), own)
+        for batch in micro_batches([group.lengths[place] for place in own], self._tokens):
+            in_halves(run, [own[i] for i in batch])
         group.leave()
 
     def _forward(
@@ -343,7 +348,7 @@ def run_block(
 
 
 class _Part:
-    """The prompts of one part of a test: a group for each packed batch, and the predictions."""
+    """The prompts of one part of a test in groups of so many tokens, and the predictions."""
 
     def __init__(self, encoded: EncodedPrompts, tokens: int):
         lengths = [len(prompt) for prompt in encoded.prompts]

@@ -18,7 +18,7 @@ from abft_fast.core.packing import EncodedPrompt, PackedPrompts
 from abft_fast.core.run_packed import run_packed
 from abft_fast.models.preflight import check_gradients
 from abft_fast.options import TrainConfig
-from abft_fast.runtime import launch
+from abft_fast.runtime import launch, processes
 from abft_fast.runtime.token_budget import TokenBudget, tokens_at_once
 from abft_fast.streaming.group import PromptGroup, WalkingPrompt
 from abft_fast.streaming.model import StreamedModel
@@ -74,10 +74,13 @@ class TrainingSteps(StageInTurns):
     def take(self, block: range, turn: int) -> None:
         """Take a step on a block."""
         self._block, group = block, self.groups[turn]
-        group.enter(block)
+        has_prompts = bool(processes.own_share(group.lengths))
+        if has_prompts:
+            group.enter(block)
         row = train_step(self._training, self._states[block], list(group.prompts), turn + 1)
         self._rows[block].append({**row, "process": launch.rank()})
-        group.leave()
+        if has_prompts:
+            group.leave()
 
     def end(self, block: range) -> None:
         """Keep the rows of the block's steps, and nothing else of it."""
@@ -148,5 +151,5 @@ def _seconds(rows: Sequence[dict[str, Any]]) -> float:
     """Return the seconds of a step on all blocks; processes compute at the same time."""
     by_process: defaultdict[int, float] = defaultdict(float)
     for row in rows:
-        by_process[row["process"]] += row["seconds"]
+        by_process[row.get("process", 0)] += row["seconds"]
     return max(by_process.values())

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from abft_fast.runtime import processes
+from abft_fast.runtime import launch, processes
+from abft_fast.runtime.batching import balanced_shares
 from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.ahead import ReadingAhead
 from abft_fast.streaming.checkpoint import WalkCheckpoint
+from abft_fast.streaming.group import PromptGroup
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import Stage
 from abft_fast.streaming.states import HiddenStates
@@ -33,6 +32,7 @@ class Walk:
         size: layers of a block.
         states_folder: where hidden states are kept between blocks; None keeps them in memory.
         checkpoint: where the walk's state is saved; None for a walk that cannot be continued.
+        states_device: whose memory keeps hidden states that are not in files.
 
     Raises:
         UserError: the disk has no room for the hidden states.
@@ -45,13 +45,14 @@ class Walk:
         size: int,
         states_folder: Path | None = None,
         checkpoint: WalkCheckpoint | None = None,
+        states_device: torch.device | str = "cpu",
     ):
         self.streamed, self._stages, self._checkpoint = streamed, stages, checkpoint
         starts = range(0, streamed.layers, size)
         self.blocks = [range(start, min(start + size, streamed.layers)) for start in starts]
         self._groups = [group for stage in stages for group in stage.groups]
         self._tokens_of_groups = [sum(group.lengths) for group in self._groups]
-        self._states = HiddenStates(self._tokens_of_groups, states_folder)
+        self._states = HiddenStates(self._tokens_of_groups, states_folder, states_device)
         config = streamed.model.config
         self._states.check_space(config.hidden_size, streamed.model.dtype.itemsize)
 
@@ -92,7 +93,7 @@ class Walk:
         if self._checkpoint is not None and processes.count() == 1:
             done = self._checkpoint.restore(self.streamed, self._stages, self._states, self.blocks)
         elif self._checkpoint is not None:  # each process has hidden states of its own
-            processes.run_on_main(self._checkpoint.remove)
+            processes.run_on_main(self._checkpoint.start_again)
         count, tokens = len(self.blocks), self.tokens
         bar = progress.bar(title, count, tokens * (count - done), done)
         reads_ahead = self.streamed.has_room_ahead(self.blocks)
@@ -131,8 +132,13 @@ class Walk:
         """Give every process what all of them have found."""
         if processes.count() == 1:
             return
+        rank = launch.rank()
         own = [
-            (stage.facts, [group.masses for group in stage.groups], stage.results)
+            (
+                stage.facts,
+                [group.masses_of(self._places(group)[rank]) for group in stage.groups],
+                stage.results,
+            )
             for stage in self._stages
         ]
         of_stages = zip(*processes.gather(own), strict=True)
@@ -140,17 +146,14 @@ class Walk:
             facts, masses, results = zip(*found, strict=True)
             stage.facts = self._join_facts(facts)
             for group, of_group in zip(stage.groups, zip(*masses, strict=True), strict=True):
-                names = dict.fromkeys(name for part in of_group for name in part)
-                group.masses = {
-                    name: _sum([part[name] for part in of_group if name in part]) for name in names
-                }
+                for places, part in zip(self._places(group), of_group, strict=True):
+                    group.take_masses(places, part)
             for mine, of_all in zip(stage.results, zip(*results, strict=True), strict=True):
-                mine.copy_(_sum(of_all))
+                mine.copy_(sum(of_all[1:], start=of_all[0]))  # 0 where another process found it
+
+    def _places(self, group: PromptGroup) -> Sequence[Sequence[int]]:
+        """Return the prompts of a group that each process computes."""
+        return balanced_shares(group.lengths, processes.count())
 
     def _join_facts(self, of_processes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return of_processes[0]  # all processes found the same
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """Return what several processes found; a part is 0 where another process found it."""
-    return reduce(operator.or_ if parts[0].dtype == torch.bool else operator.add, parts)

@@ -9,12 +9,13 @@ import psutil
 import pytest
 
 from tests.close import close
-from tests.command_line import QUICK, abft_fast, environment
+from tests.command_line import QUICK, abft_fast, environment, start
 from tests.several_processes import TORCHRUN, adapter_error, launch, metrics, said
 
 pytestmark = pytest.mark.cli
 
 OPTIONS = [*QUICK, "--gradient", "local", "--pseudo-batch-size", "16", "--stream"]
+OPTIONS += ["--train-samples", "33"]  # the last pseudo-batch has 2 prompts
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
@@ -42,6 +43,7 @@ def test_a_pipeline_writes_the_bytes_of_one_process(count, one, tmp_path):
     command = ["-m", "abft_fast", "train", *OPTIONS, "--pipeline", "--output-dir", folder]
     result = launch(launcher(count), *command)
     assert result.returncode == 0, result.stderr
+    assert "a run that is ended starts its walk again" in result.stderr
     assert (folder / ADAPTER).read_bytes() == (one / ADAPTER).read_bytes()
     assert figures(folder) == figures(one)
     base = "adapter/base.json"
@@ -49,17 +51,27 @@ def test_a_pipeline_writes_the_bytes_of_one_process(count, one, tmp_path):
     assert not list((folder / "checkpoints").iterdir())
 
 
-def test_two_processes_share_the_prompts(one, tmp_path):
+def test_w_q_and_w_k_themselves_are_trained_in_a_pipeline(tmp_path):
+    options = [*OPTIONS, "--trainable", "full", "--lr", "1e-3", "--no-eval", "--output-dir"]
+    expected, folder = tmp_path / "one", tmp_path / "two"
+    assert abft_fast("train", *options, expected).returncode == 0
+    result = launch(TORCHRUN, "-m", "abft_fast", "train", "--pipeline", *options, folder)
+    assert result.returncode == 0, result.stderr
+    assert (folder / ADAPTER).read_bytes() == (expected / ADAPTER).read_bytes()
+
+
+def test_three_processes_share_the_prompts(one, tmp_path):
+    """Of the last step's two prompts one process has none."""
     folder, output = tmp_path / "run", tmp_path / "out.json"
     command = ["-m", "abft_fast", "train", *OPTIONS, "--output-dir", folder]
-    result = launch(TORCHRUN, *command)
+    result = launch(launcher("3"), *command)
     assert result.returncode == 0, result.stderr
     assert adapter_error(folder, one) <= 1e-5
     for found, expected in zip(figures(folder), figures(one), strict=True):
         assert found == close(expected, rel=1e-5)
     result = launch(
         TORCHRUN, "-m", "abft_fast", "eval", "--dataset", "trec", "--k", "2", "--device", "cpu",
-        "--stream", "--adapter", folder / "adapter", "--output", output,
+        "--stream", "--adapter", folder / "adapter", "--output", output, "--token-budget", 400,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     expected = json.loads((folder / "evaluation.json").read_text())["after"]["trec"]
@@ -110,3 +122,18 @@ def test_a_killed_process_ends_the_pipeline_which_starts_again(one, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "--pipeline has one process" in result.stderr
     assert (folder / ADAPTER).read_bytes() == (one / ADAPTER).read_bytes()
+
+
+def test_a_walk_that_one_process_saved_is_not_lost(tmp_path):
+    folder = tmp_path / "run"
+    process = start("train", *OPTIONS, "--save-steps", "1", "--no-eval", "--output-dir", folder)
+    state = folder / "checkpoints" / "block-000001" / "state"
+    while not state.is_dir():
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = launch(TORCHRUN, "-m", "abft_fast", "train", "--resume", folder)
+    assert result.returncode != 0
+    (line,) = said(result.stderr)
+    assert "resume the run without a launcher" in line
+    assert list(folder.glob("checkpoints/block-*/state"))

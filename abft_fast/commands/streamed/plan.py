@@ -50,6 +50,8 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
     steps = [sum(len(prompts[i]) for i in batch) for batch in pseudo_batches(len(prompts), config)]
     sums = [sum(map(len, part)) for part in tested]
     arithmetic, limit = machine_of(config)
+    if arithmetic.device_type == "cpu":
+        limit //= config.processes  # they share the memory
     batch = min(tokens_at_once(config.token_budget, arithmetic.device_type), max(steps + sums))
     tested_tokens = len(config.sides) * sum(sums)
     data = Prompts(
@@ -79,7 +81,7 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
             )
         )
     )
-    fixes = ["a larger GPU", *(["more processes"] if config.pipeline else []), "fewer --k"]
+    fixes = ["a larger GPU", *(["more processes"] if config.pipeline else []), "a smaller --k"]
     verdict = "fits" if planned.fits else f"does not fit: use {' or '.join(fixes)}"
     pipeline = f" --pipeline, {config.processes} processes" if config.pipeline else ""
     notes = [

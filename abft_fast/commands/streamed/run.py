@@ -12,6 +12,7 @@ from abft_fast.commands.session import ModelOnDevice, Session, check_same_data
 from abft_fast.commands.train import TrainSession, begin, prepare_data, save_result, to_train
 from abft_fast.core.objective import block_size
 from abft_fast.core.packing import EncodedPrompt
+from abft_fast.errors import UserError
 from abft_fast.evaluation.details import describe_test
 from abft_fast.evaluation.evaluation_set import EvaluationSet
 from abft_fast.models import loading
@@ -68,8 +69,7 @@ def _walk_of_tests(
     adapter = next(iter(config.adapter_folders), None)
     trained_on = None if adapter is None else base_of_adapter(adapter)
     backend = config.attention_backend
-    tokens = session.token_budget * processes.count()
-    evaluating = Evaluating(*place, tests, tokens, backend)
+    evaluating = Evaluating(*place, tests, session.token_budget, backend, processes.count())
     stages = [
         BaseIdentity(*place, session.progress, trained_on, f"adapter {adapter}"),
         AttentionCheck(*place, tests[0].prompts, backend, session.progress),
@@ -125,16 +125,15 @@ class StreamedTraining:
         tests: list[EvaluationSet],
     ):
         self._session, self._run, config = session, run, session.config
-        self._streamed = streamed_model(session)
+        with processes.fail_together():
+            self._streamed = streamed_model(session)
         training = to_train(session, run, prompts, self._streamed.model)
         place = self._streamed, session.accelerator
         self._identity = BaseIdentity(*place, session.progress, run.base, f"run {run.folder}")
         check = AttentionCheck(*place, prompts, config.attention_backend, session.progress)
-        tokens = session.token_budget
-        if not config.pipeline:
-            tokens *= processes.count()
+        sharing = 1 if config.pipeline else processes.count()
         self._tests = {
-            side: Evaluating(*place, tests, tokens, config.attention_backend)
+            side: Evaluating(*place, tests, session.token_budget, config.attention_backend, sharing)
             for side in config.sides
         }
         self._steps = TrainingSteps(self._streamed, training)
@@ -168,18 +167,9 @@ class StreamedTraining:
         session, config = self._session, self._session.config
         with processes.fail_together():
             begin(session, self._run, self._streamed.count_trained(), self._identity.base)
-        if config.pipeline and processes.count() == 1:
-            session.progress.say(
-                "--pipeline has one process, which takes one block after the other: start it with "
-                "a launcher, as `torchrun --nproc_per_node 2 -m abft_fast train ...`"
-            )
+        self._say_how()
         if config.tracker != "none":
             session.accelerator.init_trackers("abft-fast", config.model_dump(mode="json"))
-        if config.adaptation != "none":
-            session.progress.say(
-                "the penalty is controlled for each block by its own induction heads (ours, not "
-                "the paper's); --adaptation none keeps it as it is"
-            )
         try:
             self._walk.run(session.progress, "block by block")
             processes.run_on_main(self._write)
@@ -188,6 +178,34 @@ class StreamedTraining:
                 self._walk.remove_files()
         say_read(session, self._streamed)
         session.accelerator.end_training()
+
+    def _say_how(self) -> None:
+        """Say what is other than in a run that is not streamed.
+
+        Raises:
+            UserError: not every process sees the run's folder, where its blocks are written.
+        """
+        session, config = self._session, self._session.config
+        if not all(processes.gather(self._run.is_begun)):
+            raise UserError(
+                f"not every process sees {self._run.folder}, where each writes what its blocks "
+                "have learnt: put it on a shared disk (--output-dir)"
+            )
+        if processes.count() > 1 and not config.no_save:
+            session.progress.say(
+                "several processes save no state of the walk (--save-steps): a run that is ended "
+                "starts its walk again"
+            )
+        if config.pipeline and processes.count() == 1:
+            session.progress.say(
+                "--pipeline has one process, which takes one block after the other: start it with "
+                "a launcher, as `torchrun --nproc_per_node 2 -m abft_fast train ...`"
+            )
+        if config.adaptation != "none":
+            session.progress.say(
+                "the penalty is controlled for each block by its own induction heads (ours, not "
+                "the paper's); --adaptation none keeps it as it is"
+            )
 
     def _write(self) -> None:
         """Write metrics, evaluations and, last, the adapter: a run with an adapter is done."""
