@@ -226,11 +226,6 @@ def test_states_on_disk_are_of_a_walk():
         resolve(TrainConfig, {"stream_states": "disk"})
 
 
-def test_a_model_without_files_is_refused():
-    with pytest.raises(UserError, match="has none"):
-        streamed_model("synthetic:llama3-8b")
-
-
 def test_weights_that_are_converted_as_they_are_read_are_refused(tmp_path):
     """Mixtral's files hold each expert by itself, and transformers stacks them."""
     model = streamed_model(saved("mixtral", tmp_path, num_local_experts=2, num_key_value_heads=2))
