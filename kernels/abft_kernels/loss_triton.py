@@ -1,11 +1,12 @@
 """Compute the last rows' softmax, label loss and gradient on a GPU: helpers, kernels, launchers.
 
-One program serves all query heads of one key head, so keys are read once whatever the GQA ratio.
+One program serves all query heads of one key head, so the forward reads keys once whatever the GQA
+ratio, and the backward once for every 16 heads of a group that have a loss.
 Long rows are split over programs, and the parts are combined in a fixed order. There are no
 atomics, so results repeat bit by bit. Lengths and counts never specialize a kernel.
 
-The forward reads all keys only to find a normalizer that nobody knows yet. The backward reads the
-keys of heads that have a loss, once, for both gradients.
+The forward reads all keys only to find a normalizer that nobody knows yet. The backward reads keys
+for both gradients together.
 
 Shapes: R rows, Hq query heads, Hkv key heads, D head dimension, T keys, M labels.
 """
@@ -26,6 +27,7 @@ _LABEL_BLOCK = 8
 _ROW_BLOCK = 128
 _EARLIER_ROW_BLOCK = 4
 _SPLIT_BLOCK = 16
+_HEAD_BLOCK = 16  # query heads of a backward's chunk; 16 is the least that tl.dot takes
 _SPAN_TILES = 16  # of the backward; the labels among their keys are looked up at once
 _OPTIONS = {"enable_fp_fusion": True}  # Triton's own default depends on its version
 INTERPRETED = triton.knobs.runtime.interpret  # read once, when kernels are decorated
@@ -79,26 +81,29 @@ def _attention_scores(query, key, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _group_offsets(row, key_head, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr):
-    """Return offsets into (R, Hq) of one key head's query heads, and which of them exist."""
+def _group_of(key_head, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr):
+    """Return one key head's query heads, padded to GROUP_BLOCK, and which of them exist."""
     member = tl.arange(0, GROUP_BLOCK)
-    query_heads = tl.num_programs(1) * GROUP
-    return row * query_heads + key_head * GROUP + member, member < GROUP
+    return key_head * GROUP + member, member < GROUP
+
+
+@triton.jit
+def _query_pointers(pointer, row, heads, row_stride, head_stride, DIM_BLOCK: tl.constexpr):
+    """Return pointers to some heads of one row's query, (G, DIM_BLOCK)."""
+    offset = heads.to(tl.int64) * head_stride + tl.full(heads.shape, row, tl.int64) * row_stride
+    return pointer + offset[:, None] + tl.arange(0, DIM_BLOCK)[None, :]
 
 
 @triton.jit
 def _load_query(
-    query_ptr, row, key_head, row_stride, head_stride,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    query_ptr, row, heads, exists, row_stride, head_stride,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Load the queries of one row that share a key head, (GROUP_BLOCK, DIM_BLOCK), zero-padded."""
-    member = tl.arange(0, GROUP_BLOCK)
-    dim = tl.arange(0, DIM_BLOCK)
-    row_offset = tl.full([GROUP_BLOCK], row, tl.int64) * row_stride
-    head_offset = (key_head * GROUP + member).to(tl.int64) * head_stride
+    """Load some heads of one row's query, (G, DIM_BLOCK), zero-padded."""
+    in_head = tl.arange(0, DIM_BLOCK) < HEAD_DIM
     return tl.load(
-        query_ptr + (row_offset + head_offset)[:, None] + dim[None, :],
-        mask=(member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
+        _query_pointers(query_ptr, row, heads, row_stride, head_stride, DIM_BLOCK),
+        mask=exists[:, None] & in_head[None, :],
         other=0.0,
     )
 
@@ -172,27 +177,23 @@ def _split_range(first, end, split, splits, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _known_normalizer(
-    lse_ptr, query_row, key_head, token_stride, head_stride,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
-):  # fmt: skip
+def _known_normalizer(lse_ptr, query_row, heads, exists, token_stride, head_stride):
     """Load the log-sum-exp of a query's heads where attention left it; the total is 1."""
-    member = tl.arange(0, GROUP_BLOCK)
-    token_offset = tl.full([GROUP_BLOCK], query_row, tl.int64) * token_stride
-    head_offset = (key_head * GROUP + member).to(tl.int64) * head_stride
-    lse = tl.load(lse_ptr + token_offset + head_offset, mask=member < GROUP, other=0.0)
-    return lse, tl.full([GROUP_BLOCK], 1.0, tl.float32)
+    token_offset = tl.full(heads.shape, query_row, tl.int64) * token_stride
+    head_offset = heads.to(tl.int64) * head_stride
+    lse = tl.load(lse_ptr + token_offset + head_offset, mask=exists, other=0.0)
+    return lse, tl.full(heads.shape, 1.0, tl.float32)
 
 
 @triton.jit
 def _stored_normalizer(
-    peak_ptr, total_ptr, offsets, exists, query_row, key_head, token_stride, head_stride,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, KNOWN_LSE: tl.constexpr,
+    peak_ptr, total_ptr, offsets, heads, exists, query_row, token_stride, head_stride,
+    KNOWN_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Load the normalizer of a group of heads, as the forward used it."""
+    """Load the normalizer of some heads, as the forward used it."""
     if KNOWN_LSE:
         peak, total = _known_normalizer(
-            peak_ptr, query_row, key_head, token_stride, head_stride, GROUP, GROUP_BLOCK
+            peak_ptr, query_row, heads, exists, token_stride, head_stride
         )
     else:
         peak = tl.load(peak_ptr + offsets, mask=exists, other=0.0)
@@ -202,17 +203,15 @@ def _stored_normalizer(
 
 @triton.jit
 def _combined_normalizer(
-    part_max_ptr, part_sum_ptr, sinks_ptr, offsets, exists, key_head, splits,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, SPLIT_BLOCK: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
+    part_max_ptr, part_sum_ptr, sinks_ptr, offsets, heads, exists, splits,
+    SPLIT_BLOCK: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """Combine a row's splits, in their order, into the normalizer of a group of heads."""
     running_max = tl.where(exists, -float("inf"), 0.0)
     running_sum = tl.where(exists, 0.0, 1.0)
     if HAS_SINKS:
-        head = key_head * GROUP + tl.arange(0, GROUP_BLOCK)
-        running_max = tl.load(sinks_ptr + head, mask=exists, other=0.0).to(tl.float32)
-        running_sum = tl.full([GROUP_BLOCK], 1.0, tl.float32)
+        running_max = tl.load(sinks_ptr + heads, mask=exists, other=0.0).to(tl.float32)
+        running_sum = tl.full(heads.shape, 1.0, tl.float32)
     for block in range(0, splits, SPLIT_BLOCK):
         split = block + tl.arange(0, SPLIT_BLOCK)
         part = offsets.to(tl.int64)[:, None] * splits + split[None, :]
@@ -307,7 +306,7 @@ def _tile_of(span, tile, KEY_BLOCK: tl.constexpr, TILES: tl.constexpr):
 
 
 _COUNTS = [
-    "window", "tokens", "splits", "rows", "labels", "head_filter",
+    "window", "tokens", "splits", "rows", "labels", "query_heads", "head_filter",
     "peak_token_stride", "peak_head_stride", "loss_row_stride", "loss_head_stride",
     "factor_stride",
 ]  # fmt: skip
@@ -330,10 +329,10 @@ def _scan_keys_kernel(
     row = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     key_head = tl.program_id(1)
-    offsets, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
+    heads, exists = _group_of(key_head, GROUP, GROUP_BLOCK)
     query = _load_query(
-        query_ptr, _query_row(key_end_ptr, row, tokens, PACKED), key_head,
-        query_row_stride, query_head_stride, GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
+        query_ptr, _query_row(key_end_ptr, row, tokens, PACKED), heads, exists,
+        query_row_stride, query_head_stride, HEAD_DIM, DIM_BLOCK,
     )  # fmt: skip
     first, end = _visible_keys(key_start_ptr, key_end_ptr, row, window, tokens)
     low, high = _split_range(first, end, split, splits, KEY_BLOCK)
@@ -353,6 +352,7 @@ def _scan_keys_kernel(
             running_max, running_sum, scores, sums=1.0, AXIS=1
         )
 
+    offsets = row * tl.num_programs(1) * GROUP + heads
     part = offsets.to(tl.int64) * splits + split
     tl.store(part_max_ptr + part, running_max, mask=exists)
     tl.store(part_sum_ptr + part, running_sum, mask=exists)
@@ -387,20 +387,21 @@ def _label_loss_kernel(
     """
     row = tl.program_id(0)
     key_head = tl.program_id(1)
-    offsets, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
+    heads, exists = _group_of(key_head, GROUP, GROUP_BLOCK)
+    offsets = row * tl.num_programs(1) * GROUP + heads
     query_row = _query_row(key_end_ptr, row, tokens, PACKED)
     query = _load_query(
-        query_ptr, query_row, key_head, query_row_stride, query_head_stride,
-        GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
+        query_ptr, query_row, heads, exists, query_row_stride, query_head_stride,
+        HEAD_DIM, DIM_BLOCK,
     )  # fmt: skip
     if KNOWN_LSE:
         peak, total = _known_normalizer(
-            peak_ptr, query_row, key_head, peak_token_stride, peak_head_stride, GROUP, GROUP_BLOCK
+            peak_ptr, query_row, heads, exists, peak_token_stride, peak_head_stride
         )
     else:
         peak, total = _combined_normalizer(
-            part_max_ptr, part_sum_ptr, sinks_ptr, offsets, exists, key_head, splits,
-            GROUP, GROUP_BLOCK, SPLIT_BLOCK, HAS_SINKS,
+            part_max_ptr, part_sum_ptr, sinks_ptr, offsets, heads, exists, splits,
+            SPLIT_BLOCK, HAS_SINKS,
         )  # fmt: skip
         tl.store(peak_ptr + offsets, peak, mask=exists)
         tl.store(total_ptr + offsets, total, mask=exists)
@@ -473,17 +474,47 @@ def _label_loss_kernel(
 
 @triton.jit
 def _coefficient(
-    grad_loss_ptr, is_induction_ptr, row, key_head, offsets, exists, scale, head_filter,
-    loss_row_stride, loss_head_stride, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+    grad_loss_ptr, is_induction_ptr, row, offsets, heads, exists, scale, head_filter,
+    loss_row_stride, loss_head_stride,
 ):  # fmt: skip
-    """Return scale * incoming gradient for a group of heads; 0 for heads without a loss."""
-    head = key_head * GROUP + tl.arange(0, GROUP_BLOCK)
+    """Return scale * incoming gradient for some heads; 0 for heads without a loss."""
     is_induction = tl.load(is_induction_ptr + offsets, mask=exists, other=0).to(tl.int32)
     has_loss = exists & (tl.where(head_filter != 0, is_induction, 1) != 0)
     grad = tl.load(
-        grad_loss_ptr + row * loss_row_stride + head * loss_head_stride, mask=has_loss, other=0.0
+        grad_loss_ptr + row * loss_row_stride + heads * loss_head_stride, mask=has_loss, other=0.0
     )
     return scale * grad
+
+
+@triton.jit
+def _chunk_of_heads(
+    grad_loss_ptr, is_induction_ptr, row, key_head, chunk, scale, head_filter,
+    loss_row_stride, loss_head_stride,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return a chunk of a group's query heads, which of them exist, and their coefficients.
+
+    A group of HEAD_BLOCK heads or fewer is one chunk. A chunk of a larger group has the next
+    HEAD_BLOCK heads with a loss, so a group with few of them needs one chunk, too.
+
+    Example: of the 32 heads of a group, the heads 3, 8 and 30 have a loss. Chunk 0 has these three,
+    and chunk 1 has none.
+    """
+    heads, exists = _group_of(key_head, GROUP, GROUP_BLOCK)
+    offsets = row * tl.num_programs(1) * GROUP + heads
+    coefficient = _coefficient(
+        grad_loss_ptr, is_induction_ptr, row, offsets, heads, exists, scale, head_filter,
+        loss_row_stride, loss_head_stride,
+    )  # fmt: skip
+    if GROUP > HEAD_BLOCK:
+        has_loss = coefficient != 0
+        place = tl.cumsum(has_loss.to(tl.int32), 0) - 1 - chunk * HEAD_BLOCK
+        in_place = place[None, :] == tl.arange(0, HEAD_BLOCK)[:, None]
+        chosen = has_loss[None, :] & in_place  # (HEAD_BLOCK, GROUP_BLOCK), at most one in a row
+        exists = tl.max(chosen.to(tl.int32), 1) > 0
+        heads = tl.sum(tl.where(chosen, heads[None, :], 0), 1)
+        coefficient = tl.sum(tl.where(chosen, coefficient[None, :], 0.0), 1)
+    return heads, exists, coefficient
 
 
 @triton.jit
@@ -514,7 +545,8 @@ def _gradient_kernel(
     peak_token_stride, peak_head_stride, loss_row_stride, loss_head_stride,
     query_row_stride, query_head_stride, key_token_stride, key_head_stride,
     grad_query_row_stride, grad_query_head_stride, grad_token_stride, grad_head_stride,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr, TILES: tl.constexpr, LABEL_BLOCK: tl.constexpr,
     ROW_BLOCK: tl.constexpr, EARLIER_ROW_BLOCK: tl.constexpr,
     CAPPED: tl.constexpr, PACKED: tl.constexpr, KNOWN_LSE: tl.constexpr,
@@ -523,25 +555,26 @@ def _gradient_kernel(
 
     Packed rows own their keys. Other rows may share keys, and a shared key's gradient belongs to
     the first row that sees it. That row's program adds the later rows' parts one after the other,
-    so no two programs write to one key.
+    so no two programs write to one key. It also adds the chunks of a large group one after the
+    other, and reads keys once for each chunk that has a loss.
     """
     row = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     key_head = tl.program_id(1)
     in_head = (tl.arange(0, DIM_BLOCK) < HEAD_DIM)[None, :]
     span_keys: tl.constexpr = TILES * KEY_BLOCK
+    chunks: tl.constexpr = (GROUP + HEAD_BLOCK - 1) // HEAD_BLOCK
     first, end = _visible_keys(key_start_ptr, key_end_ptr, row, window, tokens)
     low, high = _split_range(first, end, split, splits, KEY_BLOCK)
     seers = 1
     if not PACKED:
         last_row = _last_row_that_sees(key_start_ptr, key_end_ptr, row, rows, low, high, ROW_BLOCK)
         seers = 1 + last_row - row
-    for later in range(seers):
-        seer = row + later
-        offsets, exists = _group_offsets(seer, key_head, GROUP, GROUP_BLOCK)
-        coefficient = _coefficient(
-            grad_loss_ptr, is_induction_ptr, seer, key_head, offsets, exists, scale, head_filter,
-            loss_row_stride, loss_head_stride, GROUP, GROUP_BLOCK,
+    for turn in range(seers * chunks):
+        seer = row + turn // chunks
+        heads, exists, coefficient = _chunk_of_heads(
+            grad_loss_ptr, is_induction_ptr, seer, key_head, turn % chunks, scale, head_filter,
+            loss_row_stride, loss_head_stride, GROUP, GROUP_BLOCK, HEAD_BLOCK,
         )  # fmt: skip
         if tl.max((coefficient != 0).to(tl.int32), 0) > 0:
             seen_low = low
@@ -551,12 +584,13 @@ def _gradient_kernel(
                 seen_high = tl.minimum(high, end_seen)
             query_row = _query_row(key_end_ptr, seer, tokens, PACKED)
             query = _load_query(
-                query_ptr, query_row, key_head, query_row_stride, query_head_stride,
-                GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
+                query_ptr, query_row, heads, exists, query_row_stride, query_head_stride,
+                HEAD_DIM, DIM_BLOCK,
             )  # fmt: skip
+            offsets = seer * tl.num_programs(1) * GROUP + heads
             peak, total = _stored_normalizer(
-                peak_ptr, total_ptr, offsets, exists, query_row, key_head,
-                peak_token_stride, peak_head_stride, GROUP, GROUP_BLOCK, KNOWN_LSE,
+                peak_ptr, total_ptr, offsets, heads, exists, query_row,
+                peak_token_stride, peak_head_stride, KNOWN_LSE,
             )  # fmt: skip
             mean_weight = tl.load(mean_weight_ptr + offsets, mask=exists, other=0.0)
             penalty = tl.load(penalty_ptr + offsets * factor_stride, mask=exists, other=0.0)
@@ -570,7 +604,7 @@ def _gradient_kernel(
             reward *= factor
             first_label, last_label, _ = _own_labels(label_offsets_ptr, seer, rows, labels)
 
-            grad_query = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
+            grad_query = tl.zeros([HEAD_BLOCK, DIM_BLOCK], tl.float32)
             for span in range(low, high, span_keys):
                 in_span = span + tl.arange(0, span_keys)
                 marks = _label_counts(
@@ -616,38 +650,50 @@ def _gradient_kernel(
                     tl.store(grad_key_ptrs, grad_key * unit, mask=owned)
                     grad_query = _add_dot_float32(grad_query, grad_scores, key)
                     here += KEY_BLOCK
-            if later == 0:
+            if turn < chunks:
+                if chunks > 1:  # chosen once more, or they would wait in registers
+                    heads, exists, coefficient = _chunk_of_heads(
+                        grad_loss_ptr, is_induction_ptr, row, key_head, turn, scale, head_filter,
+                        loss_row_stride, loss_head_stride, GROUP, GROUP_BLOCK, HEAD_BLOCK,
+                    )  # fmt: skip
                 _leave_query_gradient(
                     grad_query_ptr, part_ptr, grad_query * unit, key_end_ptr, row, split, splits,
-                    tokens, key_head, grad_query_row_stride, grad_query_head_stride,
-                    GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK, PACKED,
+                    tokens, heads, exists, grad_query_row_stride, grad_query_head_stride,
+                    GROUP, HEAD_DIM, DIM_BLOCK, PACKED,
                 )  # fmt: skip
-        if not PACKED:
-            tl.debug_barrier()  # the next row reads what this one has written
+        if chunks > 1 or not PACKED:
+            tl.debug_barrier()  # the next turn reads what this one has written
 
 
 @triton.jit
 def _add_to_query(
-    grad_query_ptr, added, query_row, key_head, row_stride, head_stride,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    grad_query_ptr, added, query_row, heads, exists, row_stride, head_stride,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add to the gradient of one query's heads that share a key head, (GROUP_BLOCK, DIM_BLOCK)."""
-    member = tl.arange(0, GROUP_BLOCK)
-    dim = tl.arange(0, DIM_BLOCK)
-    row_offset = tl.full([GROUP_BLOCK], query_row, tl.int64) * row_stride
-    head_offset = (key_head * GROUP + member).to(tl.int64) * head_stride
-    pointers = grad_query_ptr + (row_offset + head_offset)[:, None] + dim[None, :]
-    there = (member < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    """Add to the gradient of some heads of one query, (G, DIM_BLOCK)."""
+    pointers = _query_pointers(grad_query_ptr, query_row, heads, row_stride, head_stride, DIM_BLOCK)
+    there = exists[:, None] & (tl.arange(0, DIM_BLOCK) < HEAD_DIM)[None, :]
     old = tl.load(pointers, mask=there, other=0.0).to(tl.float32)
     tl.store(pointers, old + added, mask=there)
 
 
 @triton.jit
+def _part_pointers(
+    part_ptr, row, heads, split, splits, query_heads,
+    HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return pointers to what one split adds to some heads' dq, (G, DIM_BLOCK)."""
+    head_stride = splits * HEAD_DIM
+    return _query_pointers(
+        part_ptr + split * HEAD_DIM, row, heads, query_heads * head_stride, head_stride, DIM_BLOCK
+    )
+
+
+@triton.jit
 def _leave_query_gradient(
-    grad_query_ptr, part_ptr, grad_query, key_end_ptr, row, split, splits, tokens, key_head,
+    grad_query_ptr, part_ptr, grad_query, key_end_ptr, row, split, splits, tokens, heads, exists,
     row_stride, head_stride,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Add a packed row's only part to its query's gradient; else store the part of this split."""
     whole = False
@@ -655,17 +701,15 @@ def _leave_query_gradient(
         whole = splits == 1
     if whole:
         _add_to_query(
-            grad_query_ptr, grad_query, _query_row(key_end_ptr, row, tokens, PACKED), key_head,
-            row_stride, head_stride, GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
+            grad_query_ptr, grad_query, _query_row(key_end_ptr, row, tokens, PACKED), heads,
+            exists, row_stride, head_stride, HEAD_DIM, DIM_BLOCK,
         )  # fmt: skip
     else:
-        offsets, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
-        part = offsets.to(tl.int64) * splits + split
-        dim = tl.arange(0, DIM_BLOCK)
+        query_heads = tl.num_programs(1) * GROUP
         tl.store(
-            part_ptr + part[:, None] * HEAD_DIM + dim[None, :],
+            _part_pointers(part_ptr, row, heads, split, splits, query_heads, HEAD_DIM, DIM_BLOCK),
             grad_query,
-            mask=exists[:, None] & (dim < HEAD_DIM)[None, :],
+            mask=exists[:, None] & (tl.arange(0, DIM_BLOCK) < HEAD_DIM)[None, :],
         )
 
 
@@ -674,32 +718,34 @@ def _sum_parts_kernel(
     part_ptr,  # (R, Hq, splits, D)
     is_induction_ptr, grad_loss_ptr, key_end_ptr,
     grad_query_ptr,  # like the queries, in and out
-    scale, tokens, splits, head_filter, loss_row_stride, loss_head_stride,
+    scale, tokens, splits, query_heads, head_filter, loss_row_stride, loss_head_stride,
     grad_query_row_stride, grad_query_head_stride,
-    GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Add a row's dq, the sum of its splits' parts in their order, for one key head."""
+    """Add a row's dq, the sum of its splits' parts in their order, for HEAD_BLOCK query heads."""
     row = tl.program_id(0)
-    key_head = tl.program_id(1)
-    offsets, exists = _group_offsets(row, key_head, GROUP, GROUP_BLOCK)
+    heads = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    offsets = row * query_heads + heads
     coefficient = _coefficient(
-        grad_loss_ptr, is_induction_ptr, row, key_head, offsets, exists, scale, head_filter,
-        loss_row_stride, loss_head_stride, GROUP, GROUP_BLOCK,
+        grad_loss_ptr, is_induction_ptr, row, offsets, heads, heads < query_heads, scale,
+        head_filter, loss_row_stride, loss_head_stride,
     )  # fmt: skip
-    if tl.max((coefficient != 0).to(tl.int32), 0) > 0:
-        dim = tl.arange(0, DIM_BLOCK)
-        there = exists[:, None] & (dim < HEAD_DIM)[None, :]
-        grad_query = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
+    has_loss = coefficient != 0
+    if tl.max(has_loss.to(tl.int32), 0) > 0:
+        there = has_loss[:, None] & (tl.arange(0, DIM_BLOCK) < HEAD_DIM)[None, :]
+        grad_query = tl.zeros([HEAD_BLOCK, DIM_BLOCK], tl.float32)
         for split in range(splits):
-            part = offsets.to(tl.int64) * splits + split
             grad_query += tl.load(
-                part_ptr + part[:, None] * HEAD_DIM + dim[None, :], mask=there, other=0.0
+                _part_pointers(
+                    part_ptr, row, heads, split, splits, query_heads, HEAD_DIM, DIM_BLOCK
+                ),
+                mask=there,
+                other=0.0,
             )
         _add_to_query(
-            grad_query_ptr, grad_query, _query_row(key_end_ptr, row, tokens, PACKED), key_head,
-            grad_query_row_stride, grad_query_head_stride,
-            GROUP, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
+            grad_query_ptr, grad_query, _query_row(key_end_ptr, row, tokens, PACKED), heads,
+            has_loss, grad_query_row_stride, grad_query_head_stride, HEAD_DIM, DIM_BLOCK,
         )  # fmt: skip
 
 
@@ -717,7 +763,7 @@ def scan_keys(
             query, key, rows.key_start, rows.key_end, part_max, part_sum,
             *shape.scores(scores), shape.tokens, splits, *shape.strides(query, key),
             **shape.constants(), KEY_BLOCK=shape.key_block, CAPPED=scores.softcap is not None,
-            PACKED=packed, **shape.launch(_SCAN_STAGES),
+            PACKED=packed, num_warps=shape.warps, num_stages=_SCAN_STAGES, **_OPTIONS,
         )  # fmt: skip
     return part_max, part_sum
 
@@ -816,16 +862,19 @@ def add_gradients(
             *shape.scores(scores), shape.tokens, splits, shape.rows, len(rows.label_positions),
             int(head_filter), int(penalty.ndim > 0), *normalizer.peak.stride(),
             *grad_loss.stride(), *shape.strides(query, key), *shape.strides(*outputs),
-            **shape.constants(), KEY_BLOCK=shape.gradient_block, TILES=_SPAN_TILES,
+            **shape.constants(), HEAD_BLOCK=_HEAD_BLOCK,
+            KEY_BLOCK=shape.gradient_block, TILES=_SPAN_TILES,
             LABEL_BLOCK=_LABEL_BLOCK, ROW_BLOCK=_ROW_BLOCK, EARLIER_ROW_BLOCK=_EARLIER_ROW_BLOCK,
             CAPPED=scores.softcap is not None, PACKED=packed, KNOWN_LSE=known,
-            **shape.launch(shape.gradient_stages),
+            num_warps=shape.gradient_warps, num_stages=shape.gradient_stages, **_OPTIONS,
         )  # fmt: skip
         if in_parts:
-            _sum_parts_kernel[(shape.rows, shape.key_heads)](
+            _sum_parts_kernel[(shape.rows, triton.cdiv(shape.query_heads, _HEAD_BLOCK))](
                 part, is_induction, grad_loss, rows.key_end, outputs[0],
-                scores.scale, shape.tokens, splits, int(head_filter), *grad_loss.stride(),
-                *outputs[0].stride()[:2], **shape.constants(), PACKED=packed, **_OPTIONS,
+                scores.scale, shape.tokens, splits, shape.query_heads, int(head_filter),
+                *grad_loss.stride(), *outputs[0].stride()[:2],
+                HEAD_BLOCK=_HEAD_BLOCK, HEAD_DIM=shape.head_dim, DIM_BLOCK=shape.dim_block,
+                PACKED=packed, **_OPTIONS,
             )  # fmt: skip
     for grad, output in zip((grad_query, grad_key), outputs, strict=True):
         if output is not grad:
@@ -849,8 +898,9 @@ class _Shape:
         gradient_tile = self.gradient_block * row_bytes
         self.gradient_stages = 1 + max(1, min(5, _GRADIENT_BYTES_IN_FLIGHT // gradient_tile))
         # Float32 products keep their operands in registers.
-        wide = self.group_block * self.dim_block >= (2048 if query.element_size() > 2 else 16384)
-        self.warps = 8 if wide else 4
+        wide = 2048 if query.element_size() > 2 else 16384
+        self.warps = 8 if self.group_block * self.dim_block >= wide else 4
+        self.gradient_warps = 8 if _HEAD_BLOCK * self.dim_block >= wide else 4
 
     def constants(self) -> dict[str, int]:
         return {
@@ -859,9 +909,6 @@ class _Shape:
             "HEAD_DIM": self.head_dim,
             "DIM_BLOCK": self.dim_block,
         }
-
-    def launch(self, stages: int) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": stages, **_OPTIONS}
 
     @staticmethod
     def scores(scores: Scores) -> tuple[float, float, int]:

@@ -31,6 +31,7 @@ class Sizes:
         self.programs = self.rows * self.key_heads  # one a row and key head
         self.splits = loss_triton._count_splits(shape, shape.tokens, loss_triton._KEYS_PER_SPLIT)
         self.span = loss_triton._SPAN_TILES * shape.gradient_block
+        self.head_block = loss_triton._HEAD_BLOCK
 
     def vectors(self, count):
         """Bytes of that many queries or keys."""
@@ -98,6 +99,7 @@ BYTES = {
     "plain": ([60, 1, 33], [4, 0, 6], 4, 2, 16, torch.float16),
     "float32": ([60, 1, 33], [4, 0, 6], 4, 2, 16, torch.float32),
     "group-of-7": ([60, 33, 20], [4, 6, 0], 7, 1, 24, torch.float16),
+    "group-of-40": ([60, 33, 20], [4, 6, 0], 40, 1, 16, torch.float16),
     "splits": ([1100, 40], [5, 3], 4, 2, 16, torch.float16),
 }
 
@@ -138,41 +140,72 @@ def test_bytes_of_a_forward_that_knows_its_normalizer(case):
     assert traffic.of("scan_keys") == ({}, {})
 
 
-@pytest.mark.slow
-def test_bytes_of_a_backward(case):
-    """Keys of key heads with a loss, once; their gradients are read and written once."""
-    size = Sizes(case)
-    problem, factors, lse = packed_arguments(case)
-    found = loss_forward("triton", *problem, None, *factors, True, lse=lse, packed=True)
-    grads = [torch.zeros_like(t) for t in problem[:2]]
-    with counted_traffic() as traffic:
-        add_loss_gradients(
-            "triton", *grads, *problem, Normalizer(lse, None), found.mean_weight,
-            found.is_induction, torch.ones_like(found.loss), *factors, True, True, 2000,
-        )  # fmt: skip
-    groups = found.is_induction.unflatten(1, (size.key_heads, -1)).any(-1)  # (R, Hkv)
-    assert groups.any() and not groups.all()
+def check_gradient(traffic, size, case, has_loss):
+    """Keys are read once for 16 heads with a loss; their gradients are read and written as often.
+
+    A group of 16 heads or fewer is one chunk, whichever of them have a loss.
+    """
+    with_loss = has_loss.unflatten(1, (size.key_heads, -1)).sum(-1)  # (R, Hkv)
+    taken = -(-with_loss // size.head_block)  # chunks that have a loss
+    chunks = -(-size.group // size.head_block)
+    large = chunks > 1
+    heads = int((with_loss if large else taken * size.group).sum())
     lengths = case["key_end"] - case["key_start"]
-    active = int(groups.sum())
-    keys = size.vectors(int((lengths[:, None] * groups).sum()))
+    keys = size.vectors(int((lengths[:, None] * taken).sum()))
     spans = -(-lengths // size.span)
-    labels = int((case["label_offsets"].diff() * spans * groups.sum(1)).sum())
+    labels = int((case["label_offsets"].diff() * spans * taken.sum(1)).sum())
+    active = int(taken.sum())
+    # A large group is looked through for each chunk, and once more to store a chunk's dq.
+    looks = chunks + taken * large
     check(
         traffic, "gradient",
         read={
             "key": keys,
             "grad_key": keys,
-            **dict.fromkeys(("query", "grad_query"), size.vectors(active * size.group)),
-            "is_induction": size.row_heads,
-            "grad_loss": int(found.is_induction.sum()) * 4,
-            **dict.fromkeys(
-                ("peak", "mean_weight", "penalty", "reward"), active * size.group * 4
-            ),
+            **dict.fromkeys(("query", "grad_query"), size.vectors(heads)),
+            "is_induction": int(looks.sum()) * size.group,
+            "grad_loss": int((looks * with_loss).sum()) * 4,
+            **dict.fromkeys(("peak", "mean_weight", "penalty", "reward"), heads * 4),
             "key_start": size.programs * 4,
             "key_end": (size.programs + 2 * active) * 4,
             "label_offsets": active * 2 * 4,
             "label_positions": labels * 4,
             "label_is_correct": labels,
         },
-        written={"grad_key": keys, "grad_query": size.vectors(active * size.group)},
+        written={"grad_key": keys, "grad_query": size.vectors(heads)},
     )  # fmt: skip
+
+
+def backward_of(case, head_filter):
+    """The traffic of a packed backward, and which heads have a loss."""
+    problem, factors, lse = packed_arguments(case)
+    found = loss_forward("triton", *problem, None, *factors, head_filter, lse=lse, packed=True)
+    grads = [torch.zeros_like(t) for t in problem[:2]]
+    with counted_traffic() as traffic:
+        add_loss_gradients(
+            "triton", *grads, *problem, Normalizer(lse, None), found.mean_weight,
+            found.is_induction, torch.ones_like(found.loss), *factors, head_filter, True, 2000,
+        )  # fmt: skip
+    return traffic, found.is_induction if head_filter else torch.ones_like(found.is_induction)
+
+
+@pytest.mark.slow
+def test_bytes_of_a_backward(case):
+    """Key heads without a loss are not read."""
+    size = Sizes(case)
+    traffic, has_loss = backward_of(case, head_filter=True)
+    groups = has_loss.unflatten(1, (size.key_heads, -1)).any(-1)
+    assert groups.any() and not groups.all()
+    check_gradient(traffic, size, case, has_loss)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head_filter", "times"), [(True, [1, 2]), (False, [5, 5])], ids=["few", "all"]
+)
+def test_bytes_of_a_backward_of_71_heads_to_a_key_head(head_filter, times):
+    """What counts is how many heads have a loss: their keys are read once for 16 of them."""
+    case = make_case([65, 31], [4, 6], 71, 1, 16, torch.float16, sharpness=3.0)
+    traffic, has_loss = backward_of(case, head_filter)
+    assert (-(-has_loss.sum(1) // 16)).tolist() == times
+    check_gradient(traffic, Sizes(case), case, has_loss)

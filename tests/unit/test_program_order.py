@@ -57,8 +57,8 @@ def results(losses, case):
 @pytest.mark.parametrize("losses", [losses_alone, losses_fused], ids=["alone", "fused"])
 @pytest.mark.parametrize(
     "size",
-    [([70, 1, 33], [4, 0, 6], 4, 2), ([520, 40], [5, 3], 2, 2)],
-    ids=["prompts", "splits"],
+    [([70, 1, 33], [4, 0, 6], 4, 2), ([520, 40], [5, 3], 2, 2), ([70, 1, 33], [4, 0, 6], 40, 1)],
+    ids=["prompts", "splits", "one-key-head"],
 )
 def test_the_order_of_programs_changes_no_bit(size, losses, dtype):
     case = make_case(*size, head_dim=16, dtype=dtype)

@@ -53,6 +53,18 @@ def test_query_heads_to_a_key_head(group):
     check(make_case([65, 31], [4, 6], 2 * group, 2, head_dim=16, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("head_filter", [True, False], ids=["few", "all"])
+@pytest.mark.parametrize("heads", [1, 16, 32, 48, 71])
+def test_one_key_head(heads, head_filter, dtype):
+    """A backward takes 16 heads with a loss at once: few heads of a large group have one, or all.
+
+    With the filter, up to 26 of 71 heads are induction heads.
+    """
+    options = {"head_filter": head_filter, "sharpness": 3.0}
+    check(make_case([65, 31], [4, 6], heads, 1, head_dim=16, dtype=dtype, **options))
+
+
 @pytest.mark.parametrize("head_dim", [1, 3, 64, 80, 96, 112, 128, 192, 256])
 def test_head_dimensions(head_dim):
     check(make_case([40, 33], [4, 6], head_dim=head_dim, dtype=torch.float32))
@@ -99,14 +111,15 @@ def test_long_rows_are_split_over_programs(monkeypatch):
         check(case)
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (40, 1)], ids=str)
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("window", [None, 30])
-def test_rows_may_share_keys(window, splits, monkeypatch):
+def test_rows_may_share_keys(window, splits, heads, monkeypatch):
     """Rows inside each other, overlapping and apart, in no order."""
     monkeypatch.setattr(loss_triton, "_count_splits", lambda *sizes: splits)
     labels, bounds = [3, 4, 3, 5], [(10, 70), (0, 90), (20, 61), (75, 160)]
     options = {"window": window, "head_filter": False}
-    case = make_case([160] * 4, labels, dtype=torch.float32, **options)
+    case = make_case([160] * 4, labels, *heads, dtype=torch.float32, **options)
     case["key"] = case["key"][:160]
     positions = [
         end - 2 - 3 * i for k, (_, end) in zip(labels, bounds, strict=True) for i in range(k)
