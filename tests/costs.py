@@ -14,13 +14,14 @@ from torch.utils.flop_counter import flop_registry
 @contextlib.contextmanager
 def _before_every_launch(hook):
     """Calls `hook(name, kernel, arguments)` for our kernels, compiled or interpreted."""
-    from abft_kernels import loss_triton
+    from abft_kernels.loss_triton import backward, forward, query_gradient
 
     hooks = []
-    for full_name, kernel in vars(loss_triton).items():
-        if full_name.endswith("_kernel"):
-            name = full_name.strip("_").removesuffix("_kernel")
-            hooks.append((kernel, lambda *args, n=name, k=kernel, **_: hook(n, k, args)))
+    for module in (forward, backward, query_gradient):
+        for full_name, kernel in vars(module).items():
+            if full_name.endswith("_kernel"):
+                name = full_name.strip("_").removesuffix("_kernel")
+                hooks.append((kernel, lambda *args, n=name, k=kernel, **_: hook(n, k, args)))
     for kernel, called in hooks:
         kernel.add_pre_run_hook(called)
     try:

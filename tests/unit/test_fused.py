@@ -130,6 +130,21 @@ def test_sixteen_bits_take_the_attentions_log_sum_exp(options, backend):
         assert error(grads[name], exact_grad) <= 4e-3, name
 
 
+@pytest.mark.parametrize("head_filter", [True, False], ids=["few", "all"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_forty_heads_to_a_key_head(splits, head_filter, monkeypatch):
+    """The chunks of one program add to the same keys, and split rows leave parts of their dq."""
+    launch = pytest.importorskip("abft_kernels.loss_triton.launch", exc_type=ImportError)
+    monkeypatch.setattr(launch.Shape, "count_splits", lambda *sizes: splits)
+    case = make_fused(torch.float32, 40, 1, head_filter=head_filter)
+    double = {n: t.double() if n in ("q", "k", "v") else t for n, t in case.items()}
+    _, result, grads = run(fused, case, backend="triton")
+    _, exact, exact_grads = run(one_after_the_other, double)
+    assert torch.equal(result.is_induction, exact.is_induction)
+    for name, exact_grad in exact_grads.items():
+        torch.testing.assert_close(grads[name], exact_grad.float(), msg=name)
+
+
 def test_heads_without_a_loss_have_no_gradient_from_it():
     case = make_fused(torch.float32)
     _, result, grads = run(fused, case, use=("loss",))

@@ -9,6 +9,9 @@ from tests.costs import counted_traffic
 from tests.last_row_cases import DEVICE, make_case
 
 loss_triton = pytest.importorskip("abft_kernels.loss_triton", exc_type=ImportError)
+from abft_kernels.loss_triton import backward, forward  # noqa: E402
+from abft_kernels.loss_triton.launch import HEAD_BLOCK, Shape  # noqa: E402
+
 pytestmark = [
     pytest.mark.unit,
     pytest.mark.skipif(
@@ -22,16 +25,15 @@ class Sizes:
 
     def __init__(self, case):
         rows = Rows(*(case[name] for name in Rows._fields))
-        shape = loss_triton._Shape(case["query"], case["key"], rows)
+        shape = Shape(case["query"], case["key"], rows)
         self.rows, self.query_heads, self.dim = shape.rows, shape.query_heads, shape.head_dim
         self.key_heads, self.group = shape.key_heads, shape.group
         self.labels = len(case["label_positions"])
         self.element = case["query"].element_size()
         self.row_heads = self.rows * self.query_heads
         self.programs = self.rows * self.key_heads  # one a row and key head
-        self.splits = loss_triton._count_splits(shape, shape.tokens, loss_triton._KEYS_PER_SPLIT)
-        self.span = loss_triton._SPAN_TILES * shape.gradient_block
-        self.head_block = loss_triton._HEAD_BLOCK
+        self.splits = shape.count_splits(shape.tokens, forward._KEYS_PER_SPLIT)
+        self.span = backward._SPAN_TILES * shape.tile_keys(backward._TILE_BYTES)
 
     def vectors(self, count):
         """Bytes of that many queries or keys."""
@@ -146,8 +148,8 @@ def check_gradient(traffic, size, case, has_loss):
     A group of 16 heads or fewer is one chunk, whichever of them have a loss.
     """
     with_loss = has_loss.unflatten(1, (size.key_heads, -1)).sum(-1)  # (R, Hkv)
-    taken = -(-with_loss // size.head_block)  # chunks that have a loss
-    chunks = -(-size.group // size.head_block)
+    taken = -(-with_loss // HEAD_BLOCK)  # chunks that have a loss
+    chunks = -(-size.group // HEAD_BLOCK)
     large = chunks > 1
     heads = int((with_loss if large else taken * size.group).sum())
     lengths = case["key_end"] - case["key_start"]

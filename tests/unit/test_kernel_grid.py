@@ -12,7 +12,10 @@ import types
 import pytest
 import torch
 
-loss_triton = pytest.importorskip("abft_kernels.loss_triton", exc_type=ImportError)
+pytest.importorskip("abft_kernels.loss_triton", exc_type=ImportError)
+from abft_kernels.loss_triton import forward
+from abft_kernels.loss_triton.launch import Shape
+
 pytestmark = pytest.mark.unit
 
 KEY_HEADS, GROUP, HEAD_DIM = 8, 4, 128
@@ -72,9 +75,10 @@ def share_busy(monkeypatch, lengths, processors, programs):
     query = tensor(len(lengths), KEY_HEADS * GROUP, HEAD_DIM)
     key = tensor(sum(lengths), KEY_HEADS, HEAD_DIM)
     rows = types.SimpleNamespace(key_start=lengths)
-    shape = loss_triton._Shape(query, key, rows)
-    splits = loss_triton._count_splits(shape, shape.tokens, loss_triton._KEYS_PER_SPLIT)
-    return busy(tiles(lengths, splits, shape.key_block), processors * programs)
+    shape = Shape(query, key, rows)
+    splits = shape.count_splits(shape.tokens, forward._KEYS_PER_SPLIT)
+    key_block = shape.tile_keys(forward._TILE_BYTES)
+    return busy(tiles(lengths, splits, key_block), processors * programs)
 
 
 def test_the_model_of_a_grid():

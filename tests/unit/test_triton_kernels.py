@@ -3,6 +3,7 @@
 import pytest
 import torch
 from abft_kernels import last_row_loss, reference
+from abft_kernels.types import Normalizer, Rows, Scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,8 @@ from tests.last_row_cases import (
 loss_triton = pytest.importorskip("abft_kernels.loss_triton", exc_type=ImportError)
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from abft_kernels.loss_triton.jit_helpers import tanh  # noqa: E402
+from abft_kernels.loss_triton.launch import Shape  # noqa: E402
 
 pytestmark = [pytest.mark.unit, pytest.mark.kernels]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -100,14 +103,14 @@ def test_a_row_of_nothing_but_labels_of_one_kind_has_a_gradient_of_rounding_alon
 def test_long_rows_are_split_over_programs(monkeypatch):
     case = make_case([2101, 700, 1], [16, 3, 1], head_dim=16, dtype=torch.float32)
     counted = []
-    real = loss_triton._count_splits
+    real = Shape.count_splits
     monkeypatch.setattr(
-        loss_triton, "_count_splits", lambda *sizes: counted.append(real(*sizes)) or counted[-1]
+        Shape, "count_splits", lambda *sizes: counted.append(real(*sizes)) or counted[-1]
     )
     check(case)
     assert len(counted) > 1 and min(counted) > 1
     for splits in (1, 90):  # 90: some splits of the long row are empty too
-        monkeypatch.setattr(loss_triton, "_count_splits", lambda *sizes, splits=splits: splits)
+        monkeypatch.setattr(Shape, "count_splits", lambda *sizes, splits=splits: splits)
         check(case)
 
 
@@ -116,7 +119,7 @@ def test_long_rows_are_split_over_programs(monkeypatch):
 @pytest.mark.parametrize("window", [None, 30])
 def test_rows_may_share_keys(window, splits, heads, monkeypatch):
     """Rows inside each other, overlapping and apart, in no order."""
-    monkeypatch.setattr(loss_triton, "_count_splits", lambda *sizes: splits)
+    monkeypatch.setattr(Shape, "count_splits", lambda *sizes: splits)
     labels, bounds = [3, 4, 3, 5], [(10, 70), (0, 90), (20, 61), (75, 160)]
     options = {"window": window, "head_filter": False}
     case = make_case([160] * 4, labels, *heads, dtype=torch.float32, **options)
@@ -165,8 +168,8 @@ def test_only_heads_with_a_loss_are_read():
     """NaN keys of a head without induction heads reach no gradient."""
     case = make_case([60], [4], query_heads=2, key_heads=2, dtype=torch.float32)
     case["key"][:, 1] = 0.0
-    rows = loss_triton.Rows(*(case[name] for name in loss_triton.Rows._fields))
-    scores = loss_triton.Scores(8**-0.5, None, None)
+    rows = Rows(*(case[name] for name in Rows._fields))
+    scores = Scores(8**-0.5, None, None)
     factor = torch.ones((), device=DEVICE)
     found = loss_triton.label_loss(
         case["query"], case["key"], rows, scores, None, None, factor, factor, head_filter=True
@@ -177,7 +180,7 @@ def test_only_heads_with_a_loss_are_read():
     grads = [torch.full_like(case[name], 2.0) for name in ("query", "key")]
     loss_triton.add_gradients(
         *grads, case["query"], poisoned, rows, scores,
-        loss_triton.Normalizer(found.peak, found.total), found.mean_weight, found.is_induction,
+        Normalizer(found.peak, found.total), found.mean_weight, found.is_induction,
         torch.ones_like(found.loss), factor, factor, head_filter=True, packed=False, longest=60,
     )  # fmt: skip
     for grad in grads:
@@ -242,8 +245,8 @@ def test_an_index_out_of_bounds_is_nan_not_a_wrong_number(broken):
     """What a GPU does, where nothing may wait to look at indices."""
     case = make_case([40], [2], dtype=torch.float32)
     case |= {n: torch.tensor(v, dtype=torch.int32, device=DEVICE) for n, v in broken.items()}
-    rows = loss_triton.Rows(*(case[name] for name in loss_triton.Rows._fields))
-    scores = loss_triton.Scores(1.0, None, None)
+    rows = Rows(*(case[name] for name in Rows._fields))
+    scores = Scores(1.0, None, None)
     query, key = case["query"], case["key"]
     factor = torch.ones((), device=DEVICE)
     found = loss_triton.label_loss(
@@ -265,7 +268,7 @@ def test_small_gradients_survive_float16():
 @triton.jit
 def _tanh_kernel(x_ptr, y_ptr, N: tl.constexpr):
     offsets = tl.arange(0, N)
-    tl.store(y_ptr + offsets, loss_triton._tanh(tl.load(x_ptr + offsets)))
+    tl.store(y_ptr + offsets, tanh(tl.load(x_ptr + offsets)))
 
 
 def test_tanh_is_accurate_to_float32():
