@@ -43,18 +43,32 @@ def test_rows_are_cells_of_the_sweeps():
     assert {row["cell"] for row in rows_of("real_study")} <= cells
 
 
-def test_the_page_says_what_the_rows_say(accuracies):
+def table(title):
+    """The cells of a table of the page, line by line; its first column has this title."""
     text = (ROOT / "docs/science/real-models.md").read_text(encoding="utf-8")
-    titles, *lines = re.findall(r"^\| (.*) \|$", text[text.index("| Method |") :], re.MULTILINE)
-    datasets = [title.lower() for title in titles.split(" | ")[1:]]
+    of_the_table = text[text.index(f"| {title} |") :].split("\n\n")[0]
+    titles, _, *lines = (line.strip("| ").split(" | ") for line in of_the_table.splitlines())
+    return [title.lower() for title in titles[1:]], lines
+
+
+def test_the_page_says_what_the_rows_say(accuracies):
+    datasets, lines = table("Method")
     said = {}
-    for line in lines[1:]:
-        method, *cells = line.split(" | ")
+    for method, *cells in lines:
         said |= {
             (NAMES[method], d): cell for d, cell in zip(datasets, cells, strict=True) if cell != "-"
         }
     of_the_table = {cell: text for cell, text in accuracies.items() if cell[0] in NAMES.values()}
     assert said == of_the_table
+
+
+def test_the_table_of_the_control_says_what_the_rows_say():
+    rows = {(r["setting_name"], r["dataset"]): r for r in rows_of("real_study") if r["seed"] == "0"}
+    titles, lines = table("Control of A, seed 0")
+    for setting, (_, *cells) in zip(("ABFT", "ABFT, PID x 10"), lines, strict=True):
+        found = [rows[setting, dataset] for dataset in titles[::2]]
+        figures = ((100 * float(r["accuracy"]), float(r["induction_heads"])) for r in found)
+        assert cells == [text for a, heads in figures for text in (f"{a:.2f}", f"{heads:.1f}")]
 
 
 def test_readme_says_what_the_rows_say(accuracies):
