@@ -93,7 +93,8 @@ def signals_as_interrupt() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is interrupt:  # else `leave_on_sigterm` needs its own
+                signal.signal(number, handler)
 
 
 def leave_on_sigterm() -> None:

@@ -1,6 +1,7 @@
 """Variables of launchers, as shells and clusters leave them."""
 
 import os
+import signal
 
 import pytest
 
@@ -38,3 +39,21 @@ def test_numbers_stay(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     launch.check_environment()
     assert (launch.process_count(), launch.rank()) == (2, 1)
+
+
+def test_a_handler_that_is_set_inside_stays():
+    """A process that leaves a broken run must not die of the launcher's signal before its line."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def of_a_broken_run(*_):
+        pass
+
+    try:
+        with launch.signals_as_interrupt():
+            signal.signal(signal.SIGTERM, of_a_broken_run)
+            assert signal.getsignal(signal.SIGHUP) is not before[signal.SIGHUP]
+        assert signal.getsignal(signal.SIGTERM) is of_a_broken_run
+        assert signal.getsignal(signal.SIGHUP) is before[signal.SIGHUP]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
