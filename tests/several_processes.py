@@ -2,10 +2,12 @@
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -45,6 +47,21 @@ def launch(launcher, *arguments, cwd=None):
 def said(stderr):
     """The lines that are abft-fast's own."""
     return [line for line in stderr.splitlines() if line.startswith("abft-fast: ")]
+
+
+def kill_one(process, rank):
+    """Kill one process of a launched run; the run ends, and says so in one line."""
+    (victim,) = (
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.environ().get("RANK") == str(rank)
+    )
+    victim.send_signal(signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    (line,) = said(stderr)
+    assert "another process of this run ended" in line
+    assert "abft-fast train --resume RUN" in line
 
 
 def adapter_error(folder, expected):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 
 from benchmarks.on_gpu.phase import Phase
@@ -14,11 +13,8 @@ CAP_GB = 48
 
 
 def run(phase: Phase) -> None:
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        phase.skip("NF4", f"needs {' and '.join(missing)}, not installed")
-        return
-    phase.attempt("NF4", partial(measure, phase))
+    if phase.has_packages("NF4", *NEEDS):
+        phase.attempt("NF4", partial(measure, phase))
 
 
 def measure(phase: Phase) -> None:

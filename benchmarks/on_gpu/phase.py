@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -66,6 +67,13 @@ class Phase:
 
     def skip(self, what: str, why: str) -> None:
         self._add(what, why, "", "skipped")
+
+    def has_packages(self, what: str, *names: str) -> bool:
+        """Whether the packages of a part are installed; if not, the part is skipped."""
+        missing = [name for name in names if importlib.util.find_spec(name) is None]
+        if missing:
+            self.skip(what, f"needs {' and '.join(missing)}, not installed")
+        return not missing
 
     def attempt(self, what: str, run: Callable[[], object]) -> None:
         """Run a part of the phase, unless time is over; what fails stops no other part."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 import time
 from functools import partial
@@ -17,9 +16,7 @@ STEPS = 2
 
 
 def run(phase: Phase) -> None:
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    if missing:
-        phase.skip("layers", f"needs {' and '.join(missing)}, not installed")
+    if not phase.has_packages("layers", *NEEDS):
         return
     from benchmarks.capped import Capped
 

@@ -5,11 +5,10 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
 from tests.command_line import QUICK, abft_fast, environment
-from tests.several_processes import ACCELERATE, TORCHRUN, adapter_error, metrics, said
+from tests.several_processes import ACCELERATE, TORCHRUN, adapter_error, kill_one, metrics, said
 
 pytestmark = pytest.mark.kill
 
@@ -59,17 +58,7 @@ def kill_one_of_two(launcher, rank, steps, folder, *arguments):
         env={"OMP_NUM_THREADS": "1", **environment()},
     )
     wait_for_steps(process, folder, steps)
-    (victim,) = (
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if child.environ().get("RANK") == str(rank)
-    )
-    victim.send_signal(signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0
-    (line,) = said(stderr)
-    assert "another process of this run ended" in line
-    assert "abft-fast train --resume RUN" in line
+    kill_one(process, rank)
 
 
 def test_a_killed_process_ends_the_run_which_goes_on_in_any_number(tmp_path):
