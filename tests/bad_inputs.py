@@ -110,6 +110,12 @@ DATA = [
     option("train --stream --gradient local --checkpointing", "--stream and --checkpointing"),
     option("train --stream-states disk", "--stream-states disk needs --stream"),
     option("train --pipeline", "--pipeline needs --stream"),
+    option("train --stream --gradient local --pipeline-size 2", "--pipeline-size needs --pipeline"),
+    option(
+        "plan --model llama3-8b --stream --gradient local --pipeline --processes 3 "
+        "--pipeline-size 2",
+        "3 processes do not form pipelines of 2",
+    ),
     option(
         "train --stream --gradient local --pipeline --stream-states disk", "--stream-states disk"
     ),

@@ -33,7 +33,7 @@ class Prompts:
         steps: tokens of all training prompts, each as often as it is trained on.
         tests: tokens of all test prompts, each as often as it is tested.
         batch: most tokens of a packed batch, before memory runs out.
-        turn: most tokens that one process of a pipeline hands on at once.
+        turn: most tokens of a turn that one pipeline computes.
         turns: how often a process hands on hidden states.
     """
 
@@ -65,7 +65,7 @@ class StreamedPlan:
     """What a streamed run takes, in a pipeline the process that takes most.
 
     Attributes:
-        processes: of a pipeline; 1 without one.
+        processes: of all pipelines; 1 without one.
         device: bytes on the device all the time that the largest block is there, by part.
         reading: bytes on the device that one weight takes while it is quantized.
         step: bytes that a packed batch adds.
@@ -137,7 +137,8 @@ def plan_streamed(
     weights: Sequence[tuple[WeightToRead, int]],
     prompts: Prompts,
     limit: int,
-    processes: int = 1,
+    length: int = 1,
+    pipelines: int = 1,
 ) -> StreamedPlan:
     """Plan `train --stream` with these options.
 
@@ -148,7 +149,8 @@ def plan_streamed(
         weights: what is read, by `streaming.model.weights_to_read`, and the bytes stored of it.
         prompts: tokens of the prompts.
         limit: available bytes of a device.
-        processes: of a pipeline.
+        length: processes of a pipeline; 1 without one.
+        pipelines: that share the prompts of every step.
 
     Raises:
         UserError: the model cannot be trained this way.
@@ -159,8 +161,8 @@ def plan_streamed(
     item = arithmetic.dtype.itemsize
     width = shape.get_text_config(decoder=True).hidden_size
     handed_on = prompts.turn * width * item
-    device = _on_device(shape, config, arithmetic, size, processes)
-    if processes > 1:
+    device = _on_device(shape, config, arithmetic, size, length)
+    if length > 1:
         device["hidden states that enter and leave a block"] = 2 * handed_on
     outside = sum(each.numbers for each, _ in weights if each.layer is None)
     device["rows of the embedding and the head, norms"] = item * outside
@@ -183,13 +185,14 @@ def plan_streamed(
         if each.layer is not None:
             ahead[each.layer // size] += item * each.numbers
     read_by_each = sum(stored for each, stored in weights if each.layer is None)
+    read_by_pipeline = sum(stored for each, stored in weights if each.layer is not None)
     tokens = prompts.steps + prompts.tests
     states = min(blocks - 1, 2) * tokens * width * item
-    if processes > 1:
+    if length > 1:
         states = (ON_THE_WAY + 1) * handed_on
         ahead = []
     return StreamedPlan(
-        processes=processes,
+        processes=length * pipelines,
         device=device,
         reading=reading,
         step=step,
@@ -199,11 +202,11 @@ def plan_streamed(
         states_on_disk=config.stream_states == "disk",
         host_reading=stored + item * largest,
         host_ahead=max(ahead[1:], default=0) if on_gpu else 0,
-        read=sum(stored for _, stored in weights) + (processes - 1) * read_by_each,
-        copied=item * sum(each.numbers for each, _ in weights) if on_gpu else 0,
+        read=pipelines * (read_by_pipeline + length * read_by_each),
+        copied=pipelines * item * sum(each.numbers for each, _ in weights) if on_gpu else 0,
         # Forward: 2 a weight and token. Backward: again 2 for the layers that a loss crosses.
         operations=2.0 * inside * (tokens + prompts.steps * (size - 1) / size),
-        filling=1 + (processes - 1) / prompts.turns,
+        filling=1 + (length - 1) / prompts.turns,
     )
 
 
@@ -212,7 +215,7 @@ def _on_device(
     config: TrainConfig,
     arithmetic: Arithmetic,
     size: int,
-    processes: int,
+    length: int,
 ) -> dict[str, int]:
     """Return the bytes of a process's blocks and their optimizer, one's gradients, all LoRA.
 
@@ -224,8 +227,8 @@ def _on_device(
     trained, frozen = ([bytes_of(_tensors(b, kind)) for b in blocks] for kind in (True, False))
     at_once = [range(i, i + 1) for i in range(len(blocks))]
     whose, of = "a block's", "of a block"
-    if processes > 1:
-        at_once = block_shares(len(blocks), processes)
+    if length > 1:
+        at_once = block_shares(len(blocks), length)
         of = f"of {max(map(len, at_once))} blocks"
         whose = f"a process's {max(map(len, at_once))} blocks'"
 

@@ -118,7 +118,7 @@ class TrainConfig(TrainingDataOptions):
         False,
         description="Train block by block: each block of layers takes all steps before the next "
         "is read, so that one block's weights are in memory, and are read once a run. Needs "
-        "--gradient local or a number. In one process --save-steps counts blocks. The penalty is "
+        "--gradient local or a number. --save-steps counts blocks. The penalty is "
         "controlled for each block by its own heads (ours), or not with --adaptation none.",
     )
     pipeline: bool = Field(
@@ -126,6 +126,12 @@ class TrainConfig(TrainingDataOptions):
         description="With --stream, under a launcher: each process holds some of the blocks for "
         "the whole run, takes the hidden states of a step from the process before it, and hands "
         "them on. The result is that of one process.",
+    )
+    pipeline_size: int | None = Field(
+        None,
+        ge=2,
+        description="With --pipeline: processes of a pipeline. Unset: all that run. If more run, "
+        "several pipelines share the prompts of every step.",
     )
     stream_states: Literal["memory", "disk"] = Field(
         "memory",
@@ -309,6 +315,8 @@ class TrainConfig(TrainingDataOptions):
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
+        if self.pipeline_size is not None and not self.pipeline:
+            raise ValueError("--pipeline-size needs --pipeline")
         if not self.stream:
             if self.stream_states != "memory":
                 raise ValueError(f"--stream-states {self.stream_states} needs --stream")

@@ -1,4 +1,4 @@
-"""Hand tensors from each process to the next one, in order of rank."""
+"""Hand tensors from each process of a pipeline to the next one."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ class Neighbours:
     """The processes before and behind this one; all processes make it together.
 
     Args:
+        size: processes of a pipeline. Their ranks are consecutive.
         width: columns of each tensor.
         dtype: of each tensor.
 
     Attributes:
+        place: of this process in its pipeline, from 0.
         is_first: whether no process is before this one.
         is_last: whether no process is behind it.
     """
 
-    def __init__(self, width: int, dtype: torch.dtype):
+    def __init__(self, size: int, width: int, dtype: torch.dtype):
         self._width, self._dtype = width, dtype
         self._rank = launch.rank()
-        self.is_first = self._rank == 0
-        self.is_last = self._rank == launch.process_count() - 1
+        self.place = self._rank % size
+        self.is_first = self.place == 0
+        self.is_last = self.place == size - 1
         # gloo takes tensors of the host's memory, and sees at once that a process has ended; a
         # turn may take long.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))

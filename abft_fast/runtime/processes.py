@@ -12,12 +12,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate import PartialState
 from torch import nn
 
 from abft_fast.errors import FailedApart, ProcessEnded, RunError, SaidByMain, UserError
@@ -26,14 +27,37 @@ from abft_fast.runtime.batching import balanced_shares
 from abft_fast.runtime.token_budget import is_out_of_memory
 
 T = TypeVar("T")
-_are_apart = ContextVar("_are_apart", default=False)
+
+
+@dataclass(frozen=True)
+class _Peers:
+    """The processes that share prompts with this one while others work on other blocks."""
+
+    count: int
+    rank: int
+    group: dist.ProcessGroup | None
+
+
+_peers: ContextVar[_Peers | None] = ContextVar("_peers", default=None)
 
 
 def count() -> int:
-    """Return how many processes run together; 1 while they work apart."""
-    if _are_apart.get():
-        return 1
+    """Return how many processes run together; while they work `apart`, those that share prompts."""
+    peers = _peers.get()
+    if peers is not None:
+        return peers.count
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number among those that run together, from 0."""
+    peers = _peers.get()
+    return launch.rank() if peers is None else peers.rank
+
+
+def _group() -> dist.ProcessGroup | None:
+    peers = _peers.get()
+    return None if peers is None else peers.group
 
 
 @contextmanager
@@ -50,8 +74,8 @@ def running(cpu: bool) -> Iterator[None]:
         launch.leave_on_sigterm()
     try:
         PartialState(cpu=cpu)
-        if count() > 1:
-            gather_object([None])  # the first collective shows a wrong setup
+        if count() > 1:  # the first collective shows a wrong setup
+            dist.all_gather_object([None] * count(), None)
     except (RuntimeError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise RunError(f"the processes of this run do not find each other: {line}") from error
@@ -94,7 +118,7 @@ def fail_together() -> Iterator[None]:
         Exception: on the main process, its own error or else the first error of another process.
         SaidByMain: on every other process.
     """
-    if count() == 1:
+    if count() == 1 or _peers.get() is not None:
         yield
         return
     error: Exception | None = None
@@ -111,14 +135,25 @@ def fail_together() -> Iterator[None]:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Run a block in which each process works for itself, as if it were the only one.
+def apart(groups: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Run a block in which groups of processes work for themselves, each as if it were the run.
+
+    No error is awaited in the block: `fail_together` does nothing there.
+
+    Args:
+        groups: the ranks of each group. Every process is in one.
 
     Raises:
         FailedApart: this process's error, where there are other processes.
     """
     are_several = count() > 1
-    token = _are_apart.set(True)
+    own = next(group for group in groups if rank() in group)
+    handle = None
+    if len(own) > 1:  # a step takes long
+        handle, _ = dist.new_subgroups_by_enumeration(
+            [list(group) for group in groups], timeout=timedelta(days=7)
+        )
+    token = _peers.set(_Peers(len(own), list(own).index(rank()), handle))
     try:
         yield
     except ProcessEnded:
@@ -128,7 +163,7 @@ def apart() -> Iterator[None]:
             raise FailedApart(error) from error
         raise
     finally:
-        _are_apart.reset(token)
+        _peers.reset(token)
 
 
 def run_on_main(function: Callable[..., None], *arguments: object) -> None:
@@ -154,8 +189,10 @@ def gather(value: T) -> list[T]:
     """
     if count() == 1:
         return [value]
+    gathered = [value] * count()
     with waiting_for_others():
-        return gather_object([value])
+        dist.all_gather_object(gathered, value, group=_group())
+    return gathered
 
 
 def from_main(value: T) -> T:
@@ -171,10 +208,10 @@ def own_share(lengths: Sequence[int]) -> list[int]:
     """
     if count() == 1:
         return list(range(len(lengths)))
-    return balanced_shares(lengths, count())[launch.rank()]
+    return balanced_shares(lengths, count())[rank()]
 
 
-def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Sum the gradients of all processes in place, in one collective on a flat tensor.
 
     Raises:
@@ -189,8 +226,8 @@ def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) 
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     with waiting_for_others():
-        total = accelerator.reduce(flat, reduction="sum")
-    parts = total.split([gradient.numel() for gradient in gradients])
+        dist.all_reduce(flat, group=_group())
+    parts = flat.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
 

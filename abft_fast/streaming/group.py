@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from abft_fast.core.behavior import AttentionBehavior
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.evaluation.behavior import BehaviorMean
+from abft_fast.runtime import processes
+from abft_fast.runtime.batching import balanced_shares
 from abft_fast.streaming.states import HiddenStates
 
 _FIELDS = ("label_mass", "correct_mass", "is_induction")
@@ -28,20 +31,29 @@ class PromptGroup:
 
     Args:
         prompts: in the order in which their hidden states lie end to end.
+        shared: whether each of several processes that have a block computes some of the prompts.
 
     Attributes:
         prompts: the same prompts, for the embedding's rows after `settle`.
         lengths: tokens of each prompt.
+        own: places of the prompts that this process computes, after `settle`.
+        own_tokens: of these prompts.
         masses: what the heads did, by field and first layer of a block: (layers, R, Hq) each.
     """
 
-    def __init__(self, prompts: Sequence[EncodedPrompt]):
+    def __init__(self, prompts: Sequence[EncodedPrompt], shared: bool = True):
         self.prompts: Sequence[EncodedPrompt] = prompts
+        self._shared = shared
         self.lengths = [len(prompt) for prompt in prompts]
         self.masses: dict[str, Tensor] = {}
-        self._starts = [sum(self.lengths[:place]) for place in range(len(prompts))]
         self._entering: Tensor | None = None
         self._leaving: Tensor | None = None
+
+    def shares(self, processes: int) -> list[list[int]]:
+        """Return the places of the prompts that each of several processes computes."""
+        if not self._shared or processes == 1:
+            return [list(range(len(self.prompts)))] * processes
+        return balanced_shares(self.lengths, processes)
 
     def settle(self, number: int, states: HiddenStates, rows: dict[int, int]) -> None:
         """Give the group its hidden states, and its prompts the embedding's rows.
@@ -52,6 +64,9 @@ class PromptGroup:
             rows: rows of the embedding by token.
         """
         self._number, self._states = number, states
+        self.own = self.shares(processes.count())[processes.rank()]
+        ends = list(itertools.accumulate((self.lengths[place] for place in self.own), initial=0))
+        self._starts, self.own_tokens = dict(zip(self.own, ends, strict=False)), ends[-1]
         self.prompts = [
             WalkingPrompt(
                 [rows[token] for token in prompt.input_ids],
@@ -78,7 +93,7 @@ class PromptGroup:
             return
         states = leaving[0].to(self._states.device)
         if self._leaving is None:
-            self._leaving = states.new_empty(sum(self.lengths), states.shape[1])
+            self._leaving = states.new_empty(self.own_tokens, states.shape[1])
         self._leaving[self._rows(places)] = states
 
     def observe(self, block: range, places: Sequence[int], behavior: AttentionBehavior) -> None:
@@ -105,11 +120,11 @@ class PromptGroup:
         self._entering = self._leaving = None
 
     def arrive(self, states: Tensor) -> None:
-        """Take the hidden states from another process; they enter the next block."""
+        """Take the hidden states of the own prompts from another process; they enter a block."""
         self._states.write(self._number, states.to(self._states.device))
 
     def depart(self) -> Tensor:
-        """Return the hidden states that left the last block, for another process."""
+        """Return the hidden states of the own prompts that left a block, for another process."""
         return self._states.read(self._number)
 
     def behavior(self) -> BehaviorMean:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from abft_fast.errors import UserError
-from abft_fast.runtime import launch, processes
+from abft_fast.runtime import processes
 from abft_fast.runtime.neighbours import Neighbours
 from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.checkpoint import WalkCheckpoint
@@ -32,21 +32,39 @@ def block_shares(blocks: int, processes: int) -> list[range]:
     return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
+def pipeline_length(wanted: int | None, processes: int) -> int:
+    """Return how many processes form a pipeline: those wanted, or all; one alone forms its own.
+
+    Raises:
+        UserError: the processes do not form whole pipelines of that size.
+    """
+    length = processes if wanted is None or processes == 1 else wanted
+    if processes % length:
+        raise UserError(
+            f"--pipeline-size {length}: {processes} processes do not form pipelines of {length}: "
+            f"start a multiple of {length}"
+        )
+    return length
+
+
 class PipelinedWalk(Walk):
     """Hold consecutive blocks for the whole walk; take the turns of every stage on all of them.
 
     No gradient leaves a block. So a process hands the hidden states of a turn to the next process,
     and takes the next turn while that one works. From the turn on that has reached the last
-    process, all of them work. Every number is that of a walk of one process.
+    process, all of them work. Every number is that of a walk of one process. Where there are more
+    processes than a pipeline has, several pipelines share the prompts of every turn, and the
+    processes that hold the same blocks sum their gradients.
 
     Args:
         streamed: the model.
         stages: what is done on each block, in order.
         size: layers of a block.
         checkpoint: where each block's weights are written after the walk; None writes nothing.
+        length: processes of a pipeline. Their ranks are consecutive.
 
     Raises:
-        UserError: there are fewer blocks than processes.
+        UserError: there are fewer blocks than processes of a pipeline.
     """
 
     def __init__(
@@ -55,12 +73,13 @@ class PipelinedWalk(Walk):
         stages: Sequence[StageInTurns],
         size: int,
         checkpoint: WalkCheckpoint | None,
+        length: int,
     ):
         super().__init__(streamed, stages, size, None, checkpoint, streamed.device)
-        self._in_turns = stages
-        self._own = block_shares(len(self.blocks), processes.count())[launch.rank()]
+        self._in_turns, self._length = stages, length
         width = streamed.model.config.get_text_config(decoder=True).hidden_size
-        self._neighbours = Neighbours(width, streamed.model.dtype)
+        self._neighbours = Neighbours(length, width, streamed.model.dtype)
+        self._own = block_shares(len(self.blocks), length)[self._neighbours.place]
 
     def run(self, progress: Progress, title: str) -> None:
         """Walk from the start to the last block; then every process has the stages' results.
@@ -69,11 +88,12 @@ class PipelinedWalk(Walk):
             FailedApart: the error of this process, during the walk.
             ProcessEnded: another process has ended.
         """
-        self._settle()
         if self._checkpoint is not None:
             processes.run_on_main(self._checkpoint.start_again)
         turns = [len(stage.turns) for stage in self._in_turns]
-        with processes.apart(), progress.bar(title, sum(turns), self.tokens) as advance:
+        same_blocks = [range(i, processes.count(), self._length) for i in range(self._length)]
+        with processes.apart(same_blocks), progress.bar(title, sum(turns), self.tokens) as advance:
+            self._settle()
             self._bring_all()
             for stage in self._in_turns:
                 for number in self._own:
@@ -102,32 +122,35 @@ class PipelinedWalk(Walk):
         self.streamed.pass_by(block)
 
     def _take(self, stage: StageInTurns, turn: int, groups: Sequence[PromptGroup]) -> None:
+        handed_on = [group for group in groups if group.own]
         if not self._neighbours.is_first:
-            for group in groups:
-                group.arrive(self._neighbours.receive(sum(group.lengths)))
+            for group in handed_on:
+                group.arrive(self._neighbours.receive(group.own_tokens))
         for number in self._own:
             self._states.turn()
             self._on(number, stage.take, turn)
         if not self._neighbours.is_last:
             self._states.turn()
-            for group in groups:
+            for group in handed_on:
                 self._neighbours.send(group.depart())
 
     def _drop_all(self) -> None:
+        """Drop the blocks; of the processes that hold the same ones, the first writes them."""
         for number in self._own:
             block = self.blocks[number]
-            if self._checkpoint is not None:
+            if self._checkpoint is not None and processes.rank() == 0:
                 self._checkpoint.keep_trained(self.streamed, block, number + 1)
             self.streamed.drop(block)
 
-    def _places(self, group: PromptGroup) -> Sequence[Sequence[int]]:
-        """Return all prompts of a group for each process: it computes them on its own blocks."""
-        return [range(len(group.prompts))] * processes.count()
+    def _shares(self, group: PromptGroup) -> Sequence[Sequence[int]]:
+        """Return each process's places: those of its pipeline, which it computes on its blocks."""
+        of_pipelines = group.shares(processes.count() // self._length)
+        return [of_pipelines[rank // self._length] for rank in range(processes.count())]
 
     def _join_facts(self, of_processes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Join what processes found, in order of their blocks."""
+        """Join what processes found, in order of their blocks; all pipelines found the same."""
         joined = of_processes[0]
-        for facts in of_processes[1:]:
+        for facts in of_processes[1 : self._length]:
             for name, found in facts.items():
                 before = joined[name]
                 joined[name] = before + found if isinstance(found, list) else {**before, **found}

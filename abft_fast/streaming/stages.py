@@ -36,7 +36,6 @@ from abft_fast.models.preflight import (
     wrong_attention,
 )
 from abft_fast.prompts import EncodedPrompts
-from abft_fast.runtime import processes
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.progress import Progress
@@ -180,7 +179,7 @@ class AttentionCheck(StageInTurns):
         super().__init__(streamed, accelerator)
         ordered = sorted(prompts, key=len)
         longest = next((p for p in reversed(ordered) if len(p) <= LONGEST), ordered[0])
-        self.groups = [PromptGroup([ordered[0], longest]) for _ in ("packed", "eager")]
+        self.groups = [PromptGroup([ordered[0], longest], False) for _ in ("packed", "eager")]
         self._backend, self._progress = attention_backend, progress
 
     @property
@@ -285,7 +284,7 @@ class Evaluating(StageInTurns):
     def take(self, block: range, turn: int) -> None:
         """Run the prompts of a group through the block, of several processes each its share."""
         group, (part, indices) = self.groups[turn], self._batches[turn]
-        own = processes.own_share(group.lengths)
+        own = group.own
         if not own:  # then there are no hidden states either
             return
         run = functools.partial(self._forward, block, part, group, indices)

@@ -18,7 +18,7 @@ from abft_fast.core.packing import EncodedPrompt, PackedPrompts
 from abft_fast.core.run_packed import run_packed
 from abft_fast.models.preflight import check_gradients
 from abft_fast.options import TrainConfig
-from abft_fast.runtime import launch, processes
+from abft_fast.runtime import launch
 from abft_fast.runtime.token_budget import TokenBudget, tokens_at_once
 from abft_fast.streaming.group import PromptGroup, WalkingPrompt
 from abft_fast.streaming.model import StreamedModel
@@ -74,12 +74,11 @@ class TrainingSteps(StageInTurns):
     def take(self, block: range, turn: int) -> None:
         """Take a step on a block."""
         self._block, group = block, self.groups[turn]
-        has_prompts = bool(processes.own_share(group.lengths))
-        if has_prompts:
+        if group.own:
             group.enter(block)
         row = train_step(self._training, self._states[block], list(group.prompts), turn + 1)
         self._rows[block].append({**row, "process": launch.rank()})
-        if has_prompts:
+        if group.own:
             group.leave()
 
     def end(self, block: range) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from abft_fast.runtime import launch, processes
-from abft_fast.runtime.batching import balanced_shares
+from abft_fast.runtime import processes
 from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.ahead import ReadingAhead
 from abft_fast.streaming.checkpoint import WalkCheckpoint
@@ -90,10 +89,8 @@ class Walk:
         """Walk from the newest checkpoint, or from the start, to the last block."""
         self._settle()
         done = 0
-        if self._checkpoint is not None and processes.count() == 1:
+        if self._checkpoint is not None:
             done = self._checkpoint.restore(self.streamed, self._stages, self._states, self.blocks)
-        elif self._checkpoint is not None:  # each process has hidden states of its own
-            processes.run_on_main(self._checkpoint.start_again)
         count, tokens = len(self.blocks), self.tokens
         bar = progress.bar(title, count, tokens * (count - done), done)
         reads_ahead = self.streamed.has_room_ahead(self.blocks)
@@ -125,18 +122,18 @@ class Walk:
         if block.start == 0:
             self.streamed.drop_embedding()
         self._states.turn()
-        if self._checkpoint is not None and processes.count() == 1 and number < len(self.blocks):
+        if self._checkpoint is not None and number < len(self.blocks):
             self._checkpoint.save(self._stages, self._states, number)
 
     def _join(self) -> None:
         """Give every process what all of them have found."""
         if processes.count() == 1:
             return
-        rank = launch.rank()
+        rank = processes.rank()
         own = [
             (
                 stage.facts,
-                [group.masses_of(self._places(group)[rank]) for group in stage.groups],
+                [group.masses_of(self._shares(group)[rank]) for group in stage.groups],
                 stage.results,
             )
             for stage in self._stages
@@ -146,14 +143,14 @@ class Walk:
             facts, masses, results = zip(*found, strict=True)
             stage.facts = self._join_facts(facts)
             for group, of_group in zip(stage.groups, zip(*masses, strict=True), strict=True):
-                for places, part in zip(self._places(group), of_group, strict=True):
+                for places, part in zip(self._shares(group), of_group, strict=True):
                     group.take_masses(places, part)
             for mine, of_all in zip(stage.results, zip(*results, strict=True), strict=True):
                 mine.copy_(sum(of_all[1:], start=of_all[0]))  # 0 where another process found it
 
-    def _places(self, group: PromptGroup) -> Sequence[Sequence[int]]:
-        """Return the prompts of a group that each process computes."""
-        return balanced_shares(group.lengths, processes.count())
+    def _shares(self, group: PromptGroup) -> Sequence[Sequence[int]]:
+        """Return the places of the prompts of a group that each process computes."""
+        return group.shares(processes.count())
 
     def _join_facts(self, of_processes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return of_processes[0]  # all processes found the same

@@ -199,7 +199,7 @@ def _pseudo_batch_gradient(
         loss, behavior = state.budget.attempt(
             [len(prompt) for prompt in share], attempt, state.optimizer.zero_grad
         )
-    processes.sum_gradients(accelerator, state.trained.values())
+    processes.sum_gradients(state.trained.values())
     parts = processes.gather((loss, behavior, state.budget.tokens))
     losses, behaviors, budgets = zip(*parts, strict=True)
     state.budget.lower(min(budgets))

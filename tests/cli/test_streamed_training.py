@@ -54,7 +54,7 @@ def test_killed_and_resumed(streamed, tmp_path):
     """SIGKILL behind the first block; nothing of it is computed again."""
     folder = tmp_path / "run"
     process = start("train", *OPTIONS, "--stream", "--save-steps", "1", "--output-dir", folder)
-    while not (folder / "checkpoints" / "block-000001" / "state").is_dir():
+    while not (folder / "checkpoints" / "block-000001" / "state-0").is_dir():
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -25,13 +25,13 @@ CPU = Arithmetic("cpu", mixed=False)
 PROMPTS = Prompts(longest=60, steps=5000, tests=3000, batch=900, turn=1000, turns=10)
 
 
-def planned(shape, arithmetic=CPU, limit=10**9, processes=1, **options):
+def planned(shape, arithmetic=CPU, limit=10**9, length=1, pipelines=1, **options):
     config = resolve(TrainConfig, {"stream": True, "gradient": "local", **options})
     bits = config.bits if config.quantized else None
     model = skeleton(shape, arithmetic.dtype, bits)
     wanted = weights_to_read(model, {1, 2, 3}, {3, 4})
     weights = [(each, 2 * each.numbers) for each in wanted]
-    return plan_streamed(shape, config, arithmetic, weights, PROMPTS, limit, processes)
+    return plan_streamed(shape, config, arithmetic, weights, PROMPTS, limit, length, pipelines)
 
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["own-head", "tied"])
@@ -85,7 +85,7 @@ def test_a_process_of_a_pipeline_holds_its_blocks():
     """Six blocks: of four processes two hold two."""
     shape = tiny_config("llama", num_hidden_layers=6)
     gpu = Arithmetic("cuda", mixed=True)
-    one, four = (planned(shape, gpu, processes=count, limit=10**10) for count in (1, 4))
+    one, four = (planned(shape, gpu, length=count, limit=10**10) for count in (1, 4))
     weights = four.device["a process's 2 blocks' frozen weights"]
     assert weights == 2 * one.device["a block's frozen weights"]
     assert four.device["Adam's moments of 2 blocks"] == 2 * one.device["Adam's moments of a block"]
@@ -100,7 +100,11 @@ def test_a_process_of_a_pipeline_holds_its_blocks():
     filled = one.seconds(speeds)["compute"] / 4 * 1.3  # three of ten turns to fill it
     assert four.seconds(speeds)["compute"] == pytest.approx(filled)
     with pytest.raises(UserError, match="7 processes for 6 blocks"):
-        planned(shape, processes=7)
+        planned(shape, length=7)
+    twice = planned(shape, gpu, length=4, pipelines=2, limit=10**10)
+    assert (twice.processes, twice.device, twice.read) == (8, four.device, 2 * four.read)
+    assert twice.seconds(speeds)["copy"] == four.seconds(speeds)["copy"]
+    assert twice.seconds(speeds)["compute"] == four.seconds(speeds)["compute"] / 2
 
 
 def test_operations_and_seconds():

@@ -25,6 +25,7 @@ from abft_fast.options import PlanConfig
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import tokens_at_once
 from abft_fast.streaming.model import WeightToRead, weights_to_read
+from abft_fast.streaming.pipeline import pipeline_length
 from abft_fast.streaming.weights import StoredWeights, check_stored_format
 from abft_fast.training.loop import pseudo_batches
 
@@ -52,6 +53,8 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
     arithmetic, limit = machine_of(config)
     if arithmetic.device_type == "cpu":
         limit //= config.processes  # they share the memory
+    length = pipeline_length(config.pipeline_size, config.processes)
+    pipelines = config.processes // length
     batch = min(tokens_at_once(config.token_budget, arithmetic.device_type), max(steps + sums))
     tested_tokens = len(config.sides) * sum(sums)
     data = Prompts(
@@ -59,14 +62,14 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
         steps=sum(steps),
         tests=tested_tokens,
         batch=batch,
-        turn=max(*steps, batch),
-        turns=len(steps) + math.ceil(tested_tokens / batch),
+        turn=max(math.ceil(max(steps) / pipelines), batch),
+        turns=len(steps) + math.ceil(tested_tokens / (batch * pipelines)),
     )
     tokens = {token for prompt in everything for token in prompt.input_ids}
     label_ids = {token for test in tests for token in test.label_ids}
     try:
         weights = _weights(config, shape, arithmetic, is_known, tokens, label_ids)
-        planned = plan_streamed(shape, config, arithmetic, weights, data, limit, config.processes)
+        planned = plan_streamed(shape, config, arithmetic, weights, data, limit, length, pipelines)
     except CannotCount as error:
         raise UserError(
             f"model {config.model}: {error}; `train --stream` counts nothing"
@@ -83,7 +86,8 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
     )
     fixes = ["a larger GPU", *(["more processes"] if config.pipeline else []), "a smaller --k"]
     verdict = "fits" if planned.fits else f"does not fit: use {' or '.join(fixes)}"
-    pipeline = f" --pipeline, {config.processes} processes" if config.pipeline else ""
+    how = "" if pipelines == 1 else f" in {pipelines} pipelines"
+    pipeline = f" --pipeline, {config.processes} processes{how}" if config.pipeline else ""
     notes = [
         *notes_on_data(config, dataset, prompts, is_known),
         note_on_limit(arithmetic, limit),

@@ -22,7 +22,7 @@ from abft_fast.runtime import processes
 from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.checkpoint import WalkCheckpoint
 from abft_fast.streaming.model import StreamedModel
-from abft_fast.streaming.pipeline import PipelinedWalk
+from abft_fast.streaming.pipeline import PipelinedWalk, pipeline_length
 from abft_fast.streaming.stages import AttentionCheck, BaseIdentity, Evaluating, StageInTurns
 from abft_fast.streaming.steps import TrainingSteps
 from abft_fast.streaming.walk import Walk
@@ -131,9 +131,12 @@ class StreamedTraining:
         place = self._streamed, session.accelerator
         self._identity = BaseIdentity(*place, session.progress, run.base, f"run {run.folder}")
         check = AttentionCheck(*place, prompts, config.attention_backend, session.progress)
-        sharing = 1 if config.pipeline else processes.count()
+        together = processes.count()
+        length = pipeline_length(config.pipeline_size, together) if config.pipeline else 1
         self._tests = {
-            side: Evaluating(*place, tests, session.token_budget, config.attention_backend, sharing)
+            side: Evaluating(
+                *place, tests, session.token_budget, config.attention_backend, together // length
+            )
             for side in config.sides
         }
         self._steps = TrainingSteps(self._streamed, training)
@@ -147,8 +150,8 @@ class StreamedTraining:
             self._checkpoint = WalkCheckpoint(run.checkpoints, config.save_steps)
         size = block_size(config.gradient) or self._streamed.layers
         self._walk: Walk
-        if config.pipeline and processes.count() > 1:
-            self._walk = PipelinedWalk(self._streamed, stages, size, self._checkpoint)
+        if length > 1:
+            self._walk = PipelinedWalk(self._streamed, stages, size, self._checkpoint, length)
         else:
             states = run.checkpoints if config.stream_states == "disk" else None
             self._walk = Walk(self._streamed, stages, size, states, self._checkpoint)
@@ -191,10 +194,10 @@ class StreamedTraining:
                 f"not every process sees {self._run.folder}, where each writes what its blocks "
                 "have learnt: put it on a shared disk (--output-dir)"
             )
-        if processes.count() > 1 and not config.no_save:
+        if config.pipeline and processes.count() > 1 and not config.no_save:
             session.progress.say(
-                "several processes save no state of the walk (--save-steps): a run that is ended "
-                "starts its walk again"
+                "a pipeline saves no state of the walk (--save-steps): a run that is ended starts "
+                "its walk again"
             )
         if config.pipeline and processes.count() == 1:
             session.progress.say(
