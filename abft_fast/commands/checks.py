@@ -203,7 +203,7 @@ def _check_data(config: DrawnPromptOptions) -> None:
     if config.data_are_own:
         dataset = datasets.by_options(config)
         if isinstance(config, TrainConfig) and METHODS[config.method].trains_on_tested_dataset:
-            dataset.check_training(config.k)
+            dataset.check_training(config.k, config.seen_labels_only)
         dataset.check_test(config.k)
 
 

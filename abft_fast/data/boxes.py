@@ -58,8 +58,8 @@ class Boxes(Dataset):
         """Return a box with an object."""
         return Example("A", 0)
 
-    def check_training(self, k: int) -> None:
-        """Check that prompts of k boxes can be drawn.
+    def check_training(self, k: int, seen_labels_only: bool = False) -> None:
+        """Check that prompts of k boxes can be drawn; the box that is asked for is among them.
 
         Raises:
             UserError: k is not the dataset's number of boxes, or there are too few objects.
@@ -80,7 +80,9 @@ class Boxes(Dataset):
         """
         self.check_training(k)
 
-    def training_prompts(self, k: int, count: int, seed: int) -> list[Prompt]:
+    def training_prompts(
+        self, k: int, count: int, seed: int, seen_labels_only: bool = False
+    ) -> list[Prompt]:
         """Draw `count` prompts, none of which is a test prompt.
 
         Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -66,16 +67,22 @@ class Dataset:
         """Return where an example is, for a message."""
         return f"{self.name}, the text {example.text[:60]!r}"
 
-    def check_training(self, k: int) -> None:
+    def check_training(self, k: int, seen_labels_only: bool = False) -> None:
         """Check that prompts of k demonstrations can be drawn to train on.
 
         Raises:
-            UserError: k + 1 is more than the training examples there are.
+            UserError: k + 1 is more than the training examples there are, or no label that a query
+                may have is another example's, too.
         """
         if k + 1 > len(self.training):
             raise UserError(
                 f"k={k}: {self.name} has {len(self.training)} training examples, "
                 f"so k is at most {len(self.training) - 1}"
+            )
+        labels = Counter(example.label for example in self.training)
+        if seen_labels_only and max(labels.values()) < 2:
+            raise UserError(
+                f"--seen-labels-only: no two training examples of {self.name} have the same label"
             )
 
     def check_test(self, k: int) -> None:
@@ -90,18 +97,25 @@ class Dataset:
                 f"so k is at most {len(self.demonstrations)}"
             )
 
-    def training_prompts(self, k: int, count: int, seed: int) -> list[Prompt]:
+    def training_prompts(
+        self, k: int, count: int, seed: int, seen_labels_only: bool = False
+    ) -> list[Prompt]:
         """Draw `count` prompts of k + 1 distinct training examples each (paper, A.1).
+
+        With `seen_labels_only` a prompt is drawn again until a demonstration has the query's label
+        (ours).
 
         Raises:
             UserError: as `check_training`.
         """
-        self.check_training(k)
+        self.check_training(k, seen_labels_only)
         generator = random.Random(f"{self.name}-{seed}")
-        prompts = []
-        for _ in range(count):
+        prompts: list[Prompt] = []
+        while len(prompts) < count:
             *demonstrations, query = generator.sample(self.training, k + 1)
-            prompts.append(Prompt(tuple(demonstrations), query))
+            is_seen = any(each.label == query.label for each in demonstrations)
+            if is_seen or not seen_labels_only:
+                prompts.append(Prompt(tuple(demonstrations), query))
         return prompts
 
     def test_prompts(self, k: int) -> list[Prompt]:

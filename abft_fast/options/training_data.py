@@ -69,6 +69,12 @@ class TrainingDataOptions(Options):
         le=1,
         description="Probability of own labels in a prompt, with --training-labels mixed.",
     )
+    seen_labels_only: bool = Field(
+        False,
+        description="Train only on prompts in which a demonstration has the query's label. Unset: "
+        "on any, as in the paper; of a dataset with many labels half of them have no right label "
+        "to attend to.",
+    )
     meta_datasets: str | None = Field(
         None,
         description="Datasets that MetaICL trains on: names or files as for --dataset, "
@@ -126,6 +132,11 @@ class TrainingDataOptions(Options):
             raise ValueError(
                 f"--training-labels {self.training_labels}: {self.method} trains on plain text, "
                 "which has no labels: leave the option out"
+            )
+        if self.seen_labels_only and own == "plain_text":
+            raise ValueError(
+                f"--seen-labels-only: {self.method} trains on plain text, which has no labels: "
+                "leave the option out"
             )
         for option in DATASET_LISTS:
             boxes = [name for name in listed_names(getattr(self, option)) if name in data.BOXES]

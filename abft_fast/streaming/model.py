@@ -104,6 +104,7 @@ class StreamedModel:
         model: the model, of which `bring` makes some layers ready.
         weights: the model's files.
         layers: number of decoder layers.
+        width: numbers of a token's hidden state.
         embedded: tokens whose rows the embedding has, ascending; prompts name them by place.
 
     Raises:
@@ -139,6 +140,7 @@ class StreamedModel:
             )
         self._layers = decoder_layers(self._inner)
         self.layers = len(self._layers)
+        self.width = config.get_text_config(decoder=True).hidden_size
         self.embedded: list[int] = []
         embedding = self.model.get_input_embeddings()
         names = {module: name for name, module in self.model.named_modules()}

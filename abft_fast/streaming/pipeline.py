@@ -77,8 +77,7 @@ class PipelinedWalk(Walk):
     ):
         super().__init__(streamed, stages, size, None, checkpoint, streamed.device)
         self._in_turns, self._length = stages, length
-        width = streamed.model.config.get_text_config(decoder=True).hidden_size
-        self._neighbours = Neighbours(length, width, streamed.model.dtype)
+        self._neighbours = Neighbours(length, streamed.width, streamed.model.dtype)
         self._own = block_shares(len(self.blocks), length)[self._neighbours.place]
 
     def run(self, progress: Progress, title: str) -> None:

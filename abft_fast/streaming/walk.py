@@ -52,8 +52,7 @@ class Walk:
         self._groups = [group for stage in stages for group in stage.groups]
         self._tokens_of_groups = [sum(group.lengths) for group in self._groups]
         self._states = HiddenStates(self._tokens_of_groups, states_folder, states_device)
-        config = streamed.model.config
-        self._states.check_space(config.hidden_size, streamed.model.dtype.itemsize)
+        self._states.check_space(streamed.width, streamed.model.dtype.itemsize)
 
     @property
     def tokens(self) -> int:

@@ -92,7 +92,7 @@ def shares(total: int, weights: Sequence[int]) -> list[int]:
 def _encode(
     config: TrainConfig, dataset: Dataset, encoder: PromptEncoder, count: int
 ) -> EncodedPrompts:
-    prompts = dataset.training_prompts(config.k, count, config.seed)
+    prompts = dataset.training_prompts(config.k, count, config.seed, config.seen_labels_only)
     return encode_with_drawn_labels(config, dataset, encoder, prompts)
 
 

@@ -33,6 +33,16 @@ def test_e2e_is_abfts_prompts_with_the_querys_label():
         assert same == t.label_is_correct
 
 
+def test_only_seen_labels():
+    """The paper draws prompts that have nothing right to attend to, on TREC nearly half of them."""
+    drawn, _ = prompts_of(dataset="trec", train_samples=512)
+    seen, _ = prompts_of(dataset="trec", train_samples=512, seen_labels_only=True)
+    assert 0.4 < sum(not any(p.label_is_correct) for p in drawn) / 512 < 0.5
+    assert len(seen) == 512 and all(any(p.label_is_correct) for p in seen)
+    right = [p.input_ids for p in drawn if any(p.label_is_correct)]
+    assert [p.input_ids for p in seen[: len(right)]] == right
+
+
 @pytest.mark.slow
 def test_metaicl_leaves_the_tested_dataset_out():
     found, _ = prompts_of(dataset="subj", method="MetaICL")
