@@ -41,6 +41,9 @@ from abft_fast.training.loop import Training, optimize
 from abft_fast.training.methods import TRAINING_METHODS, training_prompts
 from abft_fast.training.run_folder import RunFolder
 
+_MANY_UNSEEN = 0.2
+"""Share of training prompts without a right label from which on the user is told."""
+
 
 def train(config: TrainConfig, run: RunFolder, progress: Progress) -> RunFolder:
     """Start a run, or continue the one that `config.resume` names.
@@ -217,6 +220,15 @@ class TrainSession(Session):
             size = len(self.encoder.symbols.training)
             self.progress.say(f"label words of training prompts are drawn from {size:,} words")
         self.say_too_long(encoded, "training", TRAINING_METHODS[self.config.method].shortened)
+        unseen = sum(not any(prompt.label_is_correct) for prompt in encoded.prompts)
+        total = len(encoded.prompts)
+        is_mass = METHODS[self.config.method].uses_penalty and self.config.objective == "mass"
+        if is_mass and unseen > _MANY_UNSEEN * total:
+            self.progress.say(
+                f"{unseen / total:.0%} of the training prompts have no demonstration with the "
+                "query's label, and only teach heads to leave all labels: --seen-labels-only draws "
+                "them again"
+            )
         return encoded.prompts
 
     def check_memory(self, prompts: Sequence[EncodedPrompt]) -> None:

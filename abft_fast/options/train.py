@@ -105,6 +105,7 @@ class TrainConfig(TrainingDataOptions):
         None,  # replaced by `default_training`
         validate_default=True,
         gt=0,
+        le=1e30,  # above it Adam's own step overflows
         allow_inf_nan=False,
         description="Adam's learning rate. Unset: 1e-4 for LoRA, 2e-5 for full W_Q/W_K, 1e-5 "
         "for the whole model; the built-in model has rates of its own.",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from abft_fast.experiments.grid import read_cells
-from tests.study_rows import rows_of
+from tests.study_rows import largest_class, rows_of
 
 pytestmark = pytest.mark.unit
 
@@ -18,6 +18,7 @@ NAMES = {
     "Calibrate (contextual)": "contextual",
     "E2E": "E2E",
     "ABFT": "ABFT",
+    "ABFT, seen labels": "ABFT, seen labels",
 }
 
 
@@ -43,23 +44,36 @@ def test_rows_are_cells_of_the_sweeps():
     assert {row["cell"] for row in rows_of("real_study")} <= cells
 
 
-def table(title):
-    """The cells of a table of the page, line by line; its first column has this title."""
-    text = (ROOT / "docs/science/real-models.md").read_text(encoding="utf-8")
+def table(title, page="science/real-models.md", after=""):
+    """The cells of a table of a page, line by line; its first column has this title."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    text = text[text.index(after) :]
     of_the_table = text[text.index(f"| {title} |") :].split("\n\n")[0]
     titles, _, *lines = (line.strip("| ").split(" | ") for line in of_the_table.splitlines())
     return [title.lower() for title in titles[1:]], lines
 
 
-def test_the_page_says_what_the_rows_say(accuracies):
-    datasets, lines = table("Method")
+@pytest.mark.parametrize("page", ["science/real-models.md", "../README.md"])
+def test_the_tables_of_accuracy_say_what_the_rows_say(page, accuracies):
+    """The page's table has all of these rows, README's has some of them."""
+    (*datasets, average), lines = table("Method", page)
+    assert average == "average"
     said = {}
-    for method, *cells in lines:
-        said |= {
-            (NAMES[method], d): cell for d, cell in zip(datasets, cells, strict=True) if cell != "-"
-        }
-    of_the_table = {cell: text for cell, text in accuracies.items() if cell[0] in NAMES.values()}
-    assert said == of_the_table
+    for method, *cells, mean in lines:
+        if "-" in cells:
+            assert mean == "-"
+        else:
+            values = [float(cell.split(" ± ")[0]) for cell in cells]
+            assert float(mean) == pytest.approx(statistics.fmean(values), abs=0.01)
+        if method == "Largest class":
+            assert cells == [f"{100 * largest_class(dataset):.2f}" for dataset in datasets]
+            continue
+        setting = NAMES[method]
+        said |= {(setting, d): cell for d, cell in zip(datasets, cells, strict=True) if cell != "-"}
+    of_the_methods = {cell: text for cell, text in accuracies.items() if cell[0] in NAMES.values()}
+    if page == "../README.md":
+        of_the_methods = {cell: text for cell, text in of_the_methods.items() if cell in said}
+    assert said == of_the_methods
 
 
 def test_the_table_of_the_control_says_what_the_rows_say():
@@ -69,6 +83,33 @@ def test_the_table_of_the_control_says_what_the_rows_say():
         found = [rows[setting, dataset] for dataset in titles[::2]]
         figures = ((100 * float(r["accuracy"]), float(r["induction_heads"])) for r in found)
         assert cells == [text for a, heads in figures for text in (f"{a:.2f}", f"{heads:.1f}")]
+
+
+def reached(rows, setting, dataset):
+    """Accuracy and induction heads of a setting, as a page shows them."""
+    own = [
+        row
+        for row in rows_of(rows)
+        if row["setting_name"] == setting and row["dataset"] == row["evaluated_on"] == dataset
+    ]
+    heads = statistics.fmean(float(row["induction_heads"]) for row in own)
+    return [shown([100 * float(row["accuracy"]) for row in own]), f"{heads:.1f}"]
+
+
+@pytest.mark.parametrize(
+    ("part", "papers", "ours"),
+    [
+        ("## Gemma 3 270M", "real_study", "real_study"),
+        ("## The built-in model", "builtin_study", "builtin_seen_labels"),
+    ],
+)
+def test_the_page_on_seen_labels_says_what_the_rows_say(part, papers, ours, accuracies):
+    _, lines = table("Dataset", "science/seen-labels.md", part)
+    for name, *cells in lines:
+        dataset = name.lower()
+        vanilla = [accuracies["vanilla", dataset]] if papers == "real_study" else []
+        both = reached(papers, "ABFT", dataset), reached(ours, "ABFT, seen labels", dataset)
+        assert cells == [*vanilla, *both[0], *both[1]]
 
 
 def test_readme_says_what_the_rows_say(accuracies):

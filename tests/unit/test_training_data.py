@@ -3,11 +3,13 @@
 import pytest
 
 from abft_fast import data
+from abft_fast.commands.train import TrainSession
 from abft_fast.errors import UserError
 from abft_fast.models import loading
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
+from abft_fast.runtime.progress import Progress
 from abft_fast.training.methods import training_prompts
 from abft_fast.training.picl import intrinsic_tasks, paragraphs
 
@@ -166,3 +168,15 @@ def test_a_file_of_tests_is_not_trained_on(tmp_path):
     options = {"dataset": str(files["mails.csv"]), "test_file": str(files["tests.csv"])}
     with pytest.raises(UserError, match=r"tests.csv, which is tested"):
         resolve(TrainConfig, options | {"training_datasets": f"mr,{files['tests.csv']}"})
+
+
+@pytest.mark.slow
+def test_many_prompts_with_nothing_right_to_attend_to_are_said(monkeypatch):
+    said = []
+    progress = Progress()
+    monkeypatch.setattr(progress, "say", said.append)
+    for options in ({}, {"seen_labels_only": True}, {"method": "E2E"}, {"dataset": "subj"}):
+        config = resolve(TrainConfig, {"dataset": "trec", "device": "cpu", **options})
+        TrainSession(config, progress).encode_training()
+    assert [line[:27] for line in said] == ["45% of the training prompts"]
+    assert "--seen-labels-only" in said[0]
