@@ -42,6 +42,8 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
         UserError: an option, the data or the model does not allow the run, or its memory cannot be
             counted from its config.
     """
+    length = pipeline_length(config.pipeline_size, config.processes)
+    pipelines = config.processes // length
     shape, is_known = shape_of(config.model)
     prompts, dataset, encoder = training_data(config, shape, is_known)
     show_data(progress, dataset, encoder, [len(prompt) for prompt in prompts])
@@ -53,8 +55,6 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
     arithmetic, limit = machine_of(config)
     if arithmetic.device_type == "cpu":
         limit //= config.processes  # they share the memory
-    length = pipeline_length(config.pipeline_size, config.processes)
-    pipelines = config.processes // length
     batch = min(tokens_at_once(config.token_budget, arithmetic.device_type), max(steps + sums))
     tested_tokens = len(config.sides) * sum(sums)
     data = Prompts(

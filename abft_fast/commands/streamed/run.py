@@ -37,10 +37,11 @@ def train_streamed(config: TrainConfig, run: RunFolder, progress: Progress) -> N
         RunError: training cannot continue.
     """
     check_same_data(config)
+    length = pipeline_length(config.pipeline_size, processes.count()) if config.pipeline else 1
     with processes.fail_together():
         session, prompts, tests = prepare_data(config, run, progress)
     if processes.from_main(not run.artifact.is_dir()):
-        StreamedTraining(session, run, prompts, tests).run()
+        StreamedTraining(session, run, prompts, tests, length).run()
 
 
 def evaluate_streamed(
@@ -113,6 +114,13 @@ def say_read(session: Session, streamed: StreamedModel) -> None:
 class StreamedTraining:
     """A run of streamed training: its model, its stages, and its results.
 
+    Args:
+        session: the run's session.
+        run: its folder.
+        prompts: to train on.
+        tests: the tests.
+        length: processes of a pipeline; 1 without one.
+
     Raises:
         UserError: the model cannot be streamed, or the disk has no room for the hidden states.
     """
@@ -123,6 +131,7 @@ class StreamedTraining:
         run: RunFolder,
         prompts: list[EncodedPrompt],
         tests: list[EvaluationSet],
+        length: int,
     ):
         self._session, self._run, config = session, run, session.config
         with processes.fail_together():
@@ -131,12 +140,9 @@ class StreamedTraining:
         place = self._streamed, session.accelerator
         self._identity = BaseIdentity(*place, session.progress, run.base, f"run {run.folder}")
         check = AttentionCheck(*place, prompts, config.attention_backend, session.progress)
-        together = processes.count()
-        length = pipeline_length(config.pipeline_size, together) if config.pipeline else 1
+        sharing = processes.count() // length
         self._tests = {
-            side: Evaluating(
-                *place, tests, session.token_budget, config.attention_backend, together // length
-            )
+            side: Evaluating(*place, tests, session.token_budget, config.attention_backend, sharing)
             for side in config.sides
         }
         self._steps = TrainingSteps(self._streamed, training)
