@@ -149,17 +149,59 @@ def assert_as_good_as_eager(function, case, factor=2, **options):
         for name, value in _quantities(eager, reordered, threshold_from=is_induction).items():
             exact = truth[name][..., order] if name in ("query", "key") else truth[name]
             budgets[name] = max(budgets[name], factor * error(value, exact))
-    # A score's rounding is proportional to its terms; exp makes it a relative error of the mass.
-    rounding = torch.finfo(case["query"].dtype).eps * _largest_sum_of_terms(in_float64(case))
     for name in ("label_mass", "correct_mass"):
-        budgets[name] = max(budgets[name], rounding)
+        budgets[name] = max(budgets[name], rounding_of_mass(case))
     found = _quantities(function, case, **options)
     assert torch.equal(function(**case, **options).is_induction, is_induction)
     for name, exact in truth.items():
         if exact.norm() == 0:
             assert found[name].norm() == 0, name
-        else:
-            assert error(found[name], exact) <= budgets[name], (name, budgets[name])
+            continue
+        lost = error(found[name], exact)
+        if name == "query" and lost > budgets[name]:
+            budgets[name] = max(budgets[name], rounding_of_query_gradient(case, exact))
+        assert lost <= budgets[name], (name, lost, budgets[name])
+
+
+def rounding_of_mass(case):
+    """A score's rounding is proportional to its terms; exp makes it the mass's relative error."""
+    return torch.finfo(case["query"].dtype).eps * _largest_sum_of_terms(in_float64(case))
+
+
+def rounding_of_query_gradient(case, exact):
+    """What the gradient of queries loses where a label's score is rounded in two ways.
+
+    The gradient has a label's part, its weight times alpha times its key, less the mean over all
+    keys. The label's score is computed by itself for the mean, and in its row for its part; where
+    nearly all attention is on labels, the two cancel but for their different rounding.
+    """
+    rounding, case = rounding_of_mass(case), in_float64(case)
+    result = reference.last_row_loss(**case)
+    scale = case["query"].shape[-1] ** -0.5 if case.get("scale") is None else case["scale"]
+    weights = torch.linspace(0.5, 1.5, result.loss.numel()).to(result.loss).view_as(result.loss)
+    if case.get("head_filter", True):
+        weights = weights * result.is_induction
+    wrong, correct = (torch.full_like(result.loss, case[n]) for n in ("penalty", "reward"))
+    if case.get("objective") == "share":
+        mass = result.label_mass.clamp_min(1e-30)  # rows without labels have no loss
+        share = result.correct_mass / mass
+        wrong, correct = (share + case["hold"]) / mass, (1 - share - case["hold"]) / mass
+    parts = torch.zeros_like(case["query"])
+    group = case["query"].shape[1] // case["key"].shape[1]
+    offsets = case["label_offsets"].tolist()
+    for row, owned in enumerate(map(range, offsets, offsets[1:])):
+        for label in owned:
+            ends = [0] * (row + 1) + [1] * (len(offsets) - row - 1)
+            alone = {
+                "label_positions": case["label_positions"][label : label + 1],
+                "label_is_correct": case["label_is_correct"][label : label + 1],
+                "label_offsets": torch.tensor(ends).to(case["label_offsets"]),
+            }
+            alpha = reference.last_row_loss(**{**case, **alone}).label_mass[row]
+            weight = (correct if case["label_is_correct"][label] else wrong)[row].abs()
+            key = case["key"][case["label_positions"][label]].repeat_interleave(group, dim=0)
+            parts[row] += scale * (weights[row] * weight * alpha)[:, None] * key.abs()
+    return rounding * (parts.norm() / exact.norm()).item()
 
 
 def _largest_sum_of_terms(case):

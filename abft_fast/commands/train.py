@@ -174,6 +174,7 @@ def prepare_data(
     prompts = session.encode_training()
     tests = prepare_tests(session) if config.sides else []
     session.show_data(prompts, *(test.prompts for test in tests[:1]))
+    session.say_unseen(prompts)
     if config.mauve_test:
         mauve.check(config, session.dataset)
     tested = sum(len(encoded.prompts) for test in tests for encoded in test.encoded)
@@ -220,8 +221,12 @@ class TrainSession(Session):
             size = len(self.encoder.symbols.training)
             self.progress.say(f"label words of training prompts are drawn from {size:,} words")
         self.say_too_long(encoded, "training", TRAINING_METHODS[self.config.method].shortened)
-        unseen = sum(not any(prompt.label_is_correct) for prompt in encoded.prompts)
-        total = len(encoded.prompts)
+        return encoded.prompts
+
+    def say_unseen(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """Say how many training prompts have nothing right to attend to, if these are many."""
+        unseen = sum(not any(prompt.label_is_correct) for prompt in prompts)
+        total = len(prompts)
         is_mass = METHODS[self.config.method].uses_penalty and self.config.objective == "mass"
         if is_mass and unseen > _MANY_UNSEEN * total:
             self.progress.say(
@@ -229,7 +234,6 @@ class TrainSession(Session):
                 "query's label, and only teach heads to leave all labels: --seen-labels-only draws "
                 "them again"
             )
-        return encoded.prompts
 
     def check_memory(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Say how much memory training takes; refuse what cannot fit, before weights are read.

@@ -6,7 +6,15 @@ import pytest
 import torch
 from abft_kernels import flash_attention_with_last_row_loss, last_row_loss, reference
 
-from tests.last_row_cases import DEVICE, FEATURES, error, gradients, in_float64, make_case
+from tests.last_row_cases import (
+    DEVICE,
+    FEATURES,
+    error,
+    gradients,
+    in_float64,
+    make_case,
+    rounding_of_query_gradient,
+)
 from tests.unit.test_fused import make_fused, one_after_the_other, run
 
 pytestmark = [pytest.mark.unit, pytest.mark.kernels]
@@ -47,8 +55,10 @@ def test_kernels_are_the_specification_in_float64(options, dtype):
     for name in ("loss", "label_mass", "correct_mass"):
         assert error(getattr(found, name), getattr(expected, name)) <= 2e-6, name
     rounding = 4 * torch.finfo(dtype).eps  # the gradients are of the inputs' dtype
+    of_query = max(rounding, rounding_of_query_gradient(case, expected_grads[0]))
     for found_grad, exact in zip(grads, expected_grads, strict=True):
-        assert error(found_grad, exact) <= rounding
+        is_query = exact is expected_grads[0]
+        assert error(found_grad, exact) <= (of_query if is_query else rounding)
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (7, 1)], ids=str)

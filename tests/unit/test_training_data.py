@@ -177,6 +177,7 @@ def test_many_prompts_with_nothing_right_to_attend_to_are_said(monkeypatch):
     monkeypatch.setattr(progress, "say", said.append)
     for options in ({}, {"seen_labels_only": True}, {"method": "E2E"}, {"dataset": "subj"}):
         config = resolve(TrainConfig, {"dataset": "trec", "device": "cpu", **options})
-        TrainSession(config, progress).encode_training()
+        session = TrainSession(config, progress)
+        session.say_unseen(session.encode_training())
     assert [line[:27] for line in said] == ["45% of the training prompts"]
     assert "--seen-labels-only" in said[0]
