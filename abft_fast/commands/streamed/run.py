@@ -131,7 +131,7 @@ class StreamedTraining:
         run: RunFolder,
         prompts: list[EncodedPrompt],
         tests: list[EvaluationSet],
-        length: int,
+        length: int = 1,
     ):
         self._session, self._run, config = session, run, session.config
         with processes.fail_together():
