@@ -20,6 +20,7 @@ NAMES = {
     "ABFT": "ABFT",
     "ABFT, seen labels": "ABFT, seen labels",
 }
+FULL_ON_SST2 = "gemma-3-270m.gguf-sst2-ABFT-seed0-11df166d66"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,8 @@ def shown(values):
 def test_rows_are_cells_of_the_sweeps():
     sweeps = (ROOT / "configs/real").glob("*.yaml")
     cells = {cell.name for sweep in sweeps for cell in read_cells(sweep, {})}
-    assert {row["cell"] for row in rows_of("real_study")} <= cells
+    rows = [*rows_of("real_study"), *rows_of("real_streamed")]
+    assert {row["cell"] for row in rows} <= cells
 
 
 def table(title, page="science/real-models.md", after=""):
@@ -83,6 +85,17 @@ def test_the_table_of_the_control_says_what_the_rows_say():
         found = [rows[setting, dataset] for dataset in titles[::2]]
         figures = ((100 * float(r["accuracy"]), float(r["induction_heads"])) for r in found)
         assert cells == [text for a, heads in figures for text in (f"{a:.2f}", f"{heads:.1f}")]
+
+
+def test_the_table_of_blocks_says_what_the_rows_say():
+    _, (full, *lines) = table("Gradient")
+    rows = {row["gradient"]: row for row in rows_of("real_streamed")}
+    whole = next(row for row in rows_of("real_study") if row["cell"] == FULL_ON_SST2)
+    assert [line[0].split(",")[0].split()[-1] for line in lines] == ["4", "2", "local"]
+    for line, row in zip((full, *lines), (whole, rows["4"], rows["2"], rows["local"]), strict=True):
+        accuracy, share = (float(row[n]) for n in ("accuracy", "correct_share_above_chance"))
+        heads = f"{float(row['induction_heads']):.1f}"
+        assert line[1:] == [f"{100 * accuracy:.2f}", heads, f"{100 * share:.1f}"]
 
 
 def reached(rows, setting, dataset):
