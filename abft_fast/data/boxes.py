@@ -59,7 +59,7 @@ class Boxes(Dataset):
         return Example("A", 0)
 
     def check_training(self, k: int, seen_labels_only: bool = False) -> None:
-        """Check that prompts of k boxes can be drawn; the box that is asked for is among them.
+        """Check that prompts of k boxes can be drawn; each has the box that is asked for.
 
         Raises:
             UserError: k is not the dataset's number of boxes, or there are too few objects.

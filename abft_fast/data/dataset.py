@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -71,16 +70,16 @@ class Dataset:
         """Check that prompts of k demonstrations can be drawn to train on.
 
         Raises:
-            UserError: k + 1 is more than the training examples there are, or no label that a query
-                may have is another example's, too.
+            UserError: k + 1 is more than the training examples there are; or, with
+                `seen_labels_only`, no two training examples have the same label.
         """
         if k + 1 > len(self.training):
             raise UserError(
                 f"k={k}: {self.name} has {len(self.training)} training examples, "
                 f"so k is at most {len(self.training) - 1}"
             )
-        labels = Counter(example.label for example in self.training)
-        if seen_labels_only and max(labels.values()) < 2:
+        labels = {example.label for example in self.training}
+        if seen_labels_only and len(labels) == len(self.training):
             raise UserError(
                 f"--seen-labels-only: no two training examples of {self.name} have the same label"
             )

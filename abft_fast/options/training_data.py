@@ -72,8 +72,8 @@ class TrainingDataOptions(Options):
     seen_labels_only: bool = Field(
         False,
         description="Train only on prompts in which a demonstration has the query's label. Unset: "
-        "on any, as in the paper; of a dataset with many labels half of them have no right label "
-        "to attend to.",
+        "on any, as in the paper; of TREC's, which has six labels, 45 % have no right label to "
+        "attend to.",
     )
     meta_datasets: str | None = Field(
         None,

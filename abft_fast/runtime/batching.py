@@ -30,11 +30,13 @@ def balanced_shares(lengths: Sequence[int], count: int) -> list[list[int]]:
     """Split prompts into `count` shares of about the same number of tokens.
 
     No two shares differ by more tokens than the longest prompt has. With fewer prompts than shares,
-    some shares are empty.
+    some shares are empty. A single share keeps the order.
 
     Returns:
         Indices into `lengths`, by share.
     """
+    if count == 1:
+        return [list(range(len(lengths)))]
     shares: list[list[int]] = [[] for _ in range(count)]
     tokens = [0] * count
     for i in _longest_first(lengths):

@@ -51,7 +51,7 @@ class PromptGroup:
 
     def shares(self, processes: int) -> list[list[int]]:
         """Return the places of the prompts that each of several processes computes."""
-        if not self._shared or processes == 1:
+        if not self._shared:
             return [list(range(len(self.prompts)))] * processes
         return balanced_shares(self.lengths, processes)
 
