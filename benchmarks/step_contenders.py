@@ -225,8 +225,9 @@ def contenders(step: Step) -> dict[str, Contender]:
         "eager, one by one": Contender("eager", one_by_one),
         "E2E, packed": Contender(NAME, packed_end_to_end),
         "E2E, padded": Contender("sdpa", padded_end_to_end),
-        "E2E, TRL": Contender("sdpa", trl(step)),
     }
+    if step.case.model not in stored.REAL:  # Gemma's gradient by TRL is off by 9e-5, in float64 too
+        found["E2E, TRL"] = Contender("sdpa", trl(step))
     if len(step.prompts) > 1:
         found["eager, padded"] = Contender("eager", padded)
     return found

@@ -105,7 +105,7 @@ class Streamed:
 
     def run(self):
         self.walk.run(Progress(), "walk")
-        self.checkpoint.put_trained_back(self.model, self.walk.blocks)
+        self.checkpoint.trained.put_back(self.model, self.walk.blocks)
         trainable.save_adapter(self.model.model, self.folder / "adapter", self.identity.base)
         (before, _), (after, heads) = (test.outcomes()[0][1] for test in self.tests)
         return self.steps.metrics(), before, after, heads

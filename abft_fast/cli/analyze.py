@@ -38,7 +38,7 @@ def attention(flags: dict[str, Any]) -> None:
 
 @command_with(ShowConfig, verbs)
 def show(flags: dict[str, Any]) -> None:
-    """Show the last token's attention of every head on one prompt, as a page to point at."""
+    """Show the last token's attention of every head on one prompt, also as an HTML page."""
     _run("show", resolve(ShowConfig, flags), checks.check_analyze_prompts)
 
 

@@ -13,6 +13,7 @@ from abft_fast.options import (
     AttentionConfig,
     CmapConfig,
     CommandOptions,
+    DcmConfig,
     DoctorConfig,
     EvalConfig,
     FigureConfig,
@@ -32,7 +33,7 @@ from abft_fast.options import (
     is_positional,
 )
 
-_VERBS: dict[str, type[CommandOptions]] = {
+VERBS: dict[str, type[CommandOptions]] = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "plan": PlanConfig,
@@ -47,6 +48,7 @@ _VERBS: dict[str, type[CommandOptions]] = {
     "analyze cmap": CmapConfig,
     "analyze restrict": RestrictConfig,
     "analyze path": PathConfig,
+    "analyze dcm": DcmConfig,
     "analyze plane": PlaneConfig,
     "figure": FigureConfig,
     "doctor": DoctorConfig,
@@ -58,7 +60,7 @@ def tables() -> str:
     """Return a markdown table for each set of verbs that share options."""
     verbs_of: dict[tuple[str, str | None], list[str]] = {}
     fields = {}
-    for verb, config in _VERBS.items():
+    for verb, config in VERBS.items():
         for name, field in config.model_fields.items():
             verbs_of.setdefault((name, field.description), []).append(verb)
             fields[name, field.description] = field

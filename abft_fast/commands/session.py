@@ -16,7 +16,7 @@ from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.merging import add_adapters
-from abft_fast.models.preflight import check_attention
+from abft_fast.models.preflight import check_attention, lines_on_attention
 from abft_fast.models.trainable import load_adapter
 from abft_fast.options import DrawnPromptOptions, Options, PlacementOptions, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder, for_tokenizer
@@ -152,10 +152,8 @@ class PromptSession(ModelOnDevice):
         attentions = check_attention(
             self.model, prompts, self.accelerator.autocast, self.config.attention_backend
         )
-        for (name, backend), reasons in attentions.items():
-            self.progress.say(f"attention: {name}, its loss: {backend}")
-            if name == "separate":
-                self.progress.say(f"one prompt at a time, keys read twice: {reasons}")
+        for line in lines_on_attention(attentions):
+            self.progress.say(line)
 
 
 class Session(PromptSession):

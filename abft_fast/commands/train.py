@@ -231,8 +231,8 @@ class TrainSession(Session):
         if is_mass and unseen > _MANY_UNSEEN * total:
             self.progress.say(
                 f"{unseen / total:.0%} of the training prompts have no demonstration with the "
-                "query's label, and only teach heads to leave all labels: --seen-labels-only draws "
-                "them again"
+                "query's label, and only teach heads to attend to no label: --seen-labels-only "
+                "replaces them"
             )
 
     def check_memory(self, prompts: Sequence[EncodedPrompt]) -> None:

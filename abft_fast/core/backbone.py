@@ -212,9 +212,13 @@ def must_run_alone(inner: PreTrainedModel, longest: int) -> bool:
     if len(attention_layers(inner)) < config.num_hidden_layers:
         return True
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("longrope", "dynamic"):
-        return False
-    return longest > rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    by_layer_type = [part for part in rope.values() if isinstance(part, dict)]
+    limits = [
+        part.get("original_max_position_embeddings", config.max_position_embeddings)
+        for part in by_layer_type or [rope]
+        if part.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return bool(limits) and longest > min(limits)
 
 
 def decoder_layers(inner: PreTrainedModel) -> nn.ModuleList:

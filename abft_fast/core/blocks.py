@@ -92,7 +92,7 @@ class _WithGradients(torch.autograd.Function):
 class Away:
     """Stands for the forward of a decoder layer whose weights are not in memory.
 
-    The model's own forward runs: before the layers that are to run, hidden states pass by; behind
+    The model's own forward runs: before the layers that are to run, hidden states pass by; after
     them the forward ends. See `PackedForward.part`.
     """
 

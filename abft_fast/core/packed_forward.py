@@ -36,7 +36,7 @@ class LastQueries(NamedTuple):
 
 
 class LossComplete(Exception):  # noqa: N818 - no error
-    """Raised to leave the forward: in the last layer's attention, or behind the layers to run."""
+    """Raised to leave the forward: in the last layer's attention, or after the layers to run."""
 
 
 def _no_loss() -> dict[str, Any]:
@@ -70,7 +70,7 @@ class PackedForward:
         entering: (1, T, width) hidden states that enter the first layer of `part`; None where they
             are the embedding's.
         leaving: (1, T, width) hidden states after the last layer of `part`, where it is not the
-            model's last; stored by the layer behind it.
+            model's last; stored by the next layer.
         results: losses and masses by layer, stored by the attention function.
         attentions: which attention ran, stored by the attention function: (attention, backend of
             the loss) -> why no faster attention ran.
@@ -127,7 +127,7 @@ class PackedForward:
         return self._blocks.enter_layer(index, layer, checkpointed=self._checkpointed)
 
     def pass_by(self, index: int, hidden_states: Tensor) -> Tensor:
-        """Return what a layer that is away hands on; the layer behind `part` ends the forward."""
+        """Return what a layer that is away hands on; the next layer ends the forward."""
         if self.part is None or index in self.part:
             raise RuntimeError(f"layer {index} is to run, but its weights are away")
         if index == self.part.stop:

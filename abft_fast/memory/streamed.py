@@ -166,8 +166,8 @@ def plan_streamed(
         device["hidden states that enter and leave a block"] = 2 * handed_on
     outside = sum(each.numbers for each, _ in weights if each.layer is None)
     device["rows of the embedding and the head, norms"] = item * outside
-    # The layer behind the block lets the block's last layer run whole: a model's last one stops
-    # behind its attention.
+    # With one layer more the block's last layer runs whole: a model's last one stops after its
+    # attention.
     cut = with_layers(shape, min(size + 1, depth))
     step = step_memory(cut, config, arithmetic, Flow(config.gradient), prompts.longest)
     largest, stored = max(((each.numbers, stored) for each, stored in weights if each.is_matrix))

@@ -72,12 +72,12 @@ def metadata_folder(path: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         _write_metadata(path, Path(scratch, "new"))
-        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         try:
             Path(scratch, "new").rename(folder)
-        except OSError:  # another process was first
-            if not (folder / _TABLE).is_file():
-                raise
+        except OSError:
+            if not (folder / _TABLE).is_file():  # no other process was first: it is damaged
+                shutil.rmtree(folder, ignore_errors=True)
+                Path(scratch, "new").rename(folder)
     return folder
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ from abft_fast.models.loading import checkpoint_folder
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _QUANTIZED_TOLERANCE = 3e-2  # their products depend on how many rows are multiplied at once
 _GRADIENT_TOLERANCE = 1e-1  # formats that also round inputs; without a backward it is 1
-LONGEST = 2048  # eager attention keeps n x n scores a head
+_LONGEST = 2048  # eager attention keeps n x n scores a head
 
 
 def check_attention(
@@ -48,12 +48,10 @@ def check_attention(
             packed attention does not know; or the model's own hidden states are not finite.
         UnsupportedModel: the packed forward cannot run, as where the attention asked for cannot.
     """
-    ordered = sorted(prompts, key=len)
-    longest = next((p for p in reversed(ordered) if len(p) <= LONGEST), ordered[0])
+    pair = shortest_and_longest(prompts)
     inner = prepare(model)
     device = inner.get_input_embeddings().weight.device
-    pair = [ordered[0], longest]
-    batches = [[p] for p in pair] if must_run_alone(inner, len(longest)) else [pair]
+    batches = [[p] for p in pair] if must_run_alone(inner, len(pair[1])) else [pair]
     model.eval()
     with torch.no_grad(), autocast():
         packed: list[Tensor] = []
@@ -76,14 +74,33 @@ def check_attention(
             inner.set_attn_implementation(attention.NAME)
     expected = torch.cat([output.last_hidden_state[0] for output in eager])
     if not expected.isfinite().all():
-        raise UserError(
-            f"{_where_not_finite(model, pair, autocast)}: the values are not finite: download the "
-            f"file again; if it is whole, the model overflows in {str(dtype).split('.')[-1]}"
-        )
+        raise not_finite(_where_not_finite(model, pair, autocast), dtype)
     difference = relative_error(torch.cat(packed), expected)
     if not difference <= tolerance(inner, dtype):
         raise wrong_attention(inner, difference)
     return attentions
+
+
+def shortest_and_longest(prompts: Sequence[EncodedPrompt]) -> list[EncodedPrompt]:
+    """Return the shortest prompt, and the longest of those of up to 2,048 tokens."""
+    ordered = sorted(prompts, key=len)
+    return [ordered[0], next((p for p in reversed(ordered) if len(p) <= _LONGEST), ordered[0])]
+
+
+def lines_on_attention(attentions: Mapping[tuple[str, str], str]) -> Iterator[str]:
+    """Yield lines that say which attention runs, and why no faster one; see `check_attention`."""
+    for (name, backend), reasons in attentions.items():
+        yield f"attention: {name}, its loss: {backend}"
+        if name == "separate":
+            yield f"attention runs one prompt at a time, and the loss reads keys again: {reasons}"
+
+
+def not_finite(where: str, dtype: torch.dtype) -> UserError:
+    """Return the error that says where hidden states are not finite."""
+    return UserError(
+        f"{where}: the values are not finite: download the file again; if it is whole, the model "
+        f"overflows in {str(dtype).removeprefix('torch.')}"
+    )
 
 
 def wrong_attention(inner: PreTrainedModel, difference: float) -> UserError:

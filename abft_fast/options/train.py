@@ -119,8 +119,9 @@ class TrainConfig(TrainingDataOptions):
         False,
         description="Train block by block: each block of layers takes all steps before the next "
         "is read, so that one block's weights are in memory, and are read once a run. Needs "
-        "--gradient local or a number. --save-steps counts blocks. The penalty is "
-        "controlled for each block by its own heads (ours), or not with --adaptation none.",
+        "--gradient local or a number. --save-steps counts blocks, and with --pipeline training "
+        "steps. The penalty is controlled for each block by its own heads (ours), or not with "
+        "--adaptation none.",
     )
     pipeline: bool = Field(
         False,

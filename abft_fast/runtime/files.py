@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import itertools
 import json
 import os
 import re
@@ -91,6 +92,12 @@ def final_name(name: str) -> str:
     """Return the final name that belongs to a temporary name; return any other name unchanged."""
     match = _TEMPORARY.fullmatch(name)
     return match[1] if match else name
+
+
+def unused_folder(folder: Path) -> Path:
+    """Return the folder, or the first of folder-2, folder-3, ... that does not exist."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not path.exists())
 
 
 def remove_leftovers(folder: Path) -> None:

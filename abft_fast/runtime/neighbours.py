@@ -17,7 +17,7 @@ ON_THE_WAY = 2
 
 
 class Neighbours:
-    """The processes before and behind this one; all processes make it together.
+    """The previous and the next process; all processes construct it together.
 
     Args:
         size: processes of a pipeline. Their ranks are consecutive.
@@ -27,7 +27,7 @@ class Neighbours:
     Attributes:
         place: of this process in its pipeline, from 0.
         is_first: whether no process is before this one.
-        is_last: whether no process is behind it.
+        is_last: whether no process comes after it.
     """
 
     def __init__(self, size: int, width: int, dtype: torch.dtype):
@@ -40,6 +40,7 @@ class Neighbours:
         # turn may take long.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+        self._barrier: dist.Work | None = None
 
     def receive(self, rows: int) -> Tensor:
         """Wait for the next tensor of the process before this one, (rows, width), on the CPU.
@@ -53,7 +54,7 @@ class Neighbours:
         return received
 
     def send(self, tensor: Tensor) -> None:
-        """Hand a tensor, (rows, width), to the process behind this one.
+        """Send a tensor, (rows, width), to the next process.
 
         Raises:
             ProcessEnded: that process has ended.
@@ -70,12 +71,28 @@ class Neighbours:
             self._sent.append((work, tensor))
             self._wait(ON_THE_WAY)
 
+    def begin_barrier(self) -> None:
+        """Enter a barrier of all processes; do not wait for it."""
+        self._barrier = dist.barrier(group=self._group, async_op=True)
+
+    def wait_for_barrier(self) -> None:
+        """Wait until all processes have entered the last barrier that began, if one did.
+
+        Raises:
+            ProcessEnded: one of them has ended.
+        """
+        if self._barrier is not None:
+            with waiting_for_others():
+                self._barrier.wait()
+            self._barrier = None
+
     def finish(self) -> None:
         """Wait until all processes have taken everything.
 
         Raises:
             ProcessEnded: one of them has ended.
         """
+        self.wait_for_barrier()
         with waiting_for_others():
             self._wait(0)
             dist.barrier(group=self._group)

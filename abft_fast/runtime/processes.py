@@ -2,8 +2,8 @@
 
 Each process holds the whole model and computes its share of the prompts; in a pipeline it holds
 some of the blocks. The main process decides whatever depends on files. An error on one process ends
-all of them with one message. In no other module but `neighbours` does a process wait for another
-one.
+all of them with one message. Only in this module and in `neighbours` does a process wait for
+another.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write a safetensors file tensor by tensor."""
+"""Write a safetensors file tensor by tensor, and choose tensors by their names."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().flatten()
             file.write(flat.view(torch.uint8).numpy().data)
+
+
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

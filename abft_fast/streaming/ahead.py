@@ -17,7 +17,7 @@ THREAD = "abft-fast-reader"
 class ReadingAhead:
     """A thread that reads a block's weights into the host's memory, one block at a time.
 
-    Leaving the context ends the thread behind the tensor that it reads.
+    Leaving the context ends the thread after the tensor that it is reading.
 
     Args:
         streamed: the model.

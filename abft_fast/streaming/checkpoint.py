@@ -1,213 +1,160 @@
-"""Save and restore a walk through a model: what was trained so far, and where all prompts are."""
+"""Save and restore a walk through a model: where all prompts are, and what was found so far."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from abft_fast.errors import RunError, UserError
 from abft_fast.runtime import processes
 from abft_fast.runtime.files import atomic_folder
-from abft_fast.streaming.model import StreamedModel
+from abft_fast.runtime.tensor_file import with_prefix
 from abft_fast.streaming.stages import Stage
-from abft_fast.streaming.states import HiddenStates
+from abft_fast.streaming.trained_blocks import TrainedBlocks
 
-_TRAINED, _STATE, _FACTS = "trained.safetensors", "state.safetensors", "state.json"
+BLOCK, STEP = "block", "step"
+_TENSORS, _FACTS = "state.safetensors", "state.json"
 
 
 class WalkCheckpoint:
-    """The checkpoints of a walk.
+    """The saved states of a walk. Construct it outside `processes.apart`, where ranks are others.
 
-    `block-000003/` has what the third block has learnt, in `trained.safetensors`. The folder of the
-    newest checkpoint also has the state of the walk after that block: `state-0/`, and one such
-    folder for each further process that takes a share of the prompts.
+    After the third block process 0 saves its state in `block-000003/state-0/`, and the other
+    processes save theirs beside it. A pipeline does so after training steps, as in
+    `step-000008/state-0/`.
 
     Args:
         folder: of the checkpoints.
-        every: blocks between two states of the walk.
+        every: blocks, or steps, between two states.
+        unit: what is counted: `BLOCK` or `STEP`.
+
+    Attributes:
+        trained: what blocks have learnt.
     """
 
-    def __init__(self, folder: Path, every: int):
-        self._folder, self._every = folder, every
-        self._saved = 0  # the block of the newest state
+    def __init__(self, folder: Path, every: int, unit: str = BLOCK):
+        self.trained = TrainedBlocks(folder)
+        self._folder, self._every, self._unit = folder, every, unit
+        self._rank, self._processes = processes.rank(), processes.count()
 
-    def keep_trained(self, streamed: StreamedModel, block: range, number: int) -> None:
-        """Write what the block has learnt."""
-        with atomic_folder(self._of(number)) as temporary:
-            save_file(_learnt(streamed, block), temporary / _TRAINED)
+    def is_due(self, number: int) -> bool:
+        """Return whether the state after so many blocks or steps is to be saved."""
+        return number % self._every == 0
 
-    def save(self, stages: Sequence[Stage], states: HiddenStates, number: int) -> None:
-        """Write this process's state of the walk after a block, if one is due."""
-        if number % self._every and not states.on_disk:
-            return
-        tensors, hidden = states.save()
+    def save(
+        self, number: int, stages: Sequence[Stage], tensors: dict[str, Tensor], facts: dict
+    ) -> None:
+        """Write this process's state after a block or step.
+
+        Args:
+            number: of the block or step, from 1.
+            stages: of the walk.
+            tensors: what is saved besides the stages' own state.
+            facts: the same, for JSON.
+        """
+        of_stages = []
         for index, stage in enumerate(stages):
-            for place, group in enumerate(stage.groups):
-                for name, mass in group.masses.items():
-                    tensors[f"masses.{index}.{place}.{name}"] = mass
-        facts = {
-            "processes": processes.count(),
-            "hidden": hidden,
-            "stages": [stage.facts for stage in stages],
-        }
-        with (
-            processes.fail_together(),
-            atomic_folder(self._state(number, processes.rank())) as temporary,
-        ):
-            save_file(tensors, temporary / _STATE)
+            own, found = stage.state()
+            tensors = tensors | {f"stage.{index}.{name}": tensor for name, tensor in own.items()}
+            of_stages.append(found)
+        facts = {**facts, "processes": self._processes, "stages": of_stages}
+        with atomic_folder(self._state(number)) as temporary:
+            save_file(tensors, temporary / _TENSORS)
             (temporary / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        shutil.rmtree(self._state(self._saved, processes.rank()), ignore_errors=True)
-        self._saved = number
 
-    def restore(
-        self,
-        streamed: StreamedModel,
-        stages: Sequence[Stage],
-        states: HiddenStates,
-        blocks: Sequence[range],
-    ) -> int:
-        """Load the newest state of the walk; forget what later blocks have learnt.
+    def keep_only(self, number: int) -> None:
+        """Remove all states of this process but one, which every process must have saved."""
+        kept = self._state(number)
+        for state in self._folder.glob(f"{self._unit}-*/{kept.name}"):
+            if state != kept:
+                shutil.rmtree(state, ignore_errors=True)
+                with contextlib.suppress(OSError):  # it is not empty
+                    state.parent.rmdir()
 
-        Returns:
-            How many blocks are done.
+    def newest(self) -> int:
+        """Return the newest block or step whose state all processes have saved, or 0.
+
+        All that is newer is removed.
 
         Raises:
             RunError: a file is damaged.
             UserError: another number of processes has saved it.
         """
         with processes.fail_together():
-            done = self._newest(len(blocks))
-        done = self._saved = processes.from_main(done)
-        processes.run_on_main(self._forget_after, done, len(blocks))
-        if done:
-            with processes.fail_together():
-                self._restore(streamed, stages, states, blocks[:done])
-        return done
+            # States of the other unit are of another number of processes: they refuse the run.
+            newest = {unit: self._newest(unit) for unit in (BLOCK, STEP)}
+        number = processes.from_main(newest[self._unit])
+        # A pipeline writes what blocks have learnt after its last step.
+        processes.run_on_main(self.trained.forget_after, number if self._unit == BLOCK else 0)
+        with processes.fail_together():
+            self.keep_only(number)
+        return number
 
-    def _newest(self, blocks: int) -> int:
-        """Return the last block after which all processes have saved their state, or 0."""
-        for number in range(blocks, 0, -1):
-            first = self._state(number, 0)
-            count = self._processes_of(first) if first.is_dir() else 0
-            if count and all(self._state(number, rank).is_dir() for rank in range(count)):
+    def _newest(self, unit: str) -> int:
+        for facts in sorted(self._folder.glob(f"{unit}-*/state-0/{_FACTS}"), reverse=True):
+            folder = facts.parent.parent
+            with self._blaming(facts.parent):
+                count = int(json.loads(facts.read_text(encoding="utf-8"))["processes"])
+            if all((folder / f"state-{rank}" / _FACTS).is_file() for rank in range(count)):
                 self._check_count(count)
-                return number
+                return int(folder.name.removeprefix(f"{unit}-"))
         return 0
 
     def _check_count(self, saved: int) -> None:
-        if saved != processes.count():
+        if saved != self._processes:
             whose = "one process" if saved == 1 else f"{saved} processes"
             raise UserError(
-                f"{self._folder} has the state of a walk of {whose}, and {processes.count()} run: "
-                f"resume the run with {whose}, or delete that folder to start the walk again"
+                f"{self._folder} was saved by a run of {whose}, and this run has "
+                f"{self._processes}: resume the run with {whose}, or delete that folder to start "
+                "the walk again"
             )
 
-    def _processes_of(self, folder: Path) -> int:
-        """Return how many processes have saved a state together with this one."""
-        try:
-            return int(json.loads((folder / _FACTS).read_text(encoding="utf-8"))["processes"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(folder, error) from error
-
-    def _damaged(self, folder: Path, error: Exception) -> RunError:
-        return RunError(
-            f"checkpoint {folder} cannot be read ({error}): delete {self._folder} to start the "
-            "walk again"
-        )
-
-    def _forget_after(self, done: int, blocks: int) -> None:
-        for number in range(done + 1, blocks + 1):
-            shutil.rmtree(self._of(number), ignore_errors=True)
-
-    def _restore(
-        self,
-        streamed: StreamedModel,
-        stages: Sequence[Stage],
-        states: HiddenStates,
-        blocks: Sequence[range],
-    ) -> None:
-        folder = self._state(len(blocks), processes.rank())
-        try:
-            tensors = load_file(folder / _STATE)
-            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-            states.restore(tensors, facts["hidden"])
-            for index, (stage, known) in enumerate(zip(stages, facts["stages"], strict=True)):
-                stage.facts = known
-                for place, group in enumerate(stage.groups):
-                    start = f"masses.{index}.{place}."
-                    own = {n: tensor for n, tensor in tensors.items() if n.startswith(start)}
-                    group.masses = {n.removeprefix(start): mass for n, mass in own.items()}
-            self._put_lora_back(streamed, blocks)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise self._damaged(folder, error) from error
-
-    def start_again(self) -> None:
-        """Remove what blocks have learnt, for a pipeline, which cannot go on from a saved walk.
+    @contextlib.contextmanager
+    def restoring(
+        self, number: int, stages: Sequence[Stage]
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+        """Give the stages their state back; yield what was saved besides it: tensors and facts.
 
         Raises:
-            UserError: there is the state of a walk.
+            RunError: a file is damaged.
+            UserError: the state does not fit what is there now.
         """
-        if any(self._folder.glob("block-*/state-0")):
-            raise UserError(
-                f"{self._folder} has the state of a walk of one process, which a pipeline "
-                "cannot go on from: resume the run without a launcher, or delete that folder to "
-                "start the walk again"
-            )
-        self.remove()
+        state = self._state(number)
+        with self._blaming(state):
+            tensors = load_file(state / _TENSORS)
+            facts = json.loads((state / _FACTS).read_text(encoding="utf-8"))
+            yield tensors, facts
+            for index, (stage, found) in enumerate(zip(stages, facts["stages"], strict=True)):
+                stage.restore(with_prefix(tensors, f"stage.{index}."), found)
+        for stage in stages:
+            stage.check_restored()
 
-    def put_trained_back(self, streamed: StreamedModel, blocks: Sequence[range]) -> None:
-        """Give the model what all blocks have learnt, to write the adapter."""
-        self._put_lora_back(streamed, blocks)
-        for number, block in enumerate(blocks, start=1):
-            tensors = load_file(self._of(number) / _TRAINED)
-            for name, module in streamed.trained_modules(block).items():
-                for own_name, _ in list(module.named_parameters(recurse=False)):
-                    weight = nn.Parameter(tensors[f"{name}.{own_name}"], requires_grad=False)
-                    setattr(module, own_name, weight)
+    @contextlib.contextmanager
+    def _blaming(self, state: Path) -> Iterator[None]:
+        """Raise a RunError that names a state if it cannot be read."""
+        try:
+            yield
+        except (UserError, RunError):
+            raise
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise RunError(
+                f"checkpoint {state} cannot be read ({error}): delete {self._folder} to start the "
+                "walk again"
+            ) from error
 
     def remove(self) -> None:
         """Remove all checkpoints: a run with an adapter is done."""
-        for folder in self._folder.glob("block-*"):
-            shutil.rmtree(folder)
+        for unit in (BLOCK, STEP):
+            for folder in self._folder.glob(f"{unit}-*"):
+                shutil.rmtree(folder)
 
-    def _put_lora_back(self, streamed: StreamedModel, blocks: Sequence[range]) -> None:
-        for number, block in enumerate(blocks, start=1):
-            with safe_open(self._of(number) / _TRAINED, framework="pt") as file:
-                if streamed.trained_modules(block):  # weights of their own, read at the end
-                    continue
-                parameters: dict[str, Any] = streamed.trained_parameters(block)
-                with torch.no_grad():
-                    for name, parameter in parameters.items():
-                        parameter.copy_(file.get_tensor(name))
-
-    def _of(self, number: int) -> Path:
-        return self._folder / f"block-{number:06d}"
-
-    def _state(self, number: int, rank: int) -> Path:
-        return self._of(number) / f"state-{rank}"
-
-
-def _learnt(streamed: StreamedModel, block: range) -> dict[str, Tensor]:
-    """Return LoRA of a block, or its trained modules with what they have besides the weight."""
-    modules = streamed.trained_modules(block)
-    if not modules:
-        return _on_cpu(streamed.trained_parameters(block))
-    return _on_cpu(
-        {
-            f"{name}.{own_name}": parameter
-            for name, module in modules.items()
-            for own_name, parameter in module.named_parameters(recurse=False)
-        }
-    )
-
-
-def _on_cpu(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+    def _state(self, number: int) -> Path:
+        return self._folder / f"{self._unit}-{number:06d}" / f"state-{self._rank}"

@@ -277,7 +277,7 @@ class StreamedModel:
 
         Args:
             block: the layers.
-            stop: set to end the reading behind the tensor that is being read.
+            stop: set to end the reading after the tensor that is being read.
         """
         read = {}
         for place in (place for index in block for place in self._places[index]):

@@ -79,32 +79,62 @@ class PipelinedWalk(Walk):
         self._in_turns, self._length = stages, length
         self._neighbours = Neighbours(length, streamed.width, streamed.model.dtype)
         self._own = block_shares(len(self.blocks), length)[self._neighbours.place]
+        self._saved = 0  # the step of the newest state
 
     def run(self, progress: Progress, title: str) -> None:
-        """Walk from the start to the last block; then every process has the stages' results.
+        """Walk from the newest state, or from the start; then every process has all results.
 
         Raises:
             FailedApart: the error of this process, during the walk.
             ProcessEnded: another process has ended.
         """
-        if self._checkpoint is not None:
-            processes.run_on_main(self._checkpoint.start_again)
-        turns = [len(stage.turns) for stage in self._in_turns]
+        saved = 0 if self._checkpoint is None else self._checkpoint.newest()
+        tokens = [_count_tokens(turn) for stage in self._in_turns for turn in stage.turns]
         same_blocks = [range(i, processes.count(), self._length) for i in range(self._length)]
-        with processes.apart(same_blocks), progress.bar(title, sum(turns), self.tokens) as advance:
+        with processes.apart(same_blocks):
             self._settle()
             self._bring_all()
-            for stage in self._in_turns:
-                for number in self._own:
-                    self._on(number, stage.begin)
-                for turn, groups in enumerate(stage.turns):
-                    self._take(stage, turn, groups)
-                    advance(1, sum(sum(group.lengths) for group in groups))
-                for number in self._own:
-                    self._on(number, stage.end)
+            first, taken = self._go_on_from(saved) if saved else (0, 0)
+            done = sum(len(stage.turns) for stage in self._in_turns[:first]) + taken
+            with progress.bar(title, len(tokens), sum(tokens[done:]), done) as advance:
+                for index, stage in enumerate(self._in_turns[first:], start=first):
+                    if not taken:
+                        self._on_own(stage.begin)
+                    for turn, groups in itertools.islice(enumerate(stage.turns), taken, None):
+                        self._take(stage, turn, groups)
+                        self._save_if_due(index, turn + 1)
+                        advance(1, _count_tokens(groups))
+                    self._on_own(stage.end)
+                    taken = 0
             self._neighbours.finish()
             self._drop_all()
         self._join()
+
+    def _go_on_from(self, saved: int) -> tuple[int, int]:
+        """Restore a state; return the stage that it is in, and the turns taken of that stage."""
+        assert self._checkpoint is not None
+        with self._checkpoint.restoring(saved, self._in_turns) as (_, facts):
+            first, taken = facts["stage"], facts["turns"]
+            self._on_own(self._in_turns[first].begin)
+        self._saved = saved
+        return first, taken
+
+    def _save_if_due(self, index: int, taken: int) -> None:
+        """Save this process's state after a training step, if one is due.
+
+        The first processes are some steps ahead of the last ones, so nobody waits here for the
+        others to save this step. A process keeps its previous state until all have saved this one,
+        and waits for that when its next state is due.
+        """
+        stage = self._in_turns[index]
+        if self._checkpoint is None or not stage.saved_between_turns:
+            return
+        if self._checkpoint.is_due(taken) or taken == len(stage.turns):
+            self._neighbours.wait_for_barrier()
+            self._checkpoint.keep_only(self._saved)
+            self._checkpoint.save(taken, self._in_turns, {}, {"stage": index, "turns": taken})
+            self._neighbours.begin_barrier()
+            self._saved = taken
 
     def _bring_all(self) -> None:
         for number in self._own:
@@ -112,6 +142,10 @@ class PipelinedWalk(Walk):
             self.streamed.pass_by(self.blocks[number])
         if not self._neighbours.is_first:
             self.streamed.drop_embedding()
+
+    def _on_own(self, do: Callable[[range], None]) -> None:
+        for number in self._own:
+            self._on(number, do)
 
     def _on(self, number: int, do: Callable[..., None], *arguments: object) -> None:
         """Do something on a block, while hidden states pass all others by."""
@@ -138,7 +172,7 @@ class PipelinedWalk(Walk):
         for number in self._own:
             block = self.blocks[number]
             if self._checkpoint is not None and processes.rank() == 0:
-                self._checkpoint.keep_trained(self.streamed, block, number + 1)
+                self._checkpoint.trained.keep(self.streamed, block, number + 1)
             self.streamed.drop(block)
 
     def _shares(self, group: PromptGroup) -> Sequence[Sequence[int]]:
@@ -154,3 +188,7 @@ class PipelinedWalk(Walk):
                 before = joined[name]
                 joined[name] = before + found if isinstance(found, list) else {**before, **found}
         return joined
+
+
+def _count_tokens(turn: Sequence[PromptGroup]) -> int:
+    return sum(sum(group.lengths) for group in turn)

@@ -29,9 +29,11 @@ from abft_fast.models.base_identity import (
     sample,
 )
 from abft_fast.models.preflight import (
-    LONGEST,
     arithmetic,
+    lines_on_attention,
+    not_finite,
     relative_error,
+    shortest_and_longest,
     tolerance,
     wrong_attention,
 )
@@ -39,6 +41,7 @@ from abft_fast.prompts import EncodedPrompts
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.progress import Progress
+from abft_fast.runtime.tensor_file import with_prefix
 from abft_fast.runtime.token_budget import in_halves
 from abft_fast.streaming.group import PromptGroup
 from abft_fast.streaming.model import StreamedModel
@@ -49,9 +52,8 @@ class Stage(ABC):
 
     Attributes:
         groups: the prompts that it takes along.
-        facts: what a checkpoint keeps of it besides its groups, as JSON: lists by block, or
-            objects.
-        results: what it finds behind the last block, by prompt; 0 where another process finds it.
+        facts: what it finds on each block, for JSON: lists by block, or objects.
+        results: what it finds after the last block, by prompt; 0 where another process finds it.
         waits_for_others: whether it does collectives.
     """
 
@@ -67,13 +69,34 @@ class Stage(ABC):
     def run(self, block: range) -> None:
         """Do it on one block."""
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a checkpoint keeps of the stage: tensors by name, and facts for JSON."""
+        tensors = {f"results.{index}": found for index, found in enumerate(self.results)}
+        for place, group in enumerate(self.groups):
+            tensors |= {f"masses.{place}.{name}": mass for name, mass in group.masses.items()}
+        return tensors, self.facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Take what `state` returned."""
+        self.facts = facts
+        for index, found in enumerate(self.results):
+            found.copy_(tensors[f"results.{index}"])
+        for place, group in enumerate(self.groups):
+            group.masses = with_prefix(tensors, f"masses.{place}.")
+
+    def check_restored(self) -> None:  # noqa: B027 - most stages have nothing to check
+        """Refuse to go on where what was restored does not fit what is there."""
+
 
 class StageInTurns(Stage):
     """A stage whose groups go through a block turn by turn; turns of other blocks may be between.
 
     Attributes:
         turns: the groups of each turn.
+        saved_between_turns: whether a pipeline saves its walk between turns of this stage.
     """
+
+    saved_between_turns = False
 
     @property
     def turns(self) -> list[list[PromptGroup]]:
@@ -117,7 +140,6 @@ class BaseIdentity(StageInTurns):
         self.facts = no_numbers()
         self._progress, self._expected, self._what = progress, expected, what
         self._said: list[str] = []
-        self._is_first = True
 
     @property
     def base(self) -> dict[str, Any]:
@@ -128,11 +150,8 @@ class BaseIdentity(StageInTurns):
         """Take the numbers of the block's layers, if they are among those that identify a model.
 
         Raises:
-            UserError: the base is another one than expected, or than before the walk went on.
+            UserError: the base is another one than expected.
         """
-        if block.start > 0 and self._is_first and self.facts["vectors"]:
-            self._compare_with_checkpoint()
-        self._is_first = False
         for index in set(block) & set(described_layers(self.streamed.layers)):
             for name, module, own in self.streamed.parameters_of(index):
                 add_numbers(self.facts, f"layers.{index}.{name}", module, own)
@@ -141,8 +160,12 @@ class BaseIdentity(StageInTurns):
     def take(self, block: range, turn: int) -> None:
         """Do nothing: there are no prompts."""
 
-    def _compare_with_checkpoint(self) -> None:
-        """Read the vectors of the first layer again, which a checkpoint's walk has read before."""
+    def check_restored(self) -> None:
+        """Compare the first layer's vectors with those of the walk that was saved.
+
+        Raises:
+            UserError: the base is another one.
+        """
         vectors = {f"layers.0.{n}": sample(v) for n, v in self.streamed.vectors_of(0)}
         known = self.facts["vectors"]
         before = {name: numbers for name, numbers in known.items() if name in vectors}
@@ -177,9 +200,8 @@ class AttentionCheck(StageInTurns):
         progress: Progress,
     ):
         super().__init__(streamed, accelerator)
-        ordered = sorted(prompts, key=len)
-        longest = next((p for p in reversed(ordered) if len(p) <= LONGEST), ordered[0])
-        self.groups = [PromptGroup([ordered[0], longest], False) for _ in ("packed", "eager")]
+        pair = shortest_and_longest(prompts)
+        self.groups = [PromptGroup(pair, False) for _ in ("packed", "eager")]
         self._backend, self._progress = attention_backend, progress
 
     @property
@@ -221,14 +243,16 @@ class AttentionCheck(StageInTurns):
             dtype = arithmetic(left)
         for group in self.groups:
             group.leave()
-        difference = relative_error(left[0], torch.cat(expected, dim=1)[0])
+        wanted = torch.cat(expected, dim=1)[0]
+        if not wanted.isfinite().all():
+            layers = f"model {self.streamed.name}: layers {block.start} to {block.stop - 1}"
+            raise not_finite(layers, dtype)
+        difference = relative_error(left[0], wanted)
         if not difference <= tolerance(inner, dtype):
             raise wrong_attention(inner, difference)
         if block.start == 0:
-            for (name, backend), reasons in forward.attentions.items():
-                self._progress.say(f"attention: {name}, its loss: {backend}")
-                if name == "separate":
-                    self._progress.say(f"one prompt at a time, keys read twice: {reasons}")
+            for line in lines_on_attention(forward.attentions):
+                self._progress.say(line)
 
     def _alone(self, inner: Any, group: PromptGroup, place: int, block: range) -> Tensor:
         """Return the hidden states of one prompt after the block, by the model's own attention."""

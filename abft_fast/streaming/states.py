@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from abft_fast.errors import UserError
+from abft_fast.runtime.tensor_file import with_prefix
 
 
 class HiddenStates:
@@ -81,9 +82,8 @@ class HiddenStates:
 
     def restore(self, tensors: dict[str, Tensor], facts: dict) -> None:
         """Go on from what `save` returned."""
-        for name, tensor in tensors.items():
-            if name.startswith("hidden."):
-                self._entering[int(name.removeprefix("hidden."))] = tensor
+        hidden = with_prefix(tensors, "hidden.")
+        self._entering = {int(part): states for part, states in hidden.items()}
         self._side, self._width = facts["side"], facts["width"]
         self._dtype = getattr(torch, facts["dtype"])
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from abft_fast.core.backbone import attention_layers, prepare
@@ -19,10 +21,12 @@ from abft_fast.core.run_packed import run_packed
 from abft_fast.models.preflight import check_gradients
 from abft_fast.options import TrainConfig
 from abft_fast.runtime import launch
+from abft_fast.runtime.tensor_file import with_prefix
 from abft_fast.runtime.token_budget import TokenBudget, tokens_at_once
 from abft_fast.streaming.group import PromptGroup, WalkingPrompt
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import StageInTurns
+from abft_fast.training.checkpoint import put_back, tensors_of
 from abft_fast.training.loop import Training, TrainState, check_step, pseudo_batches, train_step
 from abft_fast.training.methods import loss_options
 from abft_fast.training.penalty import PenaltyController
@@ -33,7 +37,7 @@ class TrainingSteps(StageInTurns):
 
     With h(b, t) the hidden states that enter block b at step t and θ(b, t) the block's trained
     weights, h(b + 1, t) is block b of h(b, t) at θ(b, t), and θ(b, t + 1) follows from the block's
-    own loss at h(b, t). So a block needs nothing of the blocks behind it, and the result is that of
+    own loss at h(b, t). So a block needs nothing of the blocks after it, and the result is that of
     `optimize`. Each block has its own Adam, and its own penalty A, which follows the induction
     heads of the block alone (ours: the paper's follows those of all layers).
 
@@ -43,6 +47,7 @@ class TrainingSteps(StageInTurns):
     """
 
     waits_for_others = True
+    saved_between_turns = True
 
     def __init__(self, streamed: StreamedModel, training: Training):
         super().__init__(streamed, training.accelerator)
@@ -57,7 +62,7 @@ class TrainingSteps(StageInTurns):
         ]
         self.facts = {"rows": []}  # rows of each block, by step
         training.loss, training.is_part = self._loss, True
-        self._block = range(0)  # that takes a step
+        self._block, self._group = range(0), self.groups[0]  # what takes a step
         self._states: dict[range, TrainState] = {}
         self._rows: dict[range, list[dict[str, Any]]] = {}
 
@@ -73,7 +78,8 @@ class TrainingSteps(StageInTurns):
 
     def take(self, block: range, turn: int) -> None:
         """Take a step on a block."""
-        self._block, group = block, self.groups[turn]
+        self._block, self._group = block, self.groups[turn]
+        group = self._group
         if group.own:
             group.enter(block)
         row = train_step(self._training, self._states[block], list(group.prompts), turn + 1)
@@ -86,6 +92,27 @@ class TrainingSteps(StageInTurns):
         del self._states[block]
         self.facts["rows"].append(self._rows.pop(block))
 
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what a checkpoint keeps, with the blocks that are between two steps."""
+        tensors, facts = super().state()
+        between = {}
+        for block, state in self._states.items():
+            own = tensors_of(state.trained, state.optimizer)
+            tensors |= {f"block.{block.start}.{name}": tensor for name, tensor in own.items()}
+            controller = asdict(state.controller)
+            between[block.start] = {"controller": controller, "rows": self._rows[block]}
+        return tensors, {**facts, "between": between}
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Take what `state` returned; blocks that are between two steps have begun before."""
+        between = facts.pop("between")
+        super().restore(tensors, facts)
+        for block, state in self._states.items():
+            own, known = with_prefix(tensors, f"block.{block.start}."), between[str(block.start)]
+            put_back(own, state.trained, state.optimizer)
+            vars(state.controller).update(known["controller"])
+            self._rows[block] = known["rows"]
+
     def _loss(
         self,
         model: PreTrainedModel,
@@ -94,9 +121,8 @@ class TrainingSteps(StageInTurns):
         config: TrainConfig,
         penalty: float,
     ) -> AttentionBehavior:
-        """Return the loss of the block's layers, and take the hidden states behind it along."""
-        places = [cast(WalkingPrompt, prompt).place for prompt in prompts]
-        group = next(g for g in self.groups if g.prompts[places[0]] is prompts[0])
+        """Return the loss of the block's layers, and store the hidden states that leave it."""
+        places, group = [cast(WalkingPrompt, prompt).place for prompt in prompts], self._group
         forward = PackedForward(
             packed,
             loss_options(config, penalty),
@@ -120,7 +146,7 @@ class TrainingSteps(StageInTurns):
         """
         rows = []
         for step, group in enumerate(self.groups, start=1):
-            of_blocks = [rows[step - 1] for rows in self.facts["rows"]]
+            of_blocks = [of_block[step - 1] for of_block in self.facts["rows"]]
             heads = group.behavior()
             behavior = heads.result()
             penalties = [row["penalty"] for row in of_blocks]

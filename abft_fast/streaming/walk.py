@@ -54,18 +54,13 @@ class Walk:
         self._states = HiddenStates(self._tokens_of_groups, states_folder, states_device)
         self._states.check_space(streamed.width, streamed.model.dtype.itemsize)
 
-    @property
-    def tokens(self) -> int:
-        """Return how many tokens each block computes."""
-        return sum(self._tokens_of_groups)
-
     def read_outside(self, label_ids: Sequence[int]) -> None:
         """Read the weights outside the layers; of the head, the rows of these tokens.
 
         Raises:
             UserError: prompts are so long that the family cannot pack them.
         """
-        self.streamed.read_outside(self._tokens(), label_ids)
+        self.streamed.read_outside(self._checked_token_ids(), label_ids)
 
     def read_embedding(self) -> None:
         """Read the embedding's rows, for a walk after the model's first.
@@ -73,9 +68,10 @@ class Walk:
         Raises:
             UserError: as `read_outside`.
         """
-        self.streamed.read_embedding(self._tokens())
+        self.streamed.read_embedding(self._checked_token_ids())
 
-    def _tokens(self) -> set[int]:
+    def _checked_token_ids(self) -> set[int]:
+        """Return the token ids of all prompts; refuse prompts too long to be packed."""
         prompts = [prompt for group in self._groups for prompt in group.prompts]
         self.streamed.check_length(max(map(len, prompts)))
         return {token for prompt in prompts for token in prompt.input_ids}
@@ -87,10 +83,8 @@ class Walk:
     def run(self, progress: Progress, title: str) -> None:
         """Walk from the newest checkpoint, or from the start, to the last block."""
         self._settle()
-        done = 0
-        if self._checkpoint is not None:
-            done = self._checkpoint.restore(self.streamed, self._stages, self._states, self.blocks)
-        count, tokens = len(self.blocks), self.tokens
+        done = 0 if self._checkpoint is None else self._restore(self._checkpoint)
+        count, tokens = len(self.blocks), sum(self._tokens_of_groups)
         bar = progress.bar(title, count, tokens * (count - done), done)
         reads_ahead = self.streamed.has_room_ahead(self.blocks)
         with bar as advance, ReadingAhead(self.streamed) if reads_ahead else nullcontext() as ahead:
@@ -98,6 +92,16 @@ class Walk:
                 self._walk(number, block, ahead)
                 advance(1, tokens, f"block {number} of {count}")
         self._join()
+
+    def _restore(self, checkpoint: WalkCheckpoint) -> int:
+        """Go on from the newest state, if there is one; return how many blocks are done."""
+        done = checkpoint.newest()
+        if done:
+            with processes.fail_together():
+                with checkpoint.restoring(done, self._stages) as (tensors, facts):
+                    self._states.restore(tensors, facts["hidden"])
+                checkpoint.trained.put_lora_back(self.streamed, self.blocks[:done])
+        return done
 
     def _settle(self) -> None:
         rows = {token: row for row, token in enumerate(self.streamed.embedded)}
@@ -116,13 +120,21 @@ class Walk:
             with nullcontext() if stage.waits_for_others else processes.fail_together():
                 stage.run(block)
         if self._checkpoint is not None:
-            processes.run_on_main(self._checkpoint.keep_trained, self.streamed, block, number)
+            processes.run_on_main(self._checkpoint.trained.keep, self.streamed, block, number)
         self.streamed.drop(block)
         if block.start == 0:
             self.streamed.drop_embedding()
         self._states.turn()
         if self._checkpoint is not None and number < len(self.blocks):
-            self._checkpoint.save(self._stages, self._states, number)
+            self._save(self._checkpoint, number)
+
+    def _save(self, checkpoint: WalkCheckpoint, number: int) -> None:
+        """Save the state after a block, if one is due; files hold one block's states only."""
+        if checkpoint.is_due(number) or self._states.on_disk:
+            tensors, hidden = self._states.save()
+            with processes.fail_together():
+                checkpoint.save(number, self._stages, tensors, {"hidden": hidden})
+            checkpoint.keep_only(number)
 
     def _join(self) -> None:
         """Give every process what all of them have found."""

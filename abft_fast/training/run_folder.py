@@ -27,6 +27,7 @@ from abft_fast.runtime.files import (
     check_output_folder,
     final_name,
     remove_leftovers,
+    unused_folder,
     write_json,
     write_text,
 )
@@ -76,10 +77,10 @@ class RunFolder:
         """Choose the folder of a new run; write nothing yet.
 
         Raises:
-            UserError: the folder cannot be made or written; a run goes on in it; it is not empty
-                and `overwrite` is off; or it holds a file that does not belong to a run.
+            UserError: the folder cannot be made or written; another run is using it; it is not
+                empty and `overwrite` is off; or it holds a file that does not belong to a run.
         """
-        folder = config.output_dir or _unused(Path("runs") / _name(config))
+        folder = config.output_dir or unused_folder(Path("runs") / _name(config))
         check_output_folder(folder)
         run = cls(folder)
         check_free(folder, run._busy)
@@ -201,11 +202,11 @@ class RunFolder:
             say: prints a line where the folder cannot be locked.
 
         Raises:
-            UserError: a run goes on in the folder.
+            UserError: another run is using the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self.folder, self._busy, say)
-        for folder in (self.folder, self.checkpoints):
+        for folder in (self.folder, self.checkpoints, *self.checkpoints.glob("*-*")):
             remove_leftovers(folder)
 
     def release(self) -> None:
@@ -216,7 +217,7 @@ class RunFolder:
 
     @property
     def _busy(self) -> str:
-        return f"a run goes on in {self.folder}: wait for its end, or use another folder"
+        return f"another run is using {self.folder}: wait until it ends, or use another folder"
 
     @property
     def data(self) -> dict[str, str]:
@@ -397,12 +398,6 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} is damaged ({error}): restore the file, or start a new run with --config "
             f"{shlex.quote(str(path.with_name('config.yaml')))}"
         ) from None
-
-
-def _unused(folder: Path) -> Path:
-    """Return the folder, or the first of folder-2, folder-3, ... that does not exist."""
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([folder], numbered) if not path.exists())
 
 
 def _name(config: TrainConfig) -> str:

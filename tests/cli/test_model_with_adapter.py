@@ -59,6 +59,14 @@ def test_train_eval_and_plan(folder):
     assert json.loads((folder / "run/evaluation.json").read_text())["before"] == scores[0]
 
 
+def test_a_streamed_evaluation(folder):
+    given = ("eval", "--stream", *OWN, "--output")
+    adapted = run(folder, *given, "one.json", "--model", "both", "--adapter", "adapter")
+    elsewhere = run(folder, *given, "two.json", "--adapter", "adapter")
+    assert adapted.stderr.count(LEFT_OUT) == 1 and LEFT_OUT not in elsewhere.stderr
+    assert (folder / "one.json").read_text() == (folder / "two.json").read_text()
+
+
 def test_predict_uses_it_if_it_is_asked_for(folder):
     given = ("predict", "--demonstrations", "demos.csv", "--input", "queries.csv", "--adapter")
     alone = run(folder, *given[:-1], "--model", "both")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from abft_fast.cli.options_table import insert
+from abft_fast import options
+from abft_fast.cli.options_table import VERBS, insert
 from tests.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.cli
@@ -54,6 +55,11 @@ def test_the_page_of_the_loop_prints_what_it_says():
 def test_the_table_of_options_is_fresh():
     text = (ROOT / "docs" / "reference" / "options.md").read_text(encoding="utf-8")
     assert insert(text) == text, "run `make options`"
+
+
+def test_the_table_of_options_has_every_verb():
+    there = {verb.__name__ for verb in VERBS.values()}
+    assert there == {name for name in options.__all__ if name.endswith("Config")}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,6 @@ def test_a_pipeline_writes_the_bytes_of_one_process(one, tmp_path):
     command = ["-m", "abft_fast", "train", *OPTIONS, "--pipeline", "--output-dir", folder]
     result = launch(THREE, *command)
     assert result.returncode == 0, result.stderr
-    assert "a pipeline saves no state of the walk" in result.stderr
     assert (folder / ADAPTER).read_bytes() == (one / ADAPTER).read_bytes()
     assert figures(folder) == figures(one)
     base = "adapter/base.json"
@@ -121,12 +120,18 @@ def test_one_process_says_what_is_wrong(more, words, tmp_path):
     assert words in line
 
 
-def test_a_killed_process_ends_the_pipeline_which_starts_again(one, tmp_path):
+def wait_for(process, *paths):
+    while not all(path.exists() for path in paths):
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.002)
+
+
+def test_a_pipeline_that_is_killed_before_its_first_state_starts_again(one, tmp_path):
     folder = tmp_path / "run"
     process = begin(TORCHRUN, folder, "--pipeline")
     log = folder / "run.log"
-    while not (log.exists() and "attention: " in log.read_text()):  # said on the first block
-        assert process.poll() is None, "the run ended before it was killed"
+    wait_for(process, log)
+    while "attention: " not in log.read_text():  # said on the first block
         time.sleep(0.002)
     kill_one(process, rank=1)
     result = abft_fast("train", "--resume", folder)
@@ -135,19 +140,67 @@ def test_a_killed_process_ends_the_pipeline_which_starts_again(one, tmp_path):
     assert (folder / ADAPTER).read_bytes() == (one / ADAPTER).read_bytes()
 
 
+def test_a_killed_pipeline_goes_on_from_the_step_that_all_have_saved(one, tmp_path):
+    folder = tmp_path / "run"
+    process = begin(THREE, folder, "--pipeline", "--save-steps", "2")
+    states = [folder / "checkpoints" / "step-000002" / f"state-{rank}" for rank in range(3)]
+    wait_for(process, *states)
+    facts = [json.loads((state / "state.json").read_text()) for state in states]
+    kill_one(process, rank=1)
+    result = abft_fast("train", "--resume", folder)
+    assert result.returncode != 0 and "resume the run with 3 processes" in result.stderr
+    result = launch(THREE, "-m", "abft_fast", "train", "--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert (folder / ADAPTER).read_bytes() == (one / ADAPTER).read_bytes()
+    assert figures(folder) == figures(one)
+    assert not list((folder / "checkpoints").iterdir())
+    # The first two steps were not taken again: their seconds are those that were saved.
+    of_blocks = [known["stages"][3]["between"].values() for known in facts]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    for step, row in enumerate(map(json.loads, lines[:2])):
+        seconds = [sum(b["rows"][step]["seconds"] for b in blocks) for blocks in of_blocks]
+        assert row["seconds"] == max(seconds)
+
+
+def test_two_killed_pipelines_go_on(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    more = ["--pipeline", "--pipeline-size", "2", "--save-steps", "1", "--trainable", "full"]
+    command = ["-m", "abft_fast", "train", *OPTIONS, *more, "--lr", "1e-3", "--output-dir"]
+    result = launch(FOUR, *command, whole)
+    assert result.returncode == 0, result.stderr
+    process = begin(FOUR, folder, *more, "--lr", "1e-3")
+    wait_for(process, *(folder / "checkpoints/step-000001" / f"state-{r}" for r in range(4)))
+    kill_one(process, rank=3)
+    result = launch(FOUR, "-m", "abft_fast", "train", "--resume", folder)
+    assert result.returncode == 0, result.stderr
+    assert (folder / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+    assert figures(folder) == figures(whole)
+
+
+def test_a_damaged_state_of_a_pipeline_is_named(tmp_path):
+    folder = tmp_path / "run"
+    process = begin(TORCHRUN, folder, "--pipeline", "--save-steps", "1", "--no-eval")
+    states = [folder / "checkpoints" / "step-000001" / f"state-{rank}" for rank in range(2)]
+    wait_for(process, *states)
+    kill_one(process, rank=1)
+    steps = [state.parent for state in folder.glob("checkpoints/step-*/state-1")]
+    newest = max(step for step in steps if (step / "state-0").exists())
+    (newest / "state-1" / "state.safetensors").write_bytes(b"no tensors")
+    result = launch(TORCHRUN, "-m", "abft_fast", "train", "--resume", folder)
+    assert result.returncode != 0
+    assert f"{newest.name}/state-1 cannot be read" in result.stderr
+
+
 def test_a_killed_walk_of_three_processes_goes_on_in_three(shared, tmp_path):
     folder = tmp_path / "run"
     process = begin(THREE, folder, "--save-steps", "1")
-    saved = [folder / "checkpoints" / "block-000001" / f"state-{rank}" for rank in range(3)]
-    while not all(state.is_dir() for state in saved):
-        assert process.poll() is None, "the run ended before it was killed"
-        time.sleep(0.002)
+    block = folder / "checkpoints" / "block-000001"
+    wait_for(process, *(block / f"state-{rank}" for rank in range(3)))
     kill_one(process, rank=1)
-    trained = folder / "checkpoints" / "block-000001" / "trained.safetensors"
-    written = trained.stat().st_mtime_ns
+    written = (block / "trained.safetensors").stat().st_mtime_ns
     result = abft_fast("train", "--resume", folder)
     assert result.returncode != 0 and "resume the run with 3 processes" in result.stderr
-    assert trained.stat().st_mtime_ns == written
+    assert (block / "trained.safetensors").stat().st_mtime_ns == written
     result = launch(THREE, "-m", "abft_fast", "train", "--resume", folder)
     assert result.returncode == 0, result.stderr
     assert (folder / ADAPTER).read_bytes() == (shared / ADAPTER).read_bytes()
@@ -158,13 +211,11 @@ def test_a_pipeline_does_not_forget_a_walk_that_one_process_saved(tmp_path):
     folder = tmp_path / "run"
     options = [*OPTIONS, "--pipeline", "--save-steps", "1", "--no-eval"]
     process = start("train", *options, "--output-dir", folder)
-    state = folder / "checkpoints" / "block-000001" / "state-0"
-    while not state.is_dir():
-        assert process.poll() is None
+    wait_for(process, folder / "checkpoints" / "block-000001" / "state-0")
     process.send_signal(signal.SIGKILL)
     process.wait()
     result = launch(TORCHRUN, "-m", "abft_fast", "train", "--resume", folder)
     assert result.returncode != 0
     (line,) = said(result.stderr)
-    assert "resume the run without a launcher" in line
+    assert "resume the run with one process" in line
     assert list(folder.glob("checkpoints/block-*/state-0"))

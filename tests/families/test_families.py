@@ -11,7 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
-from abft_fast.core.backbone import backbone, decoder_layers, prepare, query_key_projections
+from abft_fast.core.backbone import (
+    backbone,
+    decoder_layers,
+    must_run_alone,
+    prepare,
+    query_key_projections,
+)
 from abft_fast.core.label_logits import label_logits
 from abft_fast.models.preflight import check_attention
 from abft_fast.models.trainable import enable_checkpointing, train_lora, trained_parameters
@@ -338,6 +344,24 @@ def test_layers_without_attention_are_skipped_and_said(caplog):
 def test_rope_that_depends_on_length_does_not_leak():
     model = tiny_longrope(switch=20)
     prompts = make_prompts()
+    together = attention_behavior_loss(model, pack(prompts)).label_mass
+    alone = [attention_behavior_loss(model, pack([p])).label_mass for p in prompts]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1))
+
+
+def test_rope_that_depends_on_length_in_some_layers_does_not_leak():
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    model = tiny_model(
+        "gemma3_text",
+        rope_parameters={
+            "full_attention": {**rope, "rope_type": "dynamic", "factor": 4.0},
+            "sliding_attention": rope,
+        },
+        max_position_embeddings=20,
+    )
+    prompts = make_prompts()
+    assert not must_run_alone(backbone(model), 20) and must_run_alone(backbone(model), 21)
+    assert min(map(len, prompts)) <= 20 < max(map(len, prompts))
     together = attention_behavior_loss(model, pack(prompts)).label_mass
     alone = [attention_behavior_loss(model, pack([p])).label_mass for p in prompts]
     torch.testing.assert_close(together, torch.cat(alone, dim=1))

@@ -1,6 +1,7 @@
 """Models in GGUF files: the same weights, one line where a file cannot be read."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from abft_fast import builtin_model_path
 from abft_fast.errors import UserError
+from abft_fast.models import gguf as models_gguf
 from abft_fast.models.gguf import metadata_folder, sha256
 from abft_fast.models.loading import load, read_config, read_tokenizer
 from tests.command_line import abft_fast
@@ -111,6 +113,25 @@ def test_it_is_parsed_once(tmp_path, cache):
     assert {entry.name for entry in (cache / "abft-fast/gguf").iterdir()} == {
         folder.name, metadata_folder(path).name,
     }  # fmt: skip
+
+
+def test_a_folder_that_another_process_has_just_made_stays(tmp_path, cache, monkeypatch):
+    path = tmp_path / "m.gguf"
+    write(path, "llama")
+    folder = metadata_folder(path)
+    shutil.move(folder, tmp_path / "of the other")
+    parse = models_gguf._write_metadata
+
+    def parse_second(path, new):
+        parse(path, new)
+        shutil.move(tmp_path / "of the other", folder)
+        (folder / "being read").touch()
+
+    monkeypatch.setattr(models_gguf, "_write_metadata", parse_second)
+    assert metadata_folder(path) == folder and (folder / "being read").exists()
+    monkeypatch.setattr(models_gguf, "_write_metadata", parse)
+    (folder / models_gguf._TABLE).unlink()  # a damaged one is replaced
+    assert metadata_folder(path) == folder and not (folder / "being read").exists()
 
 
 def test_an_adapter_wants_the_weights_it_was_trained_on(tmp_path):

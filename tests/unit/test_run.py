@@ -32,7 +32,7 @@ def test_a_folder_taken_meanwhile_is_left_alone(tmp_path):
     quick.hold(print)
     quick.create(config, 0, {}, {})
     quick.append_metrics({"step": 1})
-    with pytest.raises(UserError, match="a run goes on in"):
+    with pytest.raises(UserError, match="another run is using"):
         slow.hold(print)
     quick.release()
     slow.hold(print)
@@ -55,6 +55,16 @@ def test_what_a_kill_left_half_written_is_overwritten(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "environment.json"]
 
 
+def test_a_half_written_state_of_a_process_is_removed(tmp_path):
+    run = RunFolder(tmp_path)
+    state = tmp_path / "checkpoints" / "step-000008" / ".state-1.0a1b2c3d.tmp"
+    state.mkdir(parents=True)
+    (state.parent / "state-0").mkdir()
+    run.hold(print)
+    run.release()
+    assert [path.name for path in state.parent.iterdir()] == ["state-0"]
+
+
 @pytest.mark.parametrize("force", [False, True], ids=["as it is", "--overwrite"])
 def test_nothing_starts_or_continues_in_the_folder_of_a_run_that_goes_on(force, tmp_path):
     config = resolve(TrainConfig, {"output_dir": str(tmp_path), "overwrite": force})
@@ -62,7 +72,7 @@ def test_nothing_starts_or_continues_in_the_folder_of_a_run_that_goes_on(force, 
     run.hold(print)
     run.create(config, 0, {}, {})
     for refused in (lambda: RunFolder.reserve(config), lambda: RunFolder.open(tmp_path)):
-        with pytest.raises(UserError, match=f"a run goes on in {tmp_path}: wait for its end"):
+        with pytest.raises(UserError, match=f"another run is using {tmp_path}: wait until it ends"):
             refused()
     run.release()
     assert RunFolder.open(tmp_path)[0].is_begun

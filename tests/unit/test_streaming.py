@@ -171,6 +171,46 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         Streamed(config, tmp_path / "run").run()
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_what_a_block_has_learnt_is_named_if_it_is_damaged(kind, tmp_path):
+    config = config_of(saved("llama", tmp_path), gradient=2, trainable=kind)
+    run = Streamed(config, tmp_path / "run")
+    run.run()
+    path = tmp_path / "run" / "checkpoints" / "block-000001" / "trained.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    damaged = "block-000001/trained.safetensors cannot be read"
+    with pytest.raises(RunError, match=damaged):
+        run.checkpoint.trained.put_back(run.model, run.walk.blocks)
+    with pytest.raises(RunError, match=damaged):
+        Streamed(config, tmp_path / "run").run()
+
+
+def test_what_a_stage_refuses_after_a_restore_is_its_own_message(tmp_path):
+    config = config_of(saved("llama", tmp_path), gradient=2)
+    Streamed(config, tmp_path / "run").run()
+    again = Streamed(config, tmp_path / "run")
+
+    def refuse(tensors, facts):
+        raise UnsupportedModel("not this model")
+
+    again.steps.restore = refuse
+    with pytest.raises(UnsupportedModel, match="not this model"):
+        again.run()
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_number_that_is_none_is_found_in_the_walk(layer, tmp_path):
+    config = config_of(saved("llama", tmp_path), gradient=2)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[layer].mlp.up_proj.weight[3, 3] = torch.nan
+    model.save_pretrained(config.model)
+    first = layer // 2 * 2
+    where = f"model {config.model}: layers {first} to {first + 1}: the values are not finite"
+    with pytest.raises(UserError, match=where):
+        Streamed(config, tmp_path / "run").run()
+
+
 def test_hidden_states_of_a_full_disk(tmp_path, monkeypatch):
     states = HiddenStates([10, 20], tmp_path / "deep" / "folder")
     states.check_space(32, 4)

@@ -21,9 +21,7 @@ def attention(config: AttentionConfig, progress: Progress) -> Results:
     session = AnalysisSession(config, progress)
     pair = session.pair()
     session.check_attention(session.encoded.prompts)
-    sides = {"before": pair.base}
-    if config.adapter is not None or config.tuned is not None:
-        sides["after"] = pair.tuned
+    sides = session.sides(pair)
     prompts = session.encoded.prompts
     means = {}
     with session.progress.bar(

@@ -67,9 +67,7 @@ def dcm(config: DcmConfig, progress: Progress) -> Results:
     session.check_attention(prompts)
     check_can_patch(session.model, max(map(len, prompts)))
     pair.keep_label_rows(session.encoder.label_ids)
-    sides = {"before": pair.base}
-    if config.adapter is not None or config.tuned is not None:
-        sides["after"] = pair.tuned
+    sides = session.sides(pair)
     learning = MaskLearning(
         config.head_cost,
         config.learning_rate,

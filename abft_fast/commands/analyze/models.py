@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -94,6 +96,11 @@ class ComparedModels(MovableModel):
             self.load_adapter(self.config.adapter)
         tuned = None if self.config.tuned is None else self.load_other(self.config.tuned)
         return ModelPair(self.model, tuned)
+
+    def sides(self, pair: ModelPair) -> dict[str, Callable[[], AbstractContextManager]]:
+        """Return what gives the models to compare: the base and, where there is one, the tuned."""
+        has_tuned = self.config.adapter is not None or self.config.tuned is not None
+        return {"before": pair.base, **({"after": pair.tuned} if has_tuned else {})}
 
     def changes(self) -> dict[str, Tensor]:
         """Load the base; return what training adds to its weights, by name.

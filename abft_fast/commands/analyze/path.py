@@ -42,9 +42,7 @@ def path(config: PathConfig, progress: Progress) -> Results:
     session.check_attention(session.encoded.prompts)
     check_can_patch(session.model, session.longest)
     pair.keep_label_rows(session.encoder.label_ids)
-    sides = {"before": pair.base}
-    if config.adapter is not None or config.tuned is not None:
-        sides["after"] = pair.tuned
+    sides = session.sides(pair)
     tokens = sum(len(case.prompt) for case in cases)
     effects = {}
     with progress.bar("paths", len(sides) * len(cases), len(sides) * tokens) as advance:

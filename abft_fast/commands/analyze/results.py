@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from abft_fast.plots import style
-from abft_fast.runtime.files import write_csv, write_text
+from abft_fast.runtime.files import unused_folder, write_csv, write_text
 
 
 class Results:
@@ -27,7 +26,7 @@ class Results:
     """
 
     def __init__(self, folder: Path | None, name: str):
-        self.folder = folder or _unused(
+        self.folder = folder or unused_folder(
             Path("analysis") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
         )
         self.name = name
@@ -60,8 +59,3 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
     return value
-
-
-def _unused(folder: Path) -> Path:
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([folder], numbered) if not path.exists())

@@ -124,13 +124,11 @@ def _rows_by_model(session: ShowSession) -> tuple[dict[str, NDArray], list[int]]
     """Return each model's last rows, (layers, Hq, n), by the model's name, and the layers."""
     config = session.config
     pair = session.pair()
-    models = {"base": pair.base}
-    if config.adapter is not None or config.tuned is not None:
-        models["tuned"] = pair.tuned
+    names = {"before": "base", "after": "tuned"}
     rows = {}
-    for name, model_of in models.items():
+    for side, model_of in session.sides(pair).items():
         with model_of() as model:
-            rows[name] = _attention(session, model)
+            rows[names[side]] = _attention(session, model)
     for folder in config.also:
         session.load()
         session.load_adapter(folder)

@@ -20,7 +20,7 @@ from abft_fast.models.base_identity import base_of_adapter
 from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.runtime import processes
 from abft_fast.runtime.progress import Progress
-from abft_fast.streaming.checkpoint import WalkCheckpoint
+from abft_fast.streaming.checkpoint import BLOCK, STEP, WalkCheckpoint
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.pipeline import PipelinedWalk, pipeline_length
 from abft_fast.streaming.stages import AttentionCheck, BaseIdentity, Evaluating, StageInTurns
@@ -90,7 +90,7 @@ def streamed_model(session: ModelOnDevice) -> StreamedModel:
         UserError: the model cannot be streamed.
     """
     config = session.config
-    for line in loading.left_out(config.model, getattr(config, "adapter", None)):
+    for line in loading.left_out(config.model, *getattr(config, "adapter_folders", ())):
         session.progress.say(line)
     return StreamedModel(
         config.model,
@@ -153,7 +153,8 @@ class StreamedTraining:
             stages.append(self._tests["after"])
         self._checkpoint = None
         if not config.no_save:
-            self._checkpoint = WalkCheckpoint(run.checkpoints, config.save_steps)
+            unit = STEP if length > 1 else BLOCK
+            self._checkpoint = WalkCheckpoint(run.checkpoints, config.save_steps, unit)
         size = block_size(config.gradient) or self._streamed.layers
         self._walk: Walk
         if length > 1:
@@ -200,11 +201,6 @@ class StreamedTraining:
                 f"not every process sees {self._run.folder}, where each writes what its blocks "
                 "have learnt: put it on a shared disk (--output-dir)"
             )
-        if config.pipeline and processes.count() > 1 and not config.no_save:
-            session.progress.say(
-                "a pipeline saves no state of the walk (--save-steps): a run that is ended starts "
-                "its walk again"
-            )
         if config.pipeline and processes.count() == 1:
             session.progress.say(
                 "--pipeline has one process, which takes one block after the other: start it with "
@@ -232,7 +228,7 @@ class StreamedTraining:
         run.record_base(self._identity.base)
         if self._checkpoint is None:
             return
-        self._checkpoint.put_trained_back(self._streamed, self._walk.blocks)
+        self._checkpoint.trained.put_back(self._streamed, self._walk.blocks)
         save_result(session.config, run, self._streamed.model)
         self._walk.remove_files()
         self._checkpoint.remove()

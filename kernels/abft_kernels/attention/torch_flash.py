@@ -26,7 +26,7 @@ def varlen_obstacle(q: Tensor, softcap: float | None) -> str | None:
     if softcap is not None:
         return "it has no soft-cap"
     if not _VARLEN:
-        return "torch.nn.attention.varlen came with torch 2.10"
+        return "it needs torch 2.10, which brought torch.nn.attention.varlen"
     return gpu_obstacle(q)
 
 
