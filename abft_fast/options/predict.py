@@ -28,7 +28,7 @@ class PredictConfig(PromptOptions, ColumnOptions):
     stream_states: Literal["memory", "disk"] = Field(
         "memory",
         description="Where --stream keeps the hidden states of the texts between layers. disk: in "
-        "files beside --output, while it runs.",
+        "files without names on the disk of --output.",
     )
     demonstrations: Path = Field(
         description="File of texts and labels. Every prompt begins with all of them, in the "

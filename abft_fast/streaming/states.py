@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +24,23 @@ class HiddenStates:
 
     Args:
         tokens: of each part.
-        folder: where files are kept; None keeps the states in memory.
+        folder: whose disk keeps them in two files; None keeps the states in memory.
         device: whose memory keeps them.
+        goes_on: whether another process may go on from the files; otherwise they have no names, and
+            are gone with this process.
     """
 
     def __init__(
-        self, tokens: Sequence[int], folder: Path | None, device: torch.device | str = "cpu"
+        self,
+        tokens: Sequence[int],
+        folder: Path | None,
+        device: torch.device | str = "cpu",
+        goes_on: bool = True,
     ):
         self.device = device
         self._starts = np.cumsum([0, *tokens]).tolist()
-        self._folder = folder
+        self._folder, self._goes_on = folder, goes_on
+        self._files: dict[int, Any] = {}  # open, by side
         self._entering: dict[int, Tensor] = {}
         self._leaving: dict[int, Tensor] = {}
         self._side = 0
@@ -48,10 +57,8 @@ class HiddenStates:
             return self._entering[part]
         start, end = self._starts[part : part + 2]
         states = torch.empty(end - start, self._width, dtype=self._dtype)
-        with self._path(self._side).open("rb") as file:
-            file.seek(start * self._width * states.itemsize)
-            taken = file.readinto(states.view(torch.uint8).numpy().data)
-        if taken != states.nbytes:
+        file = self._file(self._side, start * self._width * states.itemsize)
+        if file.readinto(states.view(torch.uint8).numpy().data) != states.nbytes:
             raise EOFError(f"{self._path(self._side)} ends early")
         return states
 
@@ -61,19 +68,17 @@ class HiddenStates:
             self._leaving[part] = states
             return
         self._width, self._dtype = states.shape[1], states.dtype
-        path = self._path(1 - self._side)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("r+b" if path.exists() else "x+b") as file:
-            file.seek(self._starts[part] * self._width * states.itemsize)
-            file.write(states.contiguous().view(torch.uint8).numpy().data)
+        file = self._file(1 - self._side, self._starts[part] * self._width * states.itemsize)
+        file.write(states.contiguous().view(torch.uint8).numpy().data)
 
     def turn(self) -> None:
-        """Let what left one block enter the next; files are then on the disk itself."""
+        """Let what left one block enter the next; files that stay are then on the disk itself."""
         self._entering, self._leaving = self._leaving, {}
         self._side = 1 - self._side
-        if self._folder is not None and self._path(self._side).exists():
-            with self._path(self._side).open("rb") as file:
-                os.fsync(file.fileno())
+        if self._goes_on and self._side in self._files:
+            file = self._files[self._side]
+            file.flush()
+            os.fsync(file.fileno())
 
     def save(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return what a checkpoint needs besides the files: tensors, and facts for JSON."""
@@ -108,9 +113,24 @@ class HiddenStates:
 
     def remove_files(self) -> None:
         """Remove the files, after the walk."""
-        if self._folder is not None:
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        if self._folder is not None and self._goes_on:
             for side in (0, 1):
                 self._path(side).unlink(missing_ok=True)
+
+    def _file(self, side: int, place: int) -> Any:
+        """Return a side's file at a place, in bytes; make it if it is not there."""
+        if side not in self._files:
+            path = self._path(side)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if self._goes_on:
+                self._files[side] = path.open("r+b" if path.exists() else "x+b")
+            else:
+                self._files[side] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115
+        self._files[side].seek(place)
+        return self._files[side]
 
     def _path(self, side: int) -> Path:
         assert self._folder is not None

@@ -29,7 +29,7 @@ class Walk:
         streamed: the model.
         stages: what is done on each block, in order.
         size: layers of a block.
-        states_folder: where hidden states are kept between blocks; None keeps them in memory.
+        states_folder: whose disk keeps hidden states between blocks; None keeps them in memory.
         checkpoint: where the walk's state is saved; None for a walk that cannot be continued.
         states_device: whose memory keeps hidden states that are not in files.
 
@@ -51,7 +51,8 @@ class Walk:
         self.blocks = [range(start, min(start + size, streamed.layers)) for start in starts]
         self._groups = [group for stage in stages for group in stage.groups]
         self._tokens_of_groups = [sum(group.lengths) for group in self._groups]
-        self._states = HiddenStates(self._tokens_of_groups, states_folder, states_device)
+        goes_on = checkpoint is not None
+        self._states = HiddenStates(self._tokens_of_groups, states_folder, states_device, goes_on)
         self._states.check_space(streamed.width, streamed.model.dtype.itemsize)
 
     def read_outside(self, label_ids: Sequence[int]) -> None:

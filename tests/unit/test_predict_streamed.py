@@ -69,7 +69,7 @@ def test_rows_with_an_adapter_the_bytes_read_and_another_base(
     streamed = {**given, "stream": True, "stream_states": "disk"}
     assert_same(run(**streamed), run(**given))
     assert "computed once in each of 2 readings; weights read: " in capsys.readouterr().err
-    assert not list(folder.glob(".abft-fast-*"))
+    assert not list(folder.glob(".*"))
     weights = labellers[0]._streamed.weights
     read = Counter()
     for (_, name), count in weights.read_bytes.items():
@@ -85,7 +85,7 @@ def test_rows_with_an_adapter_the_bytes_read_and_another_base(
     path.write_text(json.dumps(stored))
     with pytest.raises(UserError, match="other weights"):
         run(**streamed)
-    assert not (folder / "out.csv").exists() and not list(folder.glob(".abft-fast-*"))
+    assert not (folder / "out.csv").exists() and not list(folder.glob(".*"))
 
 
 def test_hidden_states_bound_how_many_texts_walk_together(folder, labellers, monkeypatch):

@@ -221,10 +221,10 @@ def test_hidden_states_of_a_full_disk(tmp_path, monkeypatch):
     assert not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize("folder", [None, "states"])
+@pytest.mark.parametrize(("folder", "goes_on"), [(None, True), ("states", True), ("states", False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_states_return_as_they_were(folder, dtype, tmp_path):
-    states = HiddenStates([3, 2], None if folder is None else tmp_path / folder)
+def test_hidden_states_return_as_they_were(folder, goes_on, dtype, tmp_path):
+    states = HiddenStates([3, 2], folder and tmp_path / folder, goes_on=goes_on)
     first, second = torch.randn(3, 4).to(dtype), torch.randn(2, 4).to(dtype)
     for _ in range(3):
         states.write(1, second)
@@ -232,6 +232,10 @@ def test_hidden_states_return_as_they_were(folder, dtype, tmp_path):
         states.turn()
         assert torch.equal(states.read(0), first) and torch.equal(states.read(1), second)
         first, second = first + 1, second * 2
+    if folder is not None:  # what has no name is gone with the process
+        assert len(list((tmp_path / folder).iterdir())) == (2 if goes_on else 0)
+        states.remove_files()
+        assert not list((tmp_path / folder).iterdir())
 
 
 def streamed_model(path):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -99,25 +96,17 @@ class StreamedLabeller(Labeller):
                 AttentionCheck(*place, encoded, config.attention_backend, self.progress),
                 labelling,
             ]
-        with self._states_folder() as folder:
-            walk = Walk(self._streamed, stages, 1, folder)
-            if is_first:
-                walk.read_outside(self.encoder.label_ids)
-                if config.adapter is not None:
-                    self._streamed.load_adapter(config.adapter, self.progress.say)
-            else:
-                walk.read_embedding()
-            walk.run(self.progress, "labelling")
+        on_disk, output = config.stream_states == "disk", config.output
+        folder = output.parent if on_disk and output is not None else None
+        walk = Walk(self._streamed, stages, 1, folder)
+        if is_first:
+            walk.read_outside(self.encoder.label_ids)
+            if config.adapter is not None:
+                self._streamed.load_adapter(config.adapter, self.progress.say)
+        else:
+            walk.read_embedding()
+        walk.run(self.progress, "labelling")
+        walk.remove_files()
         self._walks += 1
         self._shared = min(self._shared, len(prefix)) if self._walks > 1 else len(prefix)
         return labelling.logits
-
-    @contextmanager
-    def _states_folder(self) -> Iterator[Path | None]:
-        """Make a folder for hidden states beside the output, and remove it."""
-        output = self.config.output
-        if self.config.stream_states == "memory" or output is None:
-            yield None
-            return
-        with tempfile.TemporaryDirectory(prefix=".abft-fast-", dir=output.parent) as folder:
-            yield Path(folder)

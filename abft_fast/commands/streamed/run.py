@@ -180,12 +180,8 @@ class StreamedTraining:
         self._say_how()
         if config.tracker != "none":
             session.accelerator.init_trackers("abft-fast", config.model_dump(mode="json"))
-        try:
-            self._walk.run(session.progress, "block by block")
-            processes.run_on_main(self._write)
-        finally:
-            if config.no_save:
-                self._walk.remove_files()
+        self._walk.run(session.progress, "block by block")
+        processes.run_on_main(self._write)
         say_read(session, self._streamed)
         session.accelerator.end_training()
 
