@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from abft_fast.analysis.last_row import attention_rows
+from abft_fast.core.attention_rows import attention_rows
 from abft_fast.core.backbone import must_run_alone, prepare
 from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack

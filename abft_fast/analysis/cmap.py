@@ -25,7 +25,7 @@ from abft_fast.core.packing import EncodedPrompt
 from abft_fast.prompts import EncodedPrompts
 
 BY_PROMPT = ("induction", "other")
-"""Groups whose heads are others in every prompt."""
+"""Groups whose heads differ from prompt to prompt."""
 
 Head = tuple[int, int]
 """Index among the layers that have attention, and query head."""

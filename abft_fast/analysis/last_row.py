@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from abft_kernels import explicit_attention, visible_keys
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from abft_fast.core.attention_rows import attention_rows
 from abft_fast.core.backbone import output_projections
 from abft_fast.core.label_logits import label_columns
 from abft_fast.core.packed_forward import KeysAndValues, LastQueries, PackedForward
@@ -52,22 +52,6 @@ class LastRow:
     def before_last(self) -> KeysAndValues:
         """Return the keys and values of all tokens but the last one."""
         return {i: (key[:-1], value[:-1]) for i, (key, value) in self.kept.items()}
-
-
-def attention_rows(queries: LastQueries, key: Tensor) -> Tensor:
-    """Return the attention of R query rows, each the last one of all n keys, (R, Hq, n).
-
-    Sinks take their part of the softmax and have no column.
-    """
-    query = queries.query
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    visible = visible_keys(len(key), queries.scores.window, key.device, rows=1)
-    heads_first = key.to(dtype).transpose(0, 1)[None].expand(len(query), -1, -1, -1)
-    _, alpha = explicit_attention(
-        query.to(dtype)[:, :, None], heads_first, heads_first, visible, queries.scores,
-        queries.sinks,
-    )  # fmt: skip
-    return alpha[:, :, 0]
 
 
 def _by_query_head(value: Tensor, heads: int) -> Tensor:

@@ -71,7 +71,7 @@ def build(output: Path, steps: int, seed: int, learning_rate: float = 1.5e-3) ->
 def prepare(
     random: np.random.Generator,
 ) -> tuple[PreTrainedTokenizerFast, Corpus, Vocabulary, np.ndarray]:
-    """Tokenizer, corpus, prompt vocabulary and initial token vectors from StaICC's texts."""
+    """Return the tokenizer, the corpus, the prompt vocabulary and the first token vectors."""
     datasets = [data.load(name) for name in data.DATASETS]
     texts = [
         [example.text for example in (*dataset.training, *dataset.demonstrations)]
@@ -117,7 +117,7 @@ def prepare(
 
 
 def initial_model(tokenizer: PreTrainedTokenizerFast, vectors: np.ndarray) -> SmolLM3ForCausalLM:
-    """Two sliding layers, then two full ones; layer 0 starts as the mean of its window."""
+    """Return two sliding-window layers and two full ones; layer 0 begins as its window's mean."""
     config = SmolLM3Config(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,

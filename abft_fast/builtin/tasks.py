@@ -23,7 +23,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Token ids a prompt's frame is made of."""
+    """Token ids that a prompt's template is made of."""
 
     label_words: Sequence[int]
     input_fields: Sequence[tuple[list[int], list[int]]]  # at the start of a prompt, after a newline

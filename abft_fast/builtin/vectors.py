@@ -16,7 +16,7 @@ _SIF = 1e-3
 
 
 def token_vectors(documents: Sequence[Sequence[int]], vocabulary: int, size: int) -> np.ndarray:
-    """SIF-weighted PPMI-SVD vectors, (vocabulary, size), mean norm 1 over distinct tokens."""
+    """Return PPMI-SVD vectors with SIF weights, (vocabulary, size)."""
     flat = np.zeros(vocabulary * vocabulary, dtype=np.float64)
     for distance in range(1, _WINDOW + 1):
         left = np.concatenate([np.asarray(d[:-distance], dtype=np.int64) for d in documents])
@@ -41,7 +41,7 @@ def token_vectors(documents: Sequence[Sequence[int]], vocabulary: int, size: int
 def document_vectors(
     documents: Sequence[Sequence[int]], vectors: np.ndarray, size: int
 ) -> np.ndarray:
-    """Whitened means of token vectors, (documents, size): zero mean, unit variance a dimension."""
+    """Return whitened means of token vectors, (documents, size): mean 0 and variance 1."""
     means = np.stack([vectors[np.asarray(d)].mean(axis=0) for d in documents])
     means -= means.mean(axis=0)
     u, _, _ = np.linalg.svd(means, full_matrices=False)

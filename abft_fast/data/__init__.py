@@ -2,7 +2,7 @@
 
 from abft_fast.data.boxes import BOXES, Boxes
 from abft_fast.data.catalog import NAMES, load, origin, resolve_name
-from abft_fast.data.dataset import Dataset, Example, Prompt
+from abft_fast.data.dataset import Dataset, Example, Prompt, text_key
 from abft_fast.data.staicc_files import DATASETS, PAPER_DATASETS, hash_is_pinned
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "load",
     "origin",
     "resolve_name",
+    "text_key",
 ]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from abft_fast.errors import UserError
 
@@ -26,6 +26,11 @@ class Prompt:
 
     demonstrations: tuple[Example, ...]
     query: Example
+
+
+def text_key(text: str) -> str:
+    """Return what copies of a text have in common: its letters and digits, in lower case."""
+    return "".join(filter(str.isalnum, text.lower()))
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,11 @@ class Dataset:
         """Return any example, to try label words with."""
         return self.training[0]
 
+    def without(self, keys: Collection[str]) -> Self:
+        """Return the dataset without training examples whose `text_key` is among these."""
+        kept = tuple(each for each in self.training if text_key(each.text) not in keys)
+        return replace(self, training=kept)
+
     def place_of(self, example: Example) -> str:
         """Return where an example is, for a message."""
         return f"{self.name}, the text {example.text[:60]!r}"
@@ -71,8 +81,10 @@ class Dataset:
 
         Raises:
             UserError: k + 1 is more than the training examples there are; or, with
-                `seen_labels_only`, no two training examples have the same label.
+                `seen_labels_only`, k is 0 or no two training examples have the same label.
         """
+        if seen_labels_only and k == 0:
+            raise UserError("--seen-labels-only needs a demonstration: use --k 1 or more")
         if k + 1 > len(self.training):
             raise UserError(
                 f"k={k}: {self.name} has {len(self.training)} training examples, "
@@ -120,8 +132,8 @@ class Dataset:
     def test_prompts(self, k: int) -> list[Prompt]:
         """Return every test query twice, each time with its own k demonstrations.
 
-        StaICC's accuracy test (`Normal`) asks for the same prompts in the same order. Of its
-        datasets they are 1,024.
+        StaICC's accuracy test (`Normal`) asks for the same prompts in the same order. For
+        StaICC's datasets these are 1,024 prompts.
 
         Raises:
             UserError: k is more than the pool of demonstrations.

@@ -6,12 +6,13 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 from abft_fast.data import tables
-from abft_fast.data.dataset import Dataset, Example
+from abft_fast.data.dataset import Dataset, Example, text_key
 from abft_fast.data.reading import sha256_of
 from abft_fast.data.rows import place_of
 from abft_fast.data.template_file import TemplateFile, read_template
@@ -37,6 +38,12 @@ class OwnDataset(Dataset):
     test_rows: tuple[int, ...]
     split: str
     notes: tuple[str, ...]
+
+    def without(self, keys: Collection[str]) -> Self:
+        """Return the dataset without training examples whose `text_key` is among these."""
+        pairs = zip(self.training, self.training_rows, strict=True)
+        rows = tuple(row for each, row in pairs if text_key(each.text) not in keys)
+        return replace(super().without(keys), training_rows=rows)
 
     def place_of(self, example: Example) -> str:
         """Return the file and the row of an example."""

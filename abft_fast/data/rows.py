@@ -44,7 +44,7 @@ class Row:
     def category(self, column: str, known: Collection[str] = ()) -> str:
         """Return a cell as a label.
 
-        A string loses the spaces around it; a number or truth value is written as in JSON.
+        A string loses the spaces around it; a number or boolean is written as in JSON.
         Spellings of a missing value, such as `NA`, are labels only if `known` holds them.
 
         Raises:

@@ -35,7 +35,7 @@ class LabelFollowing:
         answer_words: the dataset's own label words.
 
     Raises:
-        UserError: there are no demonstrations, one label, or too few words.
+        UserError: the dataset has one label, or there are too few words.
     """
 
     def __init__(self, dataset: Dataset, k: int, form: str, words: Sequence[str]):
@@ -65,7 +65,7 @@ class LabelFollowing:
         """Return shares of the prompts that were predicted, each with its 95 % interval.
 
         `own`, `rotated` and `symbols` are accuracies. `override_rate` and `prior_rate` are of the
-        rotated prompts whose query is told right under own labels: the part answered by the
+        rotated prompts whose query is answered correctly with own labels: the part answered by the
         demonstrations, and the part still answered by the own label. `one_label_share` is the part
         of the prompts whose demonstrations all have one label.
         """
@@ -94,7 +94,7 @@ def _answer(row: Sequence[float]) -> int | None:
 
 
 def _share(name: str, is_so: Sequence[bool]) -> dict[str, float | None]:
-    """Return a share and its interval; the two answers to a query count as one trial."""
+    """Return a share and its interval; an answer counts as half a trial, as queries come twice."""
     if not is_so:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
     share, low, high = wilson(sum(is_so) / len(is_so), len(is_so) / _TIMES_ASKED)

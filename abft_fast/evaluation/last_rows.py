@@ -7,11 +7,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from abft_kernels import explicit_attention, visible_keys
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from abft_fast.core.packed_forward import LastQueries, PackedForward
+from abft_fast.core.attention_rows import attention_rows
+from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.core.run_packed import run_packed
 from abft_fast.runtime.float32_linear import fast_float32_linear
@@ -26,8 +25,8 @@ def mean_last_row(
 ) -> list[float]:
     """Return the last row of attention over a prompt's n tokens, from one forward.
 
-    The mean is over the prompt's induction heads in all layers, or over all heads where none is
-    one. Only last rows are computed, never a matrix.
+    The mean is over the prompt's induction heads in all layers, or over all heads if the prompt has
+    no induction head. Only last rows are computed, never a matrix.
 
     Args:
         model: a decoder with LM head.
@@ -39,16 +38,7 @@ def mean_last_row(
     with fast_float32_linear(), autocast():
         run_packed(model, forward, logits_to_keep=1)
     assert forward.keep is not None and forward.queries is not None
-    rows = torch.cat([_rows(forward.queries[i], forward.keep[i][0]) for i in sorted(forward.keep)])
+    kept, queries = forward.keep, forward.queries
+    rows = torch.cat([attention_rows(queries[i], kept[i][0])[0] for i in sorted(kept)]).cpu()
     chosen = forward.behavior().is_induction[:, 0].flatten().cpu()
     return rows[chosen if chosen.any() else ...].mean(dim=0).tolist()
-
-
-def _rows(queries: LastQueries, key: Tensor) -> Tensor:
-    """Return one layer's last row of every head, (Hq, n), on the CPU in float32."""
-    dtype = torch.promote_types(key.dtype, torch.float32)
-    keys = key.to(dtype).transpose(0, 1)[None]
-    visible = visible_keys(len(key), queries.scores.window, key.device, rows=1)
-    query = queries.query.to(dtype)[:, :, None]
-    _, alpha = explicit_attention(query, keys, keys, visible, queries.scores, queries.sinks)
-    return alpha[0, :, 0].float().cpu()

@@ -63,7 +63,8 @@ def run_on_ray(config: SweepConfig, folders: list[Path], on_end: CellEnded) -> N
                             outcome = Outcome(*ray.get(reference))
                         except ray.exceptions.RayError as error:  # the worker or machine is gone
                             reason = getattr(error, "cause", None) or error
-                            outcome = Outcome(FAILED, str(reason).strip().splitlines()[0])
+                            text = str(reason).strip() or repr(reason)
+                            outcome = Outcome(FAILED, text.splitlines()[0])
                         on_end(folder.name, outcome, time.monotonic() - started)
             finally:
                 for reference in running:

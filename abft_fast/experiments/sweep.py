@@ -30,6 +30,8 @@ def plan_sweep(config: SweepConfig) -> list[Cell]:
     overrides = parse_overrides(config.set)
     for name in ("model", "device"):
         if (value := getattr(config, name)) is not None:
+            if name in overrides:
+                raise UserError(f"--{name} and --set {name} set the same option: leave one out")
             overrides[name] = value
     return read_cells(config.file, overrides)
 

@@ -142,7 +142,7 @@ def parse_sweep(content: dict[str, Any]) -> SweepFile:
         for axis, entries in _mapping(content.get("grid"), "grid").items()
     }
     settings = [
-        _group(name, _options(given, f"settings: {name}", lists=True))
+        _group(name, _options(given, f"settings: {name}", lists=True), f"settings: {name}")
         for name, given in _mapping(content.get("settings"), "settings").items()
     ]
     return SweepFile(options, axes, settings)
@@ -154,15 +154,18 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     Example: `["seed=[0, 1]", "train-samples=8"]` gives `{"seed": [0, 1], "train_samples": 8}`.
 
     Raises:
-        UserError: a text is no such pair, or names no option.
+        UserError: a text is no such pair, or names no option, or two of them name the same one.
     """
-    overrides = {}
+    overrides: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--set {pair}: use NAME=VALUE, such as seed=1 or 'seed=[0, 1]'")
+        option = _option(name.strip(), "--set")
+        if option in overrides:
+            raise UserError(f"--set {option} is given twice: give a list, as '{option}=[0, 1]'")
         try:
-            overrides[_option(name.strip(), "--set")] = parse_yaml(value)
+            overrides[option] = parse_yaml(value)
         except (ValueError, yaml.YAMLError):
             raise UserError(f"--set {pair}: the value is not YAML") from None
     return overrides
@@ -184,32 +187,34 @@ def require_known(name: str, names: Iterable[str], kind: str, where: str) -> Non
     raise UserError(f"{where}: there is no {kind} {name}; {hint}")
 
 
-def _axis(axis: str, entries: Any) -> list[Group]:
+def _axis(axis: str, entries: Any, where: str = "grid") -> list[Group]:
     """Return the groups of an axis: plain values, or one name and its options each."""
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"grid: {axis} must be a list, such as [{_example(axis)}]")
+        raise UserError(
+            f"{where}: {axis} must be a list of one value or more, such as [{_example(axis)}]"
+        )
     groups = []
     for entry in entries:
         if not isinstance(entry, dict):
-            groups.append(Group({axis: _value(axis, entry, f"grid: {axis}")}))
+            groups.append(Group({axis: _value(axis, entry, f"{where}: {axis}")}))
             continue
         if len(entry) != 1:
             raise UserError(
-                f"grid: {axis}: an entry must be a value, or one name and its options: "
+                f"{where}: {axis}: an entry must be a value, or one name and its options: "
                 f"`- name: {{{axis}: {_example(axis)}, ...}}`"
             )
         ((name, given),) = entry.items()
-        where = f"grid: {axis}: {name}"
-        group = _group(str(name), _options(given, where, lists=True))
+        place = f"{where}: {axis}: {name}"
+        group = _group(str(name), _options(given, place, lists=True), place)
         if axis not in group.options:
-            raise UserError(f"{where} does not set {axis}")
+            raise UserError(f"{place} does not set {axis}")
         groups.append(group)
     return groups
 
 
-def _group(label: str, given: dict[str, Any]) -> Group:
+def _group(label: str, given: dict[str, Any], where: str) -> Group:
     values = {name: value for name, value in given.items() if not isinstance(value, list)}
-    axes = {name: _axis(name, value) for name, value in given.items() if name not in values}
+    axes = {name: _axis(name, value, where) for name, value in given.items() if name not in values}
     return Group(values, label, axes)
 
 

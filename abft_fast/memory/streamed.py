@@ -165,6 +165,7 @@ def plan_streamed(
     if length > 1:
         device["hidden states that enter and leave a block"] = 2 * handed_on
     outside = sum(each.numbers for each, _ in weights if each.layer is None)
+    in_layers = sum(each.numbers for each, _ in weights if each.layer is not None)
     device["rows of the embedding and the head, norms"] = item * outside
     # With one layer more the block's last layer runs whole: a model's last one stops after its
     # attention.
@@ -203,7 +204,7 @@ def plan_streamed(
         host_reading=stored + item * largest,
         host_ahead=max(ahead[1:], default=0) if on_gpu else 0,
         read=pipelines * (read_by_pipeline + length * read_by_each),
-        copied=pipelines * item * sum(each.numbers for each, _ in weights) if on_gpu else 0,
+        copied=pipelines * item * (in_layers + length * outside) if on_gpu else 0,
         # Forward: 2 a weight and token. Backward: again 2 for the layers that a loss crosses.
         operations=2.0 * inside * (tokens + prompts.steps * (size - 1) / size),
         filling=1 + (length - 1) / prompts.turns,

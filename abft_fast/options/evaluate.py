@@ -126,6 +126,11 @@ class DrawnPromptOptions(PromptOptions, SamplingOptions, ColumnOptions, DatasetO
             raise ValueError(
                 f"--k 0: {changing[0]} changes demonstrations, so it needs at least one of them"
             )
+        if "GLER" in self.test_types and self.k % 4:
+            raise ValueError(
+                f"--k {self.k}: GLER makes 0, 25, 50, 75 and 100 % of the labels wrong, so k must "
+                "be a multiple of 4"
+            )
         return self
 
 

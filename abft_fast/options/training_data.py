@@ -54,7 +54,8 @@ class TrainingDataOptions(Options):
     )
     mixture: Literal["equal", "proportional"] = Field(
         "equal",
-        description="How many prompts each of --training-datasets gives. equal: the same number. "
+        description="How many prompts each of --training-datasets or --meta-datasets gives. equal: "
+        "the same number. "
         "proportional: by its number of training examples.",
     )
     training_labels: TrainingLabels = Field(
@@ -177,6 +178,14 @@ class TrainingDataOptions(Options):
         """Return whether any dataset of the run, tested or trained on, is a file or folder."""
         names = [name for option in DATASET_LISTS for name in listed_names(getattr(self, option))]
         return self.data_are_own or not set(names) <= set(data.NAMES)
+
+    @property
+    def trains_on_several(self) -> bool:
+        """Return whether the training prompts come from more than one dataset."""
+        option = METHODS[self.method].data_option or "training_datasets"
+        named = getattr(self, option)
+        is_many = option == "meta_datasets" if named is None else "," in named or named == OTHERS
+        return option != "plain_text" and is_many
 
     @property
     def training_dataset_names(self) -> list[str]:

@@ -47,7 +47,7 @@ TRAINING = (
         ("own_labels_share",),
         lambda run: run.training_labels != "mixed",
     ),
-    Rule("several --training-datasets", ("mixture",), lambda run: run.training_datasets is None),
+    Rule("several training datasets", ("mixture",), lambda run: not run.trains_on_several),
     Rule("checkpoints", ("save_steps",), lambda run: run.no_save),
     Rule("--trainable lora", ("lora_r",), lambda run: run.trainable != "lora"),
     Rule("--adaptation pid", ("pid_i", "pid_d"), lambda run: run.adaptation != "pid"),

@@ -29,7 +29,7 @@ class Template:
     def of(cls, dataset: Dataset, form: str) -> Template:
         """Return the template of a dataset in form `ours` or `staicc`; boxes have `ours` only."""
         if isinstance(dataset, Boxes):
-            return BoxTemplate("", "", dataset.label_words, form)
+            return BoxTemplate("", "", dataset.label_words, "ours")
         words = dataset.label_words if form == "ours" else dataset.staicc_label_words
         return cls(dataset.input_prefix, dataset.label_prefix, words, form)
 
@@ -48,7 +48,7 @@ class Template:
     def _question(self, text: str) -> str:
         label_prefix = self.label_prefix
         if self.form == "ours":
-            text, label_prefix = text.strip(), label_prefix.rstrip()
+            text, label_prefix = text.strip(), label_prefix.rstrip(" ")
         return f"{self.input_prefix}{text}{self.input_affix}{label_prefix}"
 
 

@@ -45,6 +45,7 @@ def render(runs: Sequence[RunData]) -> str:
 def _view(run: RunData, prefix: str) -> dict[str, Any]:
     """Return what the template shows of a run."""
     seconds = sum(row["seconds"] for row in run.steps)
+    tokens = sum(row["tokens_per_second"] * row["seconds"] for row in run.steps)
     return {
         "id": prefix,
         "name": run.name,
@@ -64,7 +65,7 @@ def _view(run: RunData, prefix: str) -> dict[str, Any]:
         "prompts": _prompts(run),
         "steps": len(run.steps),
         "seconds": seconds,
-        "tokens_per_second": _mean([row["tokens_per_second"] for row in run.steps]),
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
         "peak_memory": max((row["peak_memory_bytes"] for row in run.steps), default=0),
     }
 
@@ -144,10 +145,6 @@ def _query(tokens: Sequence[str], last_label: int) -> str:
     """Return the text after the last demonstration, shortened."""
     text = " ".join("".join(tokens[last_label + 1 :]).split())
     return text if len(text) <= 90 else f"{text[:60]} … {text[-28:]}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def _percent(value: float | None, sign: str = "") -> str:

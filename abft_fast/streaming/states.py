@@ -26,8 +26,8 @@ class HiddenStates:
         tokens: of each part.
         folder: whose disk keeps them in two files; None keeps the states in memory.
         device: whose memory keeps them.
-        goes_on: whether another process may go on from the files; otherwise they have no names, and
-            are gone with this process.
+        resumable: whether another process may go on from the files; otherwise they have no names,
+            and are gone with this process.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class HiddenStates:
         tokens: Sequence[int],
         folder: Path | None,
         device: torch.device | str = "cpu",
-        goes_on: bool = True,
+        resumable: bool = True,
     ):
         self.device = device
         self._starts = np.cumsum([0, *tokens]).tolist()
-        self._folder, self._goes_on = folder, goes_on
+        self._folder, self._resumable = folder, resumable
         self._files: dict[int, Any] = {}  # open, by side
         self._entering: dict[int, Tensor] = {}
         self._leaving: dict[int, Tensor] = {}
@@ -75,7 +75,7 @@ class HiddenStates:
         """Let what left one block enter the next; files that stay are then on the disk itself."""
         self._entering, self._leaving = self._leaving, {}
         self._side = 1 - self._side
-        if self._goes_on and self._side in self._files:
+        if self._resumable and self._side in self._files:
             file = self._files[self._side]
             file.flush()
             os.fsync(file.fileno())
@@ -116,7 +116,7 @@ class HiddenStates:
         for file in self._files.values():
             file.close()
         self._files = {}
-        if self._folder is not None and self._goes_on:
+        if self._folder is not None and self._resumable:
             for side in (0, 1):
                 self._path(side).unlink(missing_ok=True)
 
@@ -125,7 +125,7 @@ class HiddenStates:
         if side not in self._files:
             path = self._path(side)
             path.parent.mkdir(parents=True, exist_ok=True)
-            if self._goes_on:
+            if self._resumable:
                 self._files[side] = path.open("r+b" if path.exists() else "x+b")
             else:
                 self._files[side] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115

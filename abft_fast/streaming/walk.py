@@ -51,8 +51,8 @@ class Walk:
         self.blocks = [range(start, min(start + size, streamed.layers)) for start in starts]
         self._groups = [group for stage in stages for group in stage.groups]
         self._tokens_of_groups = [sum(group.lengths) for group in self._groups]
-        goes_on = checkpoint is not None
-        self._states = HiddenStates(self._tokens_of_groups, states_folder, states_device, goes_on)
+        resumable = checkpoint is not None
+        self._states = HiddenStates(self._tokens_of_groups, states_folder, states_device, resumable)
         self._states.check_space(streamed.width, streamed.model.dtype.itemsize)
 
     def read_outside(self, label_ids: Sequence[int]) -> None:

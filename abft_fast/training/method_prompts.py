@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from abft_fast import data
 from abft_fast.core.language_model_loss import every_token, label_target
-from abft_fast.data import Dataset
+from abft_fast.data import Dataset, text_key
 from abft_fast.options import TrainConfig, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.training.label_words import encode_with_drawn_labels
@@ -54,9 +55,15 @@ def _of_all_datasets(
     encoder: PromptEncoder,
     encode: Callable[[TrainConfig, Dataset, PromptEncoder, int], EncodedPrompts],
 ) -> EncodedPrompts:
-    """Join the prompts of all training datasets; `dataset` and `encoder` are the tested one's."""
-    names = config.training_dataset_names
-    loaded = [dataset if n == config.dataset else datasets.to_train_on(config, n) for n in names]
+    """Join the prompts of all training datasets; `dataset` and `encoder` are the tested one's.
+
+    Some texts are in several datasets. No other dataset trains on a text of the test.
+    """
+    tested = _tested_texts(config, dataset)
+    loaded = [
+        dataset if name == config.dataset else datasets.to_train_on(config, name).without(tested)
+        for name in config.training_dataset_names
+    ]
     sizes = [len(each.training) for each in loaded]
     weights = sizes if config.mixture == "proportional" else [1] * len(sizes)
     joined = EncodedPrompts()
@@ -74,6 +81,13 @@ def _of_all_datasets(
         joined.dropped += part.dropped
         joined.shortened += part.shortened
     return joined
+
+
+def _tested_texts(config: TrainConfig, dataset: Dataset) -> set[str]:
+    """Return the `text_key` of every text that the run tests on."""
+    others = data.PAPER_DATASETS if config.generalization_test else ()
+    tested = [dataset, *(data.load(name) for name in others)]
+    return {text_key(example.text) for each in tested for example in each.test} - {""}
 
 
 def shares(total: int, weights: Sequence[int]) -> list[int]:

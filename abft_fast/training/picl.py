@@ -26,9 +26,9 @@ def paragraphs(file: Path | None) -> list[str]:
     """
     if file is None:
         datasets = [data.load(name) for name in data.DATASETS]
-        tested = {e.text.strip() for d in datasets for e in d.test}
+        tested = {data.text_key(e.text) for d in datasets for e in d.test}
         texts = [e.text.strip() for d in datasets for e in (*d.training, *d.demonstrations)]
-        texts = [text for text in texts if text and text not in tested]
+        texts = [text for text in texts if text and data.text_key(text) not in tested]
     else:
         texts = read_lines("--plain-text", file)
     distinct = list(dict.fromkeys(texts))

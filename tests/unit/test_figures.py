@@ -7,6 +7,7 @@ import pytest
 
 from abft_fast import plots
 from abft_fast.errors import UserError
+from abft_fast.experiments.figures import pictures
 from abft_fast.experiments.figures.make import make_figure
 from abft_fast.experiments.figures.rows import ROWS
 from abft_fast.options import FigureConfig, TrainConfig
@@ -42,6 +43,30 @@ def figure(what, folder, out, **options):
         rows = list(csv.DictReader(file))
     texts = [e.text or "" for e in ElementTree.parse(picture).iter() if e.tag.endswith("}text")]
     return rows, texts
+
+
+def test_a_seed_that_ran_twice_counts_once():
+    rows = [{"seed": s, "accuracy": a} for s, a in ((0, 0.1), (0, 0.3), (1, 0.4), (1, None))]
+    assert pictures._values(rows, "accuracy") == pytest.approx([0.2, 0.4])
+
+
+def test_models_and_calibration_samples_are_not_mixed(tmp_path):
+    for model in ("builtin", "synthetic:qwen2.5-0.5b"):
+        name = model.rpartition(":")[2]
+        make_run(tmp_path / f"runs/{name}", model=model, before=0.4, train_samples=64)
+    rows, _ = figure("data", tmp_path / "runs", tmp_path / "out")
+    untrained = [row for row in rows if not row["train_samples"]]
+    assert len(untrained) == 2 and len({row["setting"] for row in untrained}) == 2
+    rows, texts = figure("factors", tmp_path / "runs", tmp_path / "out")
+    assert len({row["setting"] for row in rows}) == 2
+    assert sum("control of A" in text for text in texts) == 2
+    for samples in (32, 512):
+        make_run(
+            tmp_path / f"calibrated/{samples}", before=0.4, calibration="contextual",
+            calibration_samples=samples,
+        )  # fmt: skip
+    rows, _ = figure("demonstrations", tmp_path / "calibrated", tmp_path / "out")
+    assert len({row["setting"] for row in rows if row["seed"]}) == 2
 
 
 @pytest.fixture

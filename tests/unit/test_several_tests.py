@@ -25,7 +25,7 @@ from abft_fast.training.run_folder import RunFolder
 pytestmark = [pytest.mark.unit, pytest.mark.slow]
 
 TESTS = ["Normal", "GLER", "UnseenLabel"]
-OPTIONS = {"dataset": "mr", "k": 2, "device": "cpu"}
+OPTIONS = {"dataset": "mr", "k": 4, "device": "cpu"}
 TRAINING = {"train_samples": 8, "pseudo_batch_size": 8, "epochs": 1, "no_report": True}
 
 

@@ -123,7 +123,7 @@ def test_one_block_is_in_memory_and_each_tensor_is_read_once(tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("states", ["memory", "disk"])
 @pytest.mark.parametrize("block", [0, 1, 3])
-def test_a_walk_that_ended_in_any_block_goes_on(kind, states, block, tmp_path):
+def test_a_walk_that_ended_in_any_block_resumable(kind, states, block, tmp_path):
     config = config_of(saved("llama", tmp_path), gradient="local", trainable=kind, epochs=3)
     whole = Streamed(config, tmp_path / "whole").run()
     folder = tmp_path / "ended"
@@ -151,7 +151,7 @@ def test_a_walk_that_ended_in_any_block_goes_on(kind, states, block, tmp_path):
     assert {name.split(".")[2] for name in read} == {str(index) for index in range(block, 4)}
 
 
-def test_a_walk_goes_on_with_its_own_model(tmp_path):
+def test_a_walk_resumable_with_its_own_model(tmp_path):
     config = config_of(saved("qwen3", tmp_path), gradient=2)
     Streamed(config, tmp_path / "run").run()
     model = tiny_model("qwen3")
@@ -221,10 +221,12 @@ def test_hidden_states_of_a_full_disk(tmp_path, monkeypatch):
     assert not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize(("folder", "goes_on"), [(None, True), ("states", True), ("states", False)])
+@pytest.mark.parametrize(
+    ("folder", "resumable"), [(None, True), ("states", True), ("states", False)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_states_return_as_they_were(folder, goes_on, dtype, tmp_path):
-    states = HiddenStates([3, 2], folder and tmp_path / folder, goes_on=goes_on)
+def test_hidden_states_return_as_they_were(folder, resumable, dtype, tmp_path):
+    states = HiddenStates([3, 2], folder and tmp_path / folder, resumable=resumable)
     first, second = torch.randn(3, 4).to(dtype), torch.randn(2, 4).to(dtype)
     for _ in range(3):
         states.write(1, second)
@@ -233,7 +235,7 @@ def test_hidden_states_return_as_they_were(folder, goes_on, dtype, tmp_path):
         assert torch.equal(states.read(0), first) and torch.equal(states.read(1), second)
         first, second = first + 1, second * 2
     if folder is not None:  # what has no name is gone with the process
-        assert len(list((tmp_path / folder).iterdir())) == (2 if goes_on else 0)
+        assert len(list((tmp_path / folder).iterdir())) == (2 if resumable else 0)
         states.remove_files()
         assert not list((tmp_path / folder).iterdir())
 

@@ -6,7 +6,7 @@ from abft_fast import data
 from abft_fast.commands.train import TrainSession
 from abft_fast.errors import UserError
 from abft_fast.models import loading
-from abft_fast.options import TrainConfig
+from abft_fast.options import TrainConfig, datasets
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.progress import Progress
@@ -43,6 +43,8 @@ def test_only_seen_labels():
     assert len(seen) == 512 and all(any(p.label_is_correct) for p in seen)
     right = [p.input_ids for p in drawn if any(p.label_is_correct)]
     assert [p.input_ids for p in seen[: len(right)]] == right
+    with pytest.raises(UserError, match="--seen-labels-only needs a demonstration"):
+        data.load("sst2").training_prompts(0, 1, 0, seen_labels_only=True)
 
 
 @pytest.mark.slow
@@ -65,7 +67,7 @@ def test_metaicl_trains_on_files_of_ones_own(tmp_path):
     options = {"dataset": "subj", "method": "MetaICL", "text_column": "body"}
     found, _ = prompts_of(**options, meta_datasets=f"mr,{file}", k=2)
     texts = [TOKENIZER.decode(p.input_ids) for p in found]
-    assert sum("news" in text for text in texts) == 6
+    assert sum("good news" in text or "bad news" in text for text in texts) == 6
     with pytest.raises(UserError, match="--text-column is for your own data"):
         prompts_of(**options, meta_datasets="mr")
     with pytest.raises(UserError, match="--test-file is for your own data"):
@@ -94,12 +96,49 @@ def test_the_method_decides_what_is_trained_unless_told():
     assert resolve(TrainConfig, {"method": "metaicl", "trainable": "lora"}).trainable == "lora"
 
 
+def keys(examples):
+    return {data.text_key(example.text) for example in examples} - {""}
+
+
 def test_picl_trains_on_staicc_texts_less_the_test_part():
     texts = set(paragraphs(None))
     dataset = data.load("fp")
     assert len({e.text.strip() for e in dataset.training} & texts) > 1000
+    trained = {data.text_key(text) for text in texts}
     for name in data.DATASETS:  # SST-2 and MR share sentences
-        assert not {e.text.strip() for e in data.load(name).test} & texts
+        assert not keys(data.load(name).test) & trained
+
+
+@pytest.mark.parametrize("name", ["mr", "sst2", "sst5", "subj"])
+def test_no_other_dataset_trains_on_a_text_of_the_test(name, monkeypatch):
+    """Four of the paper's datasets hold sentences of the same reviews."""
+    drawn = []
+    draw = data.Dataset.training_prompts
+
+    def seen(dataset, *arguments):
+        drawn.append(dataset)
+        return draw(dataset, *arguments)
+
+    monkeypatch.setattr(data.Dataset, "training_prompts", seen)
+    prompts_of(dataset=name, training_datasets="others", train_samples=7)
+    tested = keys(data.load(name).test)
+    whole = [data.load(dataset.name) for dataset in drawn]
+    assert any(keys(dataset.training) & tested for dataset in whole)
+    assert not any(keys(dataset.training) & tested for dataset in drawn)
+    left = sum(len(dataset.training) for dataset in drawn)
+    assert 7000 < left < sum(len(dataset.training) for dataset in whole)
+
+
+def test_a_text_that_is_also_tested_leaves_a_file_with_its_row(tmp_path):
+    text = data.load("subj").test[3].text.upper()
+    file = tmp_path / "mails.csv"
+    file.write_text("text,label\n" + f'"{text}!",positive\n' + "news,negative\nwar,positive\n" * 9)
+    config = resolve(TrainConfig, {"dataset": "subj", "training_datasets": f"subj,{file}"})
+    whole = datasets.to_train_on(config, str(file))
+    left = whole.without(keys(data.load("subj").test))
+    gone = [row for row in whole.training_rows if row not in left.training_rows]
+    assert len(left.training) == len(left.training_rows)
+    assert gone == ([2] if any("!" in e.text for e in whole.training) else [])
 
 
 def test_picl_puts_the_most_similar_paragraphs_before_each():

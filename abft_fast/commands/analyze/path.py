@@ -93,7 +93,7 @@ def _rows(
     rows = []
     for name in PathEffects._fields:
         values = _stacked(by_prompt, name)
-        errors = values.std(0, correction=0) / len(by_prompt) ** 0.5
+        errors = values.std(0) / len(by_prompt) ** 0.5 if len(by_prompt) > 1 else None
         for index, layer in enumerate(layers):
             for head in range(values.shape[2]):
                 rows.append(
@@ -104,7 +104,7 @@ def _rows(
                         "head": head,
                         "prompts": len(by_prompt),
                         "effect": float(values[:, index, head].mean()),
-                        "standard_error": float(errors[index, head]),
+                        "standard_error": None if errors is None else float(errors[index, head]),
                     }
                 )
     return rows

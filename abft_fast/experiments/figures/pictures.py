@@ -53,27 +53,29 @@ def demonstrations(rows: Sequence[Row], metric: str) -> Figure:
 
 
 def factors(rows: Sequence[Row], metric: str) -> Figure:
-    """Draw a heatmap of scores over A0 and B0 for each control of A, on one scale."""
-    controls = _distinct(rows, "adaptation")
+    """Draw a heatmap of scores over A0 and B0 for each setting and control of A, on one scale."""
+    shown = list(dict.fromkeys((row["setting"], row["adaptation"]) for row in rows))
+    has_settings = len({setting for setting, _ in shown}) > 1
     penalties, rewards = (sorted(_distinct(rows, name)) for name in ("penalty", "reward"))
-    width = 0.9 + len(controls) * (0.75 * len(rewards) + 0.9)
+    width = 0.9 + len(shown) * (0.75 * len(rewards) + 0.9)
     height = 1.1 + 0.42 * len(penalties)
     figure = Figure((width, height))
-    panels = figure.subplots(1, len(controls), squeeze=False)[0]
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
     figure.subplots_adjust(
         left=0.75 / width, right=1 - 0.15 / width, top=1 - 0.4 / height, bottom=0.55 / height,
         wspace=0.75 / (0.75 * len(rewards)),
     )  # fmt: skip
     means = {
-        (control, a, b): fmean(found)
-        for control in controls
+        (*panel, a, b): fmean(found)
+        for panel in shown
         for a in penalties
         for b in rewards
-        if (found := _values(rows, metric, adaptation=control, penalty=a, reward=b))
+        if (found := _values(rows, metric, **_panel(panel), penalty=a, reward=b))
     }
     low, high = min(means.values()), max(means.values())
-    for axes, control in zip(panels, controls, strict=True):
-        grid = [[means.get((control, a, b), float("nan")) for b in rewards] for a in penalties]
+    for axes, panel in zip(panels, shown, strict=True):
+        setting, control = panel
+        grid = [[means.get((*panel, a, b), float("nan")) for b in rewards] for a in penalties]
         axes.pcolormesh(grid, cmap=style.SEQUENTIAL, vmin=low, vmax=high)
         for i, line in enumerate(grid):
             for j, value in enumerate(line):
@@ -86,8 +88,13 @@ def factors(rows: Sequence[Row], metric: str) -> Figure:
         axes.set_xticks([j + 0.5 for j in range(len(rewards))], [f"{b:g}" for b in rewards])
         axes.set_yticks([i + 0.5 for i in range(len(penalties))], [f"{a:g}" for a in penalties])
         axes.set(xlabel="B, reward", ylabel="A at the start, penalty")
-        axes.set_title(f"control of A: {control}; {_name(metric)}", loc="left")
+        title = f"control of A: {control}; {_name(metric)}"
+        axes.set_title(f"{setting}\n{title}" if has_settings else title, loc="left")
     return figure
+
+
+def _panel(panel: tuple[str, str]) -> dict[str, str]:
+    return dict(zip(("setting", "adaptation"), panel, strict=True))
 
 
 def unseen(rows: Sequence[Row], metric: str) -> Figure:
@@ -154,7 +161,7 @@ def _panels(
 def _draw_line(
     axes: Axes, index: int, setting: str, rows: Sequence[Row], x: str, measure: str
 ) -> None:
-    """Draw the mean over seeds with a band of one sample deviation; a level where x is unset."""
+    """Draw the mean over seeds with a band of one standard deviation; a level where x is unset."""
     style_of_line: dict[str, Any] = {
         "color": style.COLORS[index % len(style.COLORS)],
         "linestyle": "-" if index < len(style.COLORS) else "--",
@@ -208,15 +215,16 @@ def _distinct(rows: Sequence[Row], name: str) -> list[Any]:
 
 
 def _values(rows: Sequence[Row], measure: str, **wanted: Any) -> list[float]:
-    return [
-        row[measure]
-        for row in rows
-        if row[measure] is not None and all(row[name] == value for name, value in wanted.items())
-    ]
+    """Return a value for each seed: of several runs of a seed, their mean."""
+    by_seed: dict[Any, list[float]] = {}
+    for row in rows:
+        if row[measure] is not None and all(row[name] == value for name, value in wanted.items()):
+            by_seed.setdefault(row["seed"], []).append(row[measure])
+    return [fmean(values) for values in by_seed.values()]
 
 
 def _mean(values: Sequence[float], factor: float) -> tuple[float, float]:
-    """Return the mean and the sample deviation, 0 of one value."""
+    """Return the mean and the sample standard deviation, 0 of one value."""
     scaled = [factor * value for value in values]
     return fmean(scaled), stdev(scaled) if len(scaled) > 1 else 0.0
 

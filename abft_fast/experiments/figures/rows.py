@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from abft_fast.errors import UserError
@@ -10,6 +11,7 @@ from abft_fast.experiments.cell import VANILLA
 from abft_fast.experiments.cell_folder import FINISHED, CellFolder
 from abft_fast.experiments.figures.settings import setting_names
 from abft_fast.experiments.records import Record
+from abft_fast.options import EvalConfig
 from abft_fast.training.run_folder import RunFolder
 
 Row = dict[str, Any]
@@ -109,7 +111,7 @@ def _steps(record: Record) -> list[Row]:
 
 
 def _scores(records: Sequence[Record], metric: str, options: Sequence[str]) -> list[Row]:
-    """Return the score of each finished run after training; what a test alone has counts once."""
+    """Return a score for each finished run after training, and each distinct one before it."""
     rows = []
     finished = [record for record in records if record.status == FINISHED]
     tested = [record for record in finished if _score(record, "after", metric) is not None]
@@ -131,19 +133,20 @@ def _untrained(records: Sequence[Record], metric: str, options: Sequence[str]) -
         return []
     if options == ("adaptation", "penalty", "reward"):
         return []
-    rows: dict[tuple, Row] = {}
-    tested = [record for record in records if _score(record, "before", metric) is not None]
-    kinds = {record.options.get("test_type") for record in tested}
-    says_test = "test_type" not in options and len(kinds) > 1
-    shown = [option for option in options if option in ("k", "test_type")]
-    for record in tested:
-        found = {option: record.options.get(option) for option in shown}
-        kind = record.options.get("test_type")
-        setting = f"{VANILLA}, test_type={kind}" if says_test else VANILLA
-        about = {"dataset": record.dataset, "setting": setting, "seed": None}
-        every = {**dict.fromkeys(options), **found}
-        rows.setdefault(
-            (str(record.options["model"]), record.dataset, setting, *found.values()),
-            {**about, **every, metric: _score(record, "before", metric)},
+    tested = [
+        replace(
+            record,
+            method=VANILLA,
+            labels={name: label for name, label in record.labels.items() if name == "model"},
+            options={n: v for n, v in record.options.items() if n in EvalConfig.model_fields},
         )
+        for record in records
+        if _score(record, "before", metric) is not None
+    ]
+    rows: dict[tuple, Row] = {}
+    for setting, record in zip(setting_names(tested, options), tested, strict=True):
+        found = {option: record.options.get(option) for option in options}
+        about = {"dataset": record.dataset, "setting": setting, "seed": None}
+        row = {**about, **found, metric: _score(record, "before", metric)}
+        rows.setdefault((record.dataset, setting, *found.values()), row)
     return list(rows.values())

@@ -8,7 +8,7 @@ from abft_fast.experiments.cell import WITHOUT_RESULT
 from abft_fast.experiments.records import Record
 
 _NEVER = WITHOUT_RESULT | {
-    "dataset", "seed", "output_dir", "generalization_test", "calibration_samples",
+    "dataset", "seed", "output_dir", "generalization_test",
     "template", "test_file", "text_column", "label_column", "delimiter",
 }  # fmt: skip
 """Options that are a panel or a band of a figure, or change no result."""

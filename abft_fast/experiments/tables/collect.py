@@ -94,7 +94,8 @@ class _Collector:
         return self._runs(record, record.method, TrainConfig, self._not_compared, setting)
 
     def _evaluation_runs(self, record: Record, method: str) -> MethodRuns:
-        not_compared = {*self._not_compared, "calibration"}  # the method says it already
+        # The method says the calibration, and how a model is read changes no score.
+        not_compared = {*self._not_compared, "calibration", "stream"}
         return self._runs(record, method, EvalConfig, not_compared)
 
     def _runs(

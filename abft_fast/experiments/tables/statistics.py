@@ -1,4 +1,4 @@
-"""Means and deviations over seeds and datasets, as entries of a table; gaps are never filled in."""
+"""Means and standard deviations over seeds and datasets, as a table's entries; gaps stay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from abft_fast.options import TrainConfig
 
 
 def over_seeds(by_seed: BySeed) -> Entry:
-    """Return the mean and the sample deviation over seeds.
+    """Return the mean and the sample standard deviation over seeds.
 
     A seed that was measured several times counts once, with the mean of its values.
     """

@@ -20,7 +20,7 @@ class Entry:
 
     Attributes:
         mean: the value, or None if no run has it.
-        deviation: sample deviation over seeds; None with fewer than two seeds.
+        deviation: sample standard deviation over seeds; None with fewer than two seeds.
         unit: `%` for shares, which are shown times 100; `x` for ratios; `` for counts.
         note: a remark for the reader, such as `7 of 8 datasets`.
         best: whether this is the best entry of its model and column.
