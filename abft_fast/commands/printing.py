@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from abft_fast.evaluation import titles
 from abft_fast.options import listed_tests, of_one_test
 from abft_fast.runtime.progress import plain_console
 from abft_fast.training.run_folder import RunFolder
@@ -14,25 +15,6 @@ from abft_fast.training.run_folder import RunFolder
 if TYPE_CHECKING:  # it imports torch
     from abft_fast.memory.streamed import Speeds, StreamedPlan
     from abft_fast.memory.types import Plan
-
-_PERCENTAGES = {
-    "accuracy": "accuracy (%)",
-    "macro_f1": "macro F1 (%)",
-    "true_label_likelihood": "true-label likelihood (%)",
-    "expected_calibration_error": "expected calibration error (%)",
-    "consistency": "consistency (%)",
-    "own": "accuracy, own label words (%)",
-    "rotated": "accuracy, label words rotated (%)",
-    "symbols": "accuracy, new label words (%)",
-    "override_rate": "known queries answered by rotated labels (%)",
-    "prior_rate": "known queries answered by own labels though rotated (%)",
-    "one_label_share": "prompts whose demonstrations have one label (%)",
-}
-_ATTENTION = {
-    "induction_heads": "induction heads a prompt",
-    "correct_share_above_chance": "label mass on correct labels, above chance (%)",
-    "label_mass": "label mass, mean of all heads (%)",
-}
 
 
 def print_run(run: RunFolder) -> None:
@@ -92,45 +74,28 @@ def _rows_of_tests(
 
 def _rows(metrics: dict[str, dict], attention: dict[str, dict]) -> dict[str, str]:
     """Return titles and values of all figures; the first of several datasets is in-domain."""
-    rows = {}
+    rows: dict[str, str] = {}
     for dataset, scores in metrics.items():
         start = "" if len(metrics) == 1 else f"{dataset}: "
-        for name, value in scores.items():
-            if name.endswith(("_low", "_high")):  # stands beside its share
-                continue
-            title, text = _figure(name, value)
-            low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
-            if low is not None and high is not None:
-                text += f" ({_percent(low)} to {_percent(high)})"
-            rows[start + title] = text
+        rows |= {start + title: text for title, text in titles.rows_of(scores).items()}
         heads = attention[dataset]
-        rows[start + _ATTENTION["induction_heads"]] = f"{heads['induction_heads']:.2f}"
-        share = heads["correct_share_above_chance"]
-        rows[start + _ATTENTION["correct_share_above_chance"]] = _percent(share, "+")
-        if share is None and "label_mass" in heads:
-            rows[start + _ATTENTION["label_mass"]] = _percent(heads["label_mass"])
+        shown = ["induction_heads", "correct_share_above_chance"]
+        if heads["correct_share_above_chance"] is None and "label_mass" in heads:
+            shown.append("label_mass")
+        for name in shown:
+            title, text = titles.titled(name, heads[name])
+            rows[start + title] = text
     inside, *outside = metrics.values()
     if outside:
         for name in inside:
-            if name not in _PERCENTAGES:
+            if name not in titles.SHARES:
                 continue
-            title, rows_in = _figure(name, inside[name])
+            title, rows_in = titles.titled(name, inside[name])
             values = [other[name] for other in outside if other[name] is not None]
             mean = sum(values) / len(values) if values else None
             rows[f"in-domain: {title}"] = rows_in
-            rows[f"out-of-domain, mean of {len(values)}: {title}"] = _figure(name, mean)[1]
+            rows[f"out-of-domain, mean of {len(values)}: {title}"] = titles.titled(name, mean)[1]
     return rows
-
-
-def _figure(name: str, value: float | None) -> tuple[str, str]:
-    """Return a metric's title and value; the value of a share is in per cent."""
-    percent = _PERCENTAGES.get(name)
-    metric, at, rate = name.partition("_at_")
-    if at and metric in _PERCENTAGES:  # GLER, at one error rate
-        percent = f"{_PERCENTAGES[metric]}, {rate.removesuffix('_percent_wrong')} % wrong labels"
-    if percent:
-        return percent, _percent(value)
-    return name.replace("_", " "), "-" if value is None else f"{value:.4f}"
 
 
 def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
@@ -217,7 +182,3 @@ def print_findings(findings: list[tuple[str, str]]) -> None:
 def _console() -> Console:
     console = plain_console()
     return console if console.is_terminal else plain_console(width=100)
-
-
-def _percent(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{100 * value:{sign}.1f}"

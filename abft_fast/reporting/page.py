@@ -8,23 +8,12 @@ from typing import Any
 
 import jinja2
 
+from abft_fast.evaluation import titles
 from abft_fast.evaluation.intervals import Interval
 from abft_fast.options.base import flag
 from abft_fast.reporting.pictures import pictures
 from abft_fast.reporting.run_data import SIDES, RunData
 from abft_fast.reporting.statistics import confusion
-
-_TITLES = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "true_label_likelihood": "true-label likelihood",
-    "expected_calibration_error": "expected calibration error",
-    "consistency": "consistency",
-    "induction_heads": "induction heads a prompt",
-    "correct_share_above_chance": "label mass on correct labels, above chance",
-    "label_mass": "label mass, mean of all heads",
-}
-_NOT_PERCENT = ("induction_heads",)
 
 
 def render(runs: Sequence[RunData]) -> str:
@@ -32,7 +21,7 @@ def render(runs: Sequence[RunData]) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["percent"] = _percent
+    environment.filters["percent"] = titles.percent
     environment.filters["interval"] = _interval
     template = environment.from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
     return template.render(
@@ -76,20 +65,10 @@ def _metrics(run: RunData) -> dict[str, dict[str, list[str]]]:
     for by_side in (run.evaluation, run.attention):
         for column, side in enumerate(SIDES):
             for dataset, figures in by_side.get(side, {}).items():
-                for name, value in figures.items():
-                    title, text = _figure(name, value)
+                for title, text in titles.rows_of(figures).items():
                     row = tables.setdefault(dataset, {}).setdefault(title, ["", ""])
                     row[column] = text
     return tables
-
-
-def _figure(name: str, value: float | None) -> tuple[str, str]:
-    title = _TITLES.get(name)
-    if title is None:
-        return name.replace("_", " "), "-" if value is None else f"{value:.4f}"
-    if name in _NOT_PERCENT:
-        return title, "-" if value is None else f"{value:.2f}"
-    return f"{title} (%)", _percent(value, "+" if name == "correct_share_above_chance" else "")
 
 
 def _confusion(run: RunData, side: str) -> dict[str, Any]:
@@ -145,10 +124,6 @@ def _query(tokens: Sequence[str], last_label: int) -> str:
     """Return the text after the last demonstration, shortened."""
     text = " ".join("".join(tokens[last_label + 1 :]).split())
     return text if len(text) <= 90 else f"{text[:60]} … {text[-28:]}"
-
-
-def _percent(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{100 * value:{sign}.1f}"
 
 
 def _interval(interval: Interval, sign: str = "") -> str:

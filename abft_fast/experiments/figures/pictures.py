@@ -11,17 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from abft_fast.evaluation import titles
 from abft_fast.experiments.figures.rows import Row
 from abft_fast.plots import style
 
 _COLUMNS = 4  # panels beside one another
-_SHARES = {
-    "accuracy": "accuracy (%)",
-    "macro_f1": "macro F1 (%)",
-    "true_label_likelihood": "true-label likelihood (%)",
-    "expected_calibration_error": "expected calibration error (%)",
-    "correct_share_above_chance": "correct share above chance (%)",
-}
+_SHARES = {**titles.SHARES, "correct_share_above_chance": "correct share above chance"}
 _NAMES = {
     "induction_heads": "induction heads a prompt",
     "attention_loss": "ABFT's loss of a batch",
@@ -234,7 +229,9 @@ def _factor(measure: str) -> float:
 
 
 def _name(measure: str) -> str:
-    return _SHARES.get(measure) or _NAMES.get(measure, measure)
+    if measure in _SHARES:
+        return f"{_SHARES[measure]} (%)"
+    return _NAMES.get(measure, measure)
 
 
 def _wrapped(name: str) -> str:
