@@ -32,7 +32,10 @@ if GPU:
     _GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 LABELS = 16
-FACTORS = {"penalty": 0.5, "reward": 1.0}
+FACTORS = {  # on the device, as in training
+    "penalty": torch.full((), 0.5, device=DEVICE),
+    "reward": torch.ones((), device=DEVICE),
+}
 
 
 @dataclass(frozen=True)

@@ -171,10 +171,10 @@ def wall_seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def host_seconds(run: Callable[[], object]) -> float:
-    """Seconds until a call returns, its work on a GPU perhaps not done: the least of three."""
+def host_seconds(run: Callable[[], object], calls: int = 3) -> float:
+    """Seconds until a call returns, its work on a GPU perhaps not done: the least of some calls."""
     found = []
-    for _ in range(3):
+    for _ in range(calls):
         _wait()
         started = time.perf_counter()
         run()

@@ -48,6 +48,19 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
+_versions = functools.cache(versions)
+
+
+def gpu_answers() -> bool:
+    """Whether the GPU can still be used; a CPU always can."""
+    try:
+        if GPU:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def where() -> dict[str, object]:
     """Columns every row begins with."""
     return {
@@ -55,7 +68,7 @@ def where() -> dict[str, object]:
         "commit": commit(),
         "device": torch.cuda.get_device_name() if GPU else platform.machine(),
         "threads": torch.get_num_threads(),
-        **{name: versions()[name] for name in ("torch", "triton", "transformers")},
+        **{name: _versions()[name] for name in ("torch", "triton", "transformers")},
         "seed": SEED,
     }
 

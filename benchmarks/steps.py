@@ -1,7 +1,7 @@
 """A model and a batch of prompts, and one gradient on them by any contender.
 
-The model is a transformers decoder with PEFT's LoRA on W_Q and W_K. A contender leaves the gradient
-of its loss, mean over prompts, in the LoRA's weights.
+The model is a transformers decoder with PEFT's LoRA on W_Q and W_K, or these themselves. A
+contender leaves the gradient of its loss, mean over prompts, in what is trained.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from abft_fast.core.backbone import backbone, prepare
 from abft_fast.core.language_model_loss import TargetedPrompt, label_target
 from abft_fast.models.shapes import known_shape, with_layers
 from abft_fast.models.synthetic import is_quantized, random_model
-from abft_fast.models.trainable import enable_checkpointing, train_lora
+from abft_fast.models.trainable import enable_checkpointing, train_lora, train_weights
 from abft_fast.runtime.batching import micro_batches
 from benchmarks import stored
 from benchmarks.exactness import DTYPE, WIDE, assert_exact
@@ -45,6 +45,7 @@ class Case:
         k: demonstrations a prompt.
         layers: of a known shape, the first ones only; 0 is all.
         bits: 4 or 8 quantizes what is frozen; 0 does not.
+        full: trains W_Q and W_K themselves, not LoRA on them.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Case:
     k: int = 4
     layers: int = 0
     bits: int = 0
+    full: bool = False
 
     @property
     def head_filter(self) -> bool:
@@ -76,7 +78,8 @@ class Case:
         layers = f"-{self.layers}layers" if self.layers else ""
         bits = f"-{self.bits}bits" if self.bits else ""
         length = f"x{self.length}" if self.length else ""
-        return f"{self.model}{layers}{bits}-{self.prompts}{length}-k{self.k}"
+        full = "-full" if self.full else ""
+        return f"{self.model}{layers}{bits}{full}-{self.prompts}{length}-k{self.k}"
 
 
 class Contender(NamedTuple):
@@ -105,7 +108,7 @@ class Step:
             model = stored.load(case.model)
         else:
             model = random_model(case.config, torch.device(DEVICE), DTYPE, case.bits or None)
-        self.model = train_lora(model.eval(), 16)
+        self.model = train_weights(model.eval()) if case.full else train_lora(model.eval(), 16)
         prepare(self.model)  # before any way runs: it keeps gradients through NF4 on a CPU
         for parameter in self.trained:
             if not parameter.any():

@@ -93,5 +93,6 @@ def _packed_loss(
     )
     logits = run_packed(model, forward, logits_to_keep=kept).logits[0].float()
     targets, weights = targets.to(logits.device), weights.to(logits.device)
-    loss = F.cross_entropy(logits, targets, reduction="none") @ weights
+    # No product `@`: autocast would round its operands.
+    loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
     return forward.behavior()._replace(loss=loss)

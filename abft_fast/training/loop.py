@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from abft_fast.core.packing import EncodedPrompt, pack
+from abft_fast.core.behavior import AttentionBehavior
+from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
 from abft_fast.errors import RunError
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.models import trainable
@@ -168,7 +169,8 @@ def backward(
     Returns:
         The loss and what the heads did, both of the prompts in `batch`.
     """
-    loss, behavior = torch.zeros((), device=accelerator.device), BehaviorMean()
+    loss = torch.zeros((), device=accelerator.device)
+    found: list[tuple[AttentionBehavior, PackedPrompts]] = []
     for indices in micro_batches([len(prompt) for prompt in batch], tokens):
         prompts = [batch[i] for i in indices]
         packed = pack(prompts).to(accelerator.device)
@@ -178,7 +180,10 @@ def backward(
             share = result.loss * (len(prompts) / (pseudo_batch or len(batch)))
             accelerator.backward(share)
         loss += share.detach().to(loss.device)
-        behavior.add(result, packed)
+        found.append((result._replace(loss=result.loss.detach()), packed))
+    behavior = BehaviorMean()
+    for each in found:  # only now is a GPU awaited
+        behavior.add(*each)
     return loss.item(), behavior
 
 

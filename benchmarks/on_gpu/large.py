@@ -8,12 +8,11 @@ from benchmarks.on_gpu.phase import Phase
 from benchmarks.on_gpu.steps import most_tokens
 from benchmarks.record import GPU
 
-NEEDS = ("bitsandbytes", "pydantic")  # the weights, and the options that a plan is made for
 CAP_GB = 48
 
 
 def run(phase: Phase) -> None:
-    if phase.has_packages("NF4", *NEEDS):
+    if phase.has_packages("NF4"):
         phase.attempt("NF4", partial(measure, phase))
 
 

@@ -17,6 +17,17 @@ from abft_fast.errors import RunError
 from benchmarks import record
 from benchmarks.paired import Timing, Turns
 
+NEEDS = {
+    "large": ("bitsandbytes", "pydantic"),  # the weights, and the options that a plan is made for
+    "streamed": ("bitsandbytes", "pydantic", "StaICC"),
+}
+"""Packages that a phase needs besides those of the models."""
+
+
+def missing(phase: str) -> list[str]:
+    """The packages that a phase needs and that are not installed."""
+    return [name for name in NEEDS.get(phase, ()) if importlib.util.find_spec(name) is None]
+
 
 class Verdict(NamedTuple):
     """A line of the last table.
@@ -46,11 +57,13 @@ class Phase:
         name: of the phase, and of its CSV.
         deadline: when it must begin nothing more, by `time.monotonic`.
         verdicts: what it has found.
+        rounds: of the last contenders that were timed.
     """
 
     name: str
     deadline: float
     verdicts: list[Verdict] = field(default_factory=list)
+    rounds: int = 0
 
     @property
     def is_over(self) -> bool:
@@ -68,12 +81,12 @@ class Phase:
     def skip(self, what: str, why: str) -> None:
         self._add(what, why, "", "skipped")
 
-    def has_packages(self, what: str, *names: str) -> bool:
-        """Whether the packages of a part are installed; if not, the part is skipped."""
-        missing = [name for name in names if importlib.util.find_spec(name) is None]
-        if missing:
-            self.skip(what, f"needs {' and '.join(missing)}, not installed")
-        return not missing
+    def has_packages(self, what: str) -> bool:
+        """Whether the packages that the phase needs are installed; if not, it is skipped."""
+        names = missing(self.name)
+        if names:
+            self.skip(what, f"needs {' and '.join(names)}, not installed")
+        return not names
 
     def attempt(self, what: str, run: Callable[[], object]) -> None:
         """Run a part of the phase, unless time is over; what fails stops no other part."""
@@ -118,6 +131,7 @@ class Phase:
                 break
             turns()
         turns.forget(1)
+        self.rounds = min(map(len, turns.seconds.values()))
         for name, factor in (scales or {}).items():
             turns.seconds[name] = [factor * seconds for seconds in turns.seconds[name]]
         return turns.timings(floor, baseline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import itertools
+import os
 import sys
 import time
 from collections import Counter
@@ -13,9 +14,11 @@ from collections.abc import Mapping
 import torch
 
 from benchmarks import record
-from benchmarks.on_gpu.phase import Phase, Verdict
+from benchmarks.on_gpu.phase import Phase, Verdict, missing
 
 GRACE = 60  # seconds after the budget; what hangs longer is ended
+LEAST = 60  # seconds that are worth a new process
+_FAILED = "FIRST_GPU_FAILED"  # set for the process that goes on after a failure
 
 
 def run(seconds: Mapping[str, float], budget: float) -> int:
@@ -30,17 +33,36 @@ def run(seconds: Mapping[str, float], budget: float) -> int:
     torch.manual_seed(record.SEED)
     print("  ".join(f"{name} {value}" for name, value in record.where().items()))
     started, verdicts = time.monotonic(), []
-    ends = itertools.accumulate(seconds.values())
+    needed = [0.0 if missing(name) else share for name, share in seconds.items()]
+    ends = itertools.accumulate(needed)
     for name, end in zip(seconds, ends, strict=True):
-        phase = Phase(name, started + budget * end / sum(seconds.values()))
+        phase = Phase(name, started + budget * end / (sum(needed) or 1))
         phase.attempt(name, lambda phase=phase: _module(phase.name).run(phase))
         verdicts += phase.verdicts
+        if not record.gpu_answers():
+            left = budget - (time.monotonic() - started)
+            _go_on_in_a_new_process(name, list(seconds), left, verdicts)
+            break
     faulthandler.cancel_dump_traceback_later()
     print(table(verdicts))
     cut = [verdict.phase for verdict in verdicts if verdict.status == "cut"]
     if cut:
         print(f"continue with --from {cut[0]}")
-    return int(any(verdict.status == "FAILED" for verdict in verdicts))
+    failed = any(verdict.status == "FAILED" for verdict in verdicts)
+    return int(failed or _FAILED in os.environ)
+
+
+def _go_on_in_a_new_process(
+    name: str, names: list[str], left: float, verdicts: list[Verdict]
+) -> None:
+    """Replace this process: after an illegal access nothing more runs on the GPU in it."""
+    later = names[names.index(name) + 1 :]
+    if not later or left < LEAST:
+        return
+    print(table(verdicts), f"\nthe GPU does not answer any more: {later[0]} begins a new process")
+    os.environ[_FAILED] = "1"
+    again = ["--from", later[0], "--budget", str(left)]  # of a repeated option the last one counts
+    os.execv(sys.executable, [sys.executable, *sys.argv, *again])
 
 
 def _module(name: str):

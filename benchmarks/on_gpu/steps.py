@@ -5,12 +5,15 @@ A step is timed by the wall: a small model waits for its host, and a user does t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
 from abft_fast.core.attention import NAME
 from abft_fast.runtime.token_budget import TokenBudget
+from benchmarks.exactness import relative_difference
 from benchmarks.on_gpu.phase import Phase
+from benchmarks.paired import host_seconds
 from benchmarks.record import GPU
 from benchmarks.step_contenders import one_by_one, ours, packed_end_to_end
 from benchmarks.steps import Case, Contender, Step
@@ -21,16 +24,19 @@ CASES = (
         Case("qwen2.5-0.5b", 32, 150),
         Case("llama3-8b", 32, 600),
         Case("qwen2.5-0.5b", 32, 600),
+        Case("qwen2.5-0.5b", 32, 150, full=True),
     ]
     if GPU
-    else [Case("5x128", 6, 30)]
+    else [Case("5x128", 6, 30), Case("5x128", 6, 30, full=True)]
 )
 FEW = 4  # prompts of what is slow, whose time is scaled
+MOST_ERROR = 0.1 if GPU else 1e-4  # of a gradient in bfloat16, on a CPU in float32
 EAGER = "eager, one by one"
 WAYS = {
     "ABFT, local": ours("local"),
     "ABFT, N = 4": ours(4),
     "ABFT, full": ours("full"),
+    "ABFT, full, checkpointing": ours("full", checkpointing=True),
     "E2E": Contender(NAME, packed_end_to_end),
     EAGER: Contender("eager", one_by_one),
 }
@@ -50,7 +56,8 @@ def measure(phase: Phase, case: Case) -> None:
         step.set_up(way)
 
     step.prompts = prompts[:FEW]
-    error = step.check(WAYS[EAGER], {"ABFT, full": WAYS["ABFT, full"]})
+    errors: list[float] = []
+    phase.attempt(f"{case}, gradients", lambda: errors.extend(check(phase, step)))
     step.prompts = prompts
     ways = dict(fitting(step))
     found = phase.timed(
@@ -61,14 +68,20 @@ def measure(phase: Phase, case: Case) -> None:
     )  # fmt: skip
     step.prompts = prompts
     peaks = step.peaks({name: way for name, way in ways.items() if name != EAGER})
+    host_us = {}
+    for name in peaks:
+        step.set_up(ways[name])
+        host_us[name] = round(host_seconds(partial(step.run, ways[name]), calls=1) * 1e6)
     for name, timing in found.items():
         a_second = len(prompts) / timing.seconds.p50
         phase.row({
-            "model": case.model, "prompts": len(prompts), "n": case.length, "contender": name,
+            "model": case.model, "trained": "W_Q, W_K" if case.full else "LoRA",
+            "prompts": len(prompts), "n": case.length, "contender": name,
             "prompts_run": FEW if name == EAGER else len(prompts),
             "tokens_at_once": ways[name].tokens, **timing.columns(),
             "prompts_a_second": round(a_second, 2), "peak_bytes": peaks.get(name, ""),
-            "gradient_error": f"{error:.1e}",
+            "gradient_error": f"{max(errors, default=math.nan):.1e}", "rounds": phase.rounds,
+            "host_us": host_us.get(name, ""),
         })  # fmt: skip
         if name != EAGER:
             words = f"{a_second:.1f} prompts/s, {timing.speedup.p50:.2f} x eager"
@@ -76,7 +89,19 @@ def measure(phase: Phase, case: Case) -> None:
             ours_ = name != "E2E"
             goal = "faster than eager, one by one" if ours_ else ""
             met = timing.speedup.p50 > 1 if ours_ else None
-            phase.say(f"{case.model}, n = {case.length}, {name}", words, goal, met)
+            phase.say(f"{case}, {name}", words, goal, met)
+
+
+def check(phase: Phase, step: Step) -> Iterator[float]:
+    """The errors of gradients: of full by what plain torch loses, of others against float32."""
+    yield step.check(WAYS[EAGER], {"ABFT, full": WAYS["ABFT, full"]})
+    for name in ("ABFT, local", "ABFT, N = 4", "E2E"):
+        exact = step.exact_gradient(WAYS[name])
+        error = relative_difference(step.gradient(WAYS[name]), exact)
+        met = error <= MOST_ERROR
+        what = f"{step.case}, {name}: gradient"
+        phase.say(what, f"off by {error:.1e}", f"{MOST_ERROR:g} at most", met)
+        yield error
 
 
 def fitting(step: Step) -> Iterator[tuple[str, Contender]]:

@@ -7,7 +7,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-from benchmarks.on_gpu.large import NEEDS
 from benchmarks.on_gpu.phase import Phase
 from benchmarks.record import GPU, SEED
 from benchmarks.steps import random_prompts
@@ -16,7 +15,7 @@ STEPS = 2
 
 
 def run(phase: Phase) -> None:
-    if not phase.has_packages("layers", *NEEDS):
+    if not phase.has_packages("layers"):
         return
     from benchmarks.capped import Capped
 
