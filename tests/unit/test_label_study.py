@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("own", "rotated", "symbols", "override_rate", "prior_rate")
-NAMES = {"none": "vanilla", "own (the paper)": "own"}
+NAMES = {"none": "vanilla", "own (the paper)": "own", "ABFT, permuted": "permuted"}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,11 @@ def test_the_page_has_the_rotated_accuracy_of_each_dataset(rows):
 
 
 def test_rows_of_gemma_are_cells_of_its_sweep(gemma):
-    cells = {cell.name for cell in read_cells(ROOT / "configs/real/gemma_labels.yaml", {})}
+    cells = {
+        cell.name
+        for name in ("gemma_labels", "gemma_following")
+        for cell in read_cells(ROOT / f"configs/real/{name}.yaml", {})
+    }
     assert {row["cell"] for row in gemma.values()} <= cells
 
 
