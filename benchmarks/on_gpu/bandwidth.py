@@ -39,20 +39,24 @@ def measure(phase: Phase, length: int, rows: int) -> None:
     layer.check_losses(layer.loss(query, key, "triton"))
     copied, cache = torch.empty_like(key), torch.zeros(CACHE_BYTES // 4, device=DEVICE)
     leaves = [t.detach().requires_grad_() for t in (query, key)]
+    loss = layer.loss(*leaves, "triton").loss.sum()
     contenders = {
         "copy": lambda: copied.copy_(key),
         "forward": lambda: layer.loss(query, key, "triton"),
         "forward for gradient": lambda: layer.loss(*leaves, "triton"),
+        "backward": lambda: torch.autograd.grad(loss, leaves, retain_graph=True),
     }
+    # A copy reads and writes the keys; the backward reads them, and writes their gradient twice, as
+    # zeros first.
+    passes = {"copy": 2, "backward": 3}
     found = phase.timed(
         contenders, floor="copy", rounds=20 if GPU else 1, clock=device_seconds,
         setups={name: cache.zero_ if name == "copy" else cache.sum for name in contenders},
     )  # fmt: skip
     key_bytes = key.numel() * DTYPE.itemsize
     for name, timing in found.items():
-        # A copy moves the keys twice.
-        share = 1.0 if name == "copy" else 0.5 / timing.to_floor.p50
-        moved = key_bytes * (2 if name == "copy" else 1)
+        share = passes.get(name, 1) / passes["copy"] / timing.to_floor.p50
+        moved = key_bytes * passes.get(name, 1)
         phase.row({
             **shape.columns(), "contender": name, **timing.columns(), "rounds": phase.rounds,
             "host_us": round(host_seconds(contenders[name]) * 1e6), "bytes": moved,

@@ -41,8 +41,10 @@ def measure(phase: Phase, length: int) -> None:
             phase.row({
                 **shape.columns(), "part": part, "attention": choose_attention(layer.query)[0],
                 "contender": name, **timing.columns(),
-                "host_us": round(host_seconds(contenders[name]) * 1e6),
+                "host_us": round(host_seconds(contenders[name]) * 1e6), "rounds": phase.rounds,
             })  # fmt: skip
+            what = f"{name}, {part}, n = {length}"
+            phase.attempt(f"{what}, kernels", partial(phase.profile, what, contenders[name]))
         ratio = found["fused"].to_floor.p50
         phase.say(
             f"{part}, n = {length}", f"{ratio:.3f} of flash alone", f"{GOAL} at most", ratio <= GOAL

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity
 
 from abft_fast.errors import RunError
 from benchmarks import record
 from benchmarks.paired import Timing, Turns
 
+MOST_KERNELS = 15  # of a call, in kernels.csv
 NEEDS = {
     "large": ("bitsandbytes", "pydantic"),  # the weights, and the options that a plan is made for
     "streamed": ("bitsandbytes", "pydantic", "StaICC"),
@@ -107,6 +109,22 @@ class Phase:
         if record.GPU:
             with contextlib.suppress(RuntimeError):  # of a device that has failed, as said above
                 torch.cuda.empty_cache()
+
+    def profile(self, what: str, run: Callable[[], object]) -> None:
+        """Write a row to kernels.csv for each of the kernels that take most of a call's time."""
+        kind = "device" if record.GPU else "cpu"
+        activity = ProfilerActivity.CUDA if record.GPU else ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profile:
+            run()
+            if record.GPU:
+                torch.cuda.synchronize()
+        micros = {e.key: getattr(e, f"self_{kind}_time_total") for e in profile.key_averages()}
+        calls = {event.key: event.count for event in profile.key_averages()}
+        for key in sorted(micros, key=lambda key: -micros[key])[:MOST_KERNELS]:
+            record.append("kernels", {
+                "phase": self.name, "what": what, "kernel": key[:80], "calls": calls[key],
+                "us": round(micros[key]), "us_of_all": round(sum(micros.values())),
+            })  # fmt: skip
 
     def timed(
         self,

@@ -42,6 +42,9 @@ WAYS = {
 }
 
 
+PROFILED = ("ABFT, local", "ABFT, full", "E2E")
+
+
 def run(phase: Phase) -> None:
     for case in CASES:
         phase.attempt(str(case), partial(measure, phase, case))
@@ -71,7 +74,11 @@ def measure(phase: Phase, case: Case) -> None:
     host_us = {}
     for name in peaks:
         step.set_up(ways[name])
-        host_us[name] = round(host_seconds(partial(step.run, ways[name]), calls=1) * 1e6)
+        run_step = partial(step.run, ways[name])
+        host_us[name] = round(host_seconds(run_step, calls=1) * 1e6)
+        if name in PROFILED:
+            what = f"{case}, {name}"
+            phase.attempt(f"{what}, kernels", partial(phase.profile, what, run_step))
     for name, timing in found.items():
         a_second = len(prompts) / timing.seconds.p50
         phase.row({

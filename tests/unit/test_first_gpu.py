@@ -54,8 +54,9 @@ def test_every_phase_runs_where_only_the_libraries_of_the_model_are(tmp_path):
         line = f"{phase}  needs bitsandbytes and pydantic{more}, not installed  skipped"
         assert line in run.stdout
     assert "cut" not in run.stdout and "FAILED" not in run.stdout
-    assert {path.stem for path in tmp_path.iterdir()} == set(PHASES)
-    for phase in PHASES:
+    assert {path.stem for path in tmp_path.iterdir()} == {*PHASES, "kernels"}
+    assert {row["phase"] for row in rows(tmp_path, "kernels")} == {"fused", "steps"}
+    for phase in (*PHASES, "kernels"):
         found = rows(tmp_path, phase)
         assert all(row["commit"] == "abc1234" and row["torch"] for row in found)
     assert all(row["holds"] == "True" for row in rows(tmp_path, "correctness"))
