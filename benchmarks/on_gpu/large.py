@@ -12,8 +12,7 @@ CAP_GB = 48
 
 
 def run(phase: Phase) -> None:
-    if phase.has_packages("NF4"):
-        phase.attempt("NF4", partial(measure, phase))
+    phase.attempt("NF4", partial(measure, phase))
 
 
 def measure(phase: Phase) -> None:

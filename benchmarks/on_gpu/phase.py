@@ -83,13 +83,6 @@ class Phase:
     def skip(self, what: str, why: str) -> None:
         self._add(what, why, "", "skipped")
 
-    def has_packages(self, what: str) -> bool:
-        """Whether the packages that the phase needs are installed; if not, it is skipped."""
-        names = missing(self.name)
-        if names:
-            self.skip(what, f"needs {' and '.join(names)}, not installed")
-        return not names
-
     def attempt(self, what: str, run: Callable[[], object]) -> None:
         """Run a part of the phase, unless time is over; what fails stops no other part."""
         if self.is_over:

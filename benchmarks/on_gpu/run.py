@@ -37,7 +37,10 @@ def run(seconds: Mapping[str, float], budget: float) -> int:
     ends = itertools.accumulate(needed)
     for name, end in zip(seconds, ends, strict=True):
         phase = Phase(name, started + budget * end / (sum(needed) or 1))
-        phase.attempt(name, lambda phase=phase: _module(phase.name).run(phase))
+        if names := missing(name):
+            phase.skip("packages", f"needs {' and '.join(names)}, not installed")
+        else:
+            phase.attempt(name, lambda phase=phase: _module(phase.name).run(phase))
         verdicts += phase.verdicts
         if not record.gpu_answers():
             left = budget - (time.monotonic() - started)

@@ -15,8 +15,6 @@ STEPS = 2
 
 
 def run(phase: Phase) -> None:
-    if not phase.has_packages("layers"):
-        return
     from benchmarks.capped import Capped
 
     cases = [
