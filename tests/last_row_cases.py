@@ -51,6 +51,8 @@ def make_case(
     case = {
         "query": query.to(dtype),
         "key": key.to(dtype),
+        "key_start": starts.int(),
+        "key_end": ends.int(),
         "label_positions": torch.tensor(positions, dtype=torch.int32),
         "label_offsets": torch.tensor([0, *labels]).cumsum(0).int(),
         "label_is_correct": torch.tensor(correct, dtype=torch.bool),
@@ -58,8 +60,6 @@ def make_case(
     if sinks:
         case["sinks"] = torch.randn(query_heads, **draw).to(dtype)
     case = {name: tensor.to(DEVICE) for name, tensor in case.items()}
-    bounds = torch.cat([starts[:1], ends]).int().to(DEVICE)
-    case |= {"key_start": bounds[:-1], "key_end": bounds[1:]}  # as in training: one is not aligned
     return {**case, "penalty": 0.5, "reward": 1.0, **options}
 
 

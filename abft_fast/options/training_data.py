@@ -183,9 +183,10 @@ class TrainingDataOptions(Options):
     def trains_on_several(self) -> bool:
         """Return whether the training prompts come from more than one dataset."""
         option = METHODS[self.method].data_option or "training_datasets"
+        if option == "plain_text":
+            return False
         named = getattr(self, option)
-        is_many = option == "meta_datasets" if named is None else "," in named or named == OTHERS
-        return option != "plain_text" and is_many
+        return option == "meta_datasets" if named is None else named == OTHERS or "," in named
 
     @property
     def training_dataset_names(self) -> list[str]:

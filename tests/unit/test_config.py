@@ -140,6 +140,7 @@ def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
         ({"mixture": "proportional", "method": "MetaICL", "meta_datasets": "mr,sst2"}, []),
         ({"mixture": "proportional", "method": "MetaICL"}, []),
         ({"mixture": "proportional", "method": "PICL"}, ["--mixture"]),
+        ({"mixture": "proportional", "method": "PICL", "plain_text": __file__}, ["--mixture"]),
         ({"no_eval": True, "no_save": True, "test_type": "GLER", "save_steps": 1},
          ["--test-type", "--save-steps"]),
     ],

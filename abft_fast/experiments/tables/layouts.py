@@ -172,12 +172,15 @@ def _in_domain_average(runs: MethodRuns, datasets: list[str]) -> Entry:
 
 
 def _evaluation_options(runs: MethodRuns) -> list[str]:
-    """Return the options of evaluation, as `k=4`, less those that the columns of table 3 show."""
-    shown = ("test_type", "calibration")
+    """Return the options of evaluation, as `k=4`, less those that the columns of table 3 show.
+
+    How a model is read is none of them.
+    """
+    left_out = ("test_type", "calibration", "stream")
     return [
         f"{name}={value}"
         for name, value in runs.options.items()
-        if name in EvalConfig.model_fields and name not in shown
+        if name in EvalConfig.model_fields and name not in left_out
     ]
 
 
