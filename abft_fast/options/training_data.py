@@ -180,15 +180,6 @@ class TrainingDataOptions(Options):
         return self.data_are_own or not set(names) <= set(data.NAMES)
 
     @property
-    def trains_on_several(self) -> bool:
-        """Return whether the training prompts come from more than one dataset."""
-        option = METHODS[self.method].data_option or "training_datasets"
-        if option == "plain_text":
-            return False
-        named = getattr(self, option)
-        return option == "meta_datasets" if named is None else named == OTHERS or "," in named
-
-    @property
     def training_dataset_names(self) -> list[str]:
         """Return the names or paths of the datasets that the training prompts come from.
 

@@ -47,7 +47,9 @@ TRAINING = (
         ("own_labels_share",),
         lambda run: run.training_labels != "mixed",
     ),
-    Rule("several training datasets", ("mixture",), lambda run: not run.trains_on_several),
+    Rule(
+        "several training datasets", ("mixture",), lambda run: len(run.training_dataset_names) < 2
+    ),
     Rule("checkpoints", ("save_steps",), lambda run: run.no_save),
     Rule("--trainable lora", ("lora_r",), lambda run: run.trainable != "lora"),
     Rule("--adaptation pid", ("pid_i", "pid_d"), lambda run: run.adaptation != "pid"),
@@ -76,6 +78,6 @@ def lines_without_effect(options: BaseModel, rules: Sequence[Rule]) -> list[str]
         name: f"{flag(name)} does nothing here: it works with {rule.purpose} only"
         for rule in rules
         for name in rule.options
-        if rule.is_idle(options) and getattr(options, name) != fields[name].default
+        if getattr(options, name) != fields[name].default and rule.is_idle(options)
     }
     return list(lines.values())

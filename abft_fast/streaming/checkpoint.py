@@ -9,16 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from abft_fast.errors import RunError, UserError
+from abft_fast.errors import UserError
 from abft_fast.runtime import processes
 from abft_fast.runtime.files import atomic_folder
 from abft_fast.runtime.tensor_file import with_prefix
 from abft_fast.streaming.stages import Stage
-from abft_fast.streaming.trained_blocks import TrainedBlocks
+from abft_fast.streaming.trained_blocks import TrainedBlocks, blaming
 
 BLOCK, STEP = "block", "step"
 _TENSORS, _FACTS = "state.safetensors", "state.json"
@@ -101,7 +100,7 @@ class WalkCheckpoint:
     def _newest(self, unit: str) -> int:
         for facts in sorted(self._folder.glob(f"{unit}-*/state-0/{_FACTS}"), reverse=True):
             folder = facts.parent.parent
-            with self._blaming(facts.parent):
+            with blaming(facts.parent, self._folder):
                 count = int(json.loads(facts.read_text(encoding="utf-8"))["processes"])
             if all((folder / f"state-{rank}" / _FACTS).is_file() for rank in range(count)):
                 self._check_count(count)
@@ -128,7 +127,7 @@ class WalkCheckpoint:
             UserError: the state does not fit what is there now.
         """
         state = self._state(number)
-        with self._blaming(state):
+        with blaming(state, self._folder):
             tensors = load_file(state / _TENSORS)
             facts = json.loads((state / _FACTS).read_text(encoding="utf-8"))
             yield tensors, facts
@@ -136,19 +135,6 @@ class WalkCheckpoint:
                 stage.restore(with_prefix(tensors, f"stage.{index}."), found)
         for stage in stages:
             stage.check_restored()
-
-    @contextlib.contextmanager
-    def _blaming(self, state: Path) -> Iterator[None]:
-        """Raise a RunError that names a state if it cannot be read."""
-        try:
-            yield
-        except (UserError, RunError):
-            raise
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise RunError(
-                f"checkpoint {state} cannot be read ({error}): delete {self._folder} to start the "
-                "walk again"
-            ) from error
 
     def remove(self) -> None:
         """Remove all checkpoints: a run with an adapter is done."""

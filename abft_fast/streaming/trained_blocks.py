@@ -13,11 +13,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from abft_fast.errors import RunError
+from abft_fast.errors import RunError, UserError
 from abft_fast.runtime.files import atomic_folder
 from abft_fast.streaming.model import StreamedModel
 
 _FILE = "trained.safetensors"
+
+
+@contextmanager
+def blaming(path: Path, folder: Path) -> Iterator[None]:
+    """Read a checkpoint in the block.
+
+    Args:
+        path: of the checkpoint.
+        folder: of all checkpoints, which is to be deleted if this one cannot be read.
+
+    Raises:
+        RunError: the checkpoint cannot be read.
+    """
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(
+            f"checkpoint {path} cannot be read ({error}): delete {folder} to start the walk again"
+        ) from error
 
 
 class TrainedBlocks:
@@ -40,7 +61,8 @@ class TrainedBlocks:
         self.put_lora_back(streamed, blocks)
         for number, block in enumerate(blocks, start=1):
             modules = streamed.trained_modules(block)
-            with self._blaming(number) as path:
+            path = self._of(number) / _FILE
+            with blaming(path, self._folder):
                 tensors = load_file(path) if modules else {}
             for name, module in modules.items():
                 for own_name, _ in list(module.named_parameters(recurse=False)):
@@ -50,7 +72,8 @@ class TrainedBlocks:
     def put_lora_back(self, streamed: StreamedModel, blocks: Sequence[range]) -> None:
         """Give the model the LoRA of blocks."""
         for number, block in enumerate(blocks, start=1):
-            with self._blaming(number) as path, safe_open(path, framework="pt") as file:
+            path = self._of(number) / _FILE
+            with blaming(path, self._folder), safe_open(path, framework="pt") as file:
                 if streamed.trained_modules(block):  # `put_back` reads these, at the end
                     continue
                 parameters: dict[str, Any] = streamed.trained_parameters(block)
@@ -63,18 +86,6 @@ class TrainedBlocks:
         for folder in self._folder.glob("block-*"):
             if int(folder.name.removeprefix("block-")) > done:
                 shutil.rmtree(folder)
-
-    @contextmanager
-    def _blaming(self, number: int) -> Iterator[Path]:
-        """Yield a block's file; raise a RunError that names it if it cannot be read."""
-        path = self._of(number) / _FILE
-        try:
-            yield path
-        except (OSError, KeyError, SafetensorError) as error:
-            raise RunError(
-                f"checkpoint {path} cannot be read ({error}): delete {self._folder} to start the "
-                "walk again"
-            ) from error
 
     def _of(self, number: int) -> Path:
         return self._folder / f"block-{number:06d}"
