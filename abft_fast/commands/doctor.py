@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from abft_fast import data
 from abft_fast.builtin import builtin_model_path
 from abft_fast.errors import UserError
-from abft_fast.runtime.environment import describe
+from abft_fast.runtime.environment import describe, multiplies_bfloat16
 
 
 def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
@@ -27,6 +27,8 @@ def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
         findings.append(("device", f"{', '.join(environment['gpus'])}, CUDA {torch.version.cuda}"))
     else:
         findings.append(("device", f"CPU, {environment['threads']} threads (no usable GPU)"))
+        faster = "; --mixed-precision bf16 is faster here" if multiplies_bfloat16() else ""
+        findings.append(("arithmetic", f"float32{faster}"))
     if len(environment["gpus"]) > 1:
         findings.append(("several GPUs", _several(len(environment["gpus"]))))
     findings += _attention()

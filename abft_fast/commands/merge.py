@@ -44,4 +44,4 @@ def merge(config: MergeConfig, progress: Progress) -> None:
     model = add_adapters(model, config.adapters, progress.say)
     with atomic_folder(config.output_dir) as temporary:
         model.to(stored).save_pretrained(temporary)
-        loading.read_tokenizer(config.model).save_pretrained(temporary)
+        loading.save_tokenizer(config.model, temporary)

@@ -21,7 +21,7 @@ from abft_fast.models.trainable import load_adapter
 from abft_fast.options import DrawnPromptOptions, Options, PlacementOptions, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder, for_tokenizer
 from abft_fast.runtime import processes
-from abft_fast.runtime.environment import uses_cpu
+from abft_fast.runtime.environment import multiplies_bfloat16, uses_cpu
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import tokens_at_once
 
@@ -59,6 +59,7 @@ class ModelOnDevice:
 
     def load(self) -> None:
         """Read the weights; prompts and memory have been checked by then."""
+        self.say_faster()
         self.progress.say(f"loading {self.config.model}")
         self.model = loading.load(
             self.config.model,
@@ -72,6 +73,12 @@ class ModelOnDevice:
             self.config.model, *getattr(self.config, "adapter_folders", ())
         ):
             self.progress.say(line)
+
+    def say_faster(self) -> None:
+        """Say what would be faster on this processor, if the user has not chosen the arithmetic."""
+        is_free = self.config.mixed_precision == "auto" and self.config.model != "builtin"
+        if is_free and self.arithmetic.device_type == "cpu" and multiplies_bfloat16():
+            self.progress.say("--mixed-precision bf16 is faster on this processor")
 
     def load_adapter(self, folder: Path) -> None:
         """Put an adapter on the model, after `load`.

@@ -325,4 +325,4 @@ def save_result(config: TrainConfig, run: RunFolder, model: PreTrainedModel) -> 
             (temporary / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty form
         else:
             model.save_pretrained(temporary)
-            loading.read_tokenizer(config.model).save_pretrained(temporary)
+            loading.save_tokenizer(config.model, temporary)

@@ -23,7 +23,7 @@ class Arithmetic:
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of weights that are neither quantized nor trained."""
-        return torch.bfloat16 if self.mixed and self.device_type == "cuda" else torch.float32
+        return torch.bfloat16 if self.mixed else torch.float32
 
 
 @dataclass(frozen=True)

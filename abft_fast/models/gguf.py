@@ -28,6 +28,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
@@ -39,6 +40,7 @@ from abft_fast.errors import UserError
 from abft_fast.models.files import gguf_file
 
 _TABLE = "gguf.json"
+_LAYOUT = 2  # of the folder; another number makes folders of older versions be written anew
 
 
 class StoredTensor(NamedTuple):
@@ -63,7 +65,7 @@ def metadata_folder(path: Path) -> Path:
     """
     status = path.stat()
     identity = [
-        str(path.resolve()), status.st_size, status.st_mtime_ns, transformers.__version__,
+        str(path.resolve()), status.st_size, status.st_mtime_ns, transformers.__version__, _LAYOUT,
     ]  # fmt: skip
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abft-fast" / "gguf"
     folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
@@ -186,17 +188,41 @@ def _write_metadata(path: Path, folder: Path) -> None:
         raise UserError(
             f"model {path} is damaged, {path.stat().st_size} bytes ({reason}): download it again"
         ) from error
-    for part in (AutoConfig, AutoTokenizer):
-        try:
-            read = part.from_pretrained(path.parent, gguf_file=path.name)
-        except Exception as error:  # of whatever reads that architecture
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"model {path}: transformers cannot read a GGUF of architecture {architecture} "
-                f"({reason}): use the model's safetensors"
-            ) from error
-        read.save_pretrained(folder)
+    try:
+        config, tokenizer = (
+            part.from_pretrained(path.parent, gguf_file=path.name)
+            for part in (AutoConfig, AutoTokenizer)
+        )
+    except Exception as error:  # of whatever reads that architecture
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model {path}: transformers cannot read a GGUF of architecture {architecture} "
+            f"({reason}): use the model's safetensors"
+        ) from error
+    config.save_pretrained(folder)
+    _save(tokenizer, folder)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     table = {"architecture": architecture, "sha256": digest, "tensors": tensors}
     (folder / _TABLE).write_text(json.dumps(table), encoding="utf-8")
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer for `PreTrainedTokenizerFast`, which is the same and takes less to read.
+
+    A model's own class reads the vocabulary with Python and builds a tokenizer from it; the general
+    one leaves the file to the package tokenizers, which takes less for a merge `a b` than for a
+    pair. Gemma's 262,144 words are read in 1.4 s instead of 3.8, with 0.16 GB instead of 0.47.
+    """
+    tokenizer.save_pretrained(folder)
+    vocabulary, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = json.loads(vocabulary.read_text(encoding="utf-8"))
+    merges = content["model"].get("merges")
+    if merges and not any(" " in part for merge in merges for part in merge):
+        content["model"]["merges"] = [" ".join(merge) for merge in merges]
+        vocabulary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    config = json.loads(settings.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["padding_side"] = tokenizer.padding_side  # of its class, where the file does not say
+    config["added_tokens_decoder"] = {}  # they are in the vocabulary's file
+    settings.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -57,7 +58,23 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: as `read_config`.
     """
-    return _read(AutoTokenizer, "builtin" if name.startswith(SYNTHETIC) else name)
+    if name.startswith(SYNTHETIC):
+        name = "builtin"
+    # The general class reads a tokenizer of a GGUF faster than the model's own, and the same.
+    return _read(AutoTokenizer if gguf_file(name) is None else PreTrainedTokenizerFast, name)
+
+
+def save_tokenizer(name: str, folder: Path) -> None:
+    """Save a model's tokenizer for other programs, in the class that transformers has for it.
+
+    Raises:
+        UserError: as `read_config`.
+    """
+    path = gguf_file(name)
+    if path is None:
+        read_tokenizer(name).save_pretrained(folder)
+    else:
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
 def load(
@@ -148,7 +165,9 @@ def _path(name: str) -> str:
 
 
 def _read(
-    kind: type[AutoConfig | AutoTokenizer | AutoModelForCausalLM], name: str, **options: Any
+    kind: type[AutoConfig | AutoTokenizer | PreTrainedTokenizerFast | AutoModelForCausalLM],
+    name: str,
+    **options: Any,
 ) -> Any:
     """Return the result of transformers' `from_pretrained`, or raise one line that says why not."""
     check_model_folder(name)

@@ -36,8 +36,9 @@ def test_the_run_has_what_a_run_has(streamed):
     assert not list((folder / "checkpoints").iterdir())
 
 
-def test_the_figures_are_those_of_an_ordinary_run(tmp_path):
-    control = ["--adaptation", "none"]
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_figures_are_those_of_an_ordinary_run(precision, tmp_path):
+    control = ["--adaptation", "none", "--mixed-precision", precision]
     for name, way in (("ordinary", []), ("streamed", ["--stream", "--stream-states", "disk"])):
         result = abft_fast("train", *OPTIONS, *control, *way, "--output-dir", tmp_path / name)
         assert result.returncode == 0, result.stderr

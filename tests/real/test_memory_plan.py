@@ -32,6 +32,7 @@ from benchmarks.peak_memory import high_water_mark, reset_high_water_mark
 
 assert give_back_at_once()
 path, gradient, checkpointing = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
+arithmetic = Arithmetic("cpu", mixed=sys.argv[4] == "bf16")
 given = {"model": path, "dataset": "sst2", "checkpointing": checkpointing}
 if gradient != EVALUATION.gradient:
     given["gradient"] = gradient
@@ -43,17 +44,19 @@ encoded = training_prompts(config, dataset, encoder)
 prompts = encoded.prompts[:24]
 tokens = sum(map(len, prompts))
 shape = loading.read_config(path)
-step = step_memory(shape, config, Arithmetic("cpu", False), flow, tokens // len(prompts))
-model = loading.load(path, torch.device("cpu"), torch.float32, None)
+step = step_memory(shape, config, arithmetic, flow, tokens // len(prompts))
+model = loading.load(path, torch.device("cpu"), arithmetic.dtype, None)
 model = trainable.set_trained(model, config.trainable, config.lora_r, False).eval()
 if checkpointing:
     trainable.enable_checkpointing(model)
-accelerator = Accelerator(cpu=True)
+accelerator = Accelerator(cpu=True, mixed_precision=sys.argv[4])
 
 
 def run(some):
     if flow == EVALUATION:
-        predict_labels(model, EncodedPrompts(some, encoded.labels[: len(some)], [], labels), 10**6)
+        asked = EncodedPrompts(some, encoded.labels[: len(some)], [], labels)
+        with accelerator.autocast():
+            predict_labels(model, asked, 10**6)
     else:
         backward(model, some, config, 0.5, accelerator, 10**6)
 
@@ -72,16 +75,23 @@ print(step.at(tokens) / (high_water_mark("cpu") - before))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's own high-water mark")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    ("gradient", "checkpointing"),
-    [("full", False), ("full", True), (2, False), ("local", False), ("none", False)],
-    ids=["full", "checkpointed", "blocks of 2", "local", "evaluation"],
+    ("gradient", "checkpointing", "precision"),
+    [
+        pytest.param("full", False, "no", id="full"),
+        pytest.param("full", False, "bf16", id="full in bfloat16"),
+        pytest.param("full", True, "no", id="checkpointed"),
+        pytest.param(2, False, "no", id="blocks of 2"),
+        pytest.param("local", False, "no", id="local"),
+        pytest.param("none", False, "no", id="evaluation"),
+        pytest.param("none", False, "bf16", id="evaluation in bfloat16"),
+    ],
 )
-def test_a_step_takes_what_was_planned(name, gradient, checkpointing):
+def test_a_step_takes_what_was_planned(name, gradient, checkpointing, precision):
     path = path_of(name)
     if not path.exists():
         pytest.skip(f"{path.name} is not there: make real-models")
     run = subprocess.run(
-        [sys.executable, "-c", STEP, str(path), str(gradient), str(checkpointing)],
+        [sys.executable, "-c", STEP, str(path), str(gradient), str(checkpointing), precision],
         cwd=ROOT,
         capture_output=True,
         text=True,

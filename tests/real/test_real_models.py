@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import attention_behavior_loss, data, pack
 from abft_fast.core.label_logits import label_logits
@@ -55,6 +55,13 @@ def test_weights_are_what_transformers_reads(path):
     actual = load(path).state_dict()
     assert expected.keys() == actual.keys()
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+@pytest.mark.slow  # as above
+def test_the_tokenizer_is_what_transformers_reads(path):
+    expected = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer
+    actual = loading.read_tokenizer(str(path)).backend_tokenizer
+    assert json.loads(actual.to_str()) == json.loads(expected.to_str())
 
 
 def test_special_tokens_in_a_text_stay_text(encoder):

@@ -6,13 +6,20 @@ import shutil
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from abft_fast import builtin_model_path
 from abft_fast.errors import UserError
 from abft_fast.models import gguf as models_gguf
 from abft_fast.models.gguf import metadata_folder, sha256
-from abft_fast.models.loading import load, read_config, read_tokenizer
+from abft_fast.models.loading import load, read_config, read_tokenizer, save_tokenizer
 from tests.command_line import abft_fast
 
 gguf = pytest.importorskip("gguf")
@@ -97,6 +104,26 @@ def test_blocks_are_what_transformers_reads_and_nf4_is_made_of_them(tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     error = (quantized(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()
     assert 0 < error < 0.3
+
+
+def test_the_saved_tokenizer_is_transformers_own(tmp_path, cache):
+    path = tmp_path / "m.gguf"
+    write(path, "qwen2")
+    own = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    read = read_tokenizer(str(path))
+    assert type(read) is not type(own)
+    assert json.loads(read.backend_tokenizer.to_str()) == json.loads(own.backend_tokenizer.to_str())
+    for name in ("all_special_ids", "padding_side", "added_tokens_decoder", "chat_template"):
+        assert getattr(read, name) == getattr(own, name)
+    save_tokenizer(str(path), tmp_path / "for others")
+    assert type(AutoTokenizer.from_pretrained(tmp_path / "for others")) is type(own)
+
+
+def test_merges_of_tokens_with_spaces_are_saved_as_pairs(tmp_path):
+    bpe = models.BPE({" ": 0, "a": 1, " a": 2}, [(" ", "a")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe))
+    models_gguf._save(tokenizer, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(" a")["input_ids"] == [2]
 
 
 def test_it_is_parsed_once(tmp_path, cache):
