@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from abft_fast.commands.data_report import show_data
@@ -59,12 +60,16 @@ class ModelOnDevice:
 
     def load(self) -> None:
         """Read the weights; prompts and memory have been checked by then."""
+        self.load_as(self.arithmetic.dtype)
+
+    def load_as(self, dtype: torch.dtype) -> None:
+        """Read the weights; those that are not quantized get this dtype."""
         self.say_faster()
         self.progress.say(f"loading {self.config.model}")
         self.model = loading.load(
             self.config.model,
             self.accelerator.device,
-            self.arithmetic.dtype,
+            dtype,
             self.config.bits if self.config.quantized else None,
             self.placement,
         )

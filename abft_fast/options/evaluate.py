@@ -18,7 +18,7 @@ from abft_fast.options.data import (
     ScoringOptions,
     absolute_place,
 )
-from abft_fast.options.merge import parse_adapters
+from abft_fast.options.merge import checked_adapters, parse_adapters
 from abft_fast.options.model import PromptOptions, check_stream_placement
 from abft_fast.options.without_effect import EVALUATION, Rule, lines_without_effect
 
@@ -157,11 +157,11 @@ class Options(ScoringOptions, DrawnPromptOptions):
 class EvalConfig(Options):
     """Options of `abft-fast eval`."""
 
-    adapter: str | None = Field(
-        None,
+    adapter: list[str] = Field(
+        [],
         description="PEFT adapter folder to load on the model. FOLDER=NUMBER gives it a "
-        "coefficient, and several are separated by commas: the model plus the sum of each "
-        "coefficient times what its adapter learnt (paper, Eq. 2).",
+        "coefficient. May be repeated, or several separated by commas: the model plus the sum of "
+        "each coefficient times what its adapter learnt (paper, Eq. 2).",
     )
     stream: bool = Field(
         False,
@@ -175,7 +175,7 @@ class EvalConfig(Options):
     @property
     def adapters(self) -> list[tuple[Path, float]]:
         """Return the adapter folders and their coefficients."""
-        return [] if self.adapter is None else parse_adapters(self.adapter)
+        return parse_adapters(self.adapter)
 
     @property
     def adapter_folders(self) -> list[Path]:
@@ -187,13 +187,7 @@ class EvalConfig(Options):
         """Return whether adapters are to be added to weights rather than put on the model."""
         return [coefficient for _, coefficient in self.adapters] not in ([], [1.0])
 
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _check_adapter(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        parse_adapters(str(value))
-        return str(value)
+    _check_adapter = field_validator("adapter", mode="before")(checked_adapters)
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
@@ -201,8 +195,8 @@ class EvalConfig(Options):
             check_stream_placement(self)
         if self.stream and self.adapter_is_a_sum:
             raise ValueError(
-                f"--stream and --adapter {self.adapter}, which is a sum: name one folder without a "
-                "number, or leave --stream out"
+                f"--stream and --adapter {','.join(self.adapter)}, which is a sum: name one folder "
+                "without a number, or leave --stream out"
             )
         return self
 
@@ -210,7 +204,8 @@ class EvalConfig(Options):
     def _check_sum(self) -> Self:
         if self.quantized and self.adapter_is_a_sum:
             raise ValueError(
-                f"--adapter {self.adapter} is added to the model's weights, which --quantized has "
-                "in 4 or 8 bits: leave --quantized out, or name one folder without a number"
+                f"--adapter {','.join(self.adapter)} is added to the model's weights, which "
+                "--quantized has in 4 or 8 bits: leave --quantized out, or name one folder without "
+                "a number"
             )
         return self

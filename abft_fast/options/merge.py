@@ -11,6 +11,18 @@ from pydantic import Field, field_validator
 from abft_fast.options.model import ModelOptions
 
 
+def checked_adapters(value: Any) -> Any:
+    """Return a value of `--adapter` as a list of texts.
+
+    Raises:
+        ValueError: as `parse_adapters`.
+    """
+    values = value if isinstance(value, list) else [value]
+    values = [str(each) for each in values if each is not None]
+    parse_adapters(values)
+    return values
+
+
 class MergeConfig(ModelOptions):
     """Options of `abft-fast merge`."""
 
@@ -29,24 +41,21 @@ class MergeConfig(ModelOptions):
     @property
     def adapters(self) -> list[tuple[Path, float]]:
         """Return the adapter folders and their coefficients."""
-        return [pair for value in self.adapter for pair in parse_adapters(value)]
+        return parse_adapters(self.adapter)
 
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _check_adapter(cls, value: Any) -> Any:
-        values = [value] if isinstance(value, str) else value
-        if isinstance(values, list):
-            for each in values:
-                parse_adapters(str(each))
-        return values
+    _check_adapter = field_validator("adapter", mode="before")(checked_adapters)
 
 
-def parse_adapters(value: str) -> list[tuple[Path, float]]:
-    """Return the folders and coefficients that one value names; a folder that exists is one.
+def parse_adapters(values: list[str]) -> list[tuple[Path, float]]:
+    """Return the folders and coefficients that values name; a folder that exists is one.
 
     Raises:
-        ValueError: the value is neither folders nor folders with numbers.
+        ValueError: a value is neither folders nor folders with numbers.
     """
+    return [pair for value in values for pair in _parse(value)]
+
+
+def _parse(value: str) -> list[tuple[Path, float]]:
     one = _folder_and_coefficient(value)
     if "," not in value or (one is not None and one[0].is_dir()):
         pairs = [one]

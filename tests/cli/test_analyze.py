@@ -156,14 +156,15 @@ def test_dcm(adapters):
     assert result.stderr.count("heads; ") == 4
 
 
-def test_plane(adapters):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_plane(precision, adapters):
     result = abft_fast(
         "analyze", "plane", "--a", "strong", "--e", "zeros", "--grid", "0:1:2", *FEW,
-        "--output-dir", "p", cwd=adapters,
+        "--mixed-precision", precision, "--output-dir", precision, cwd=adapters,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["p/plane.csv", "p/plane.svg"]
-    with (adapters / "p/plane.csv").open() as file:
+    assert result.stdout.split() == [f"{precision}/plane.csv", f"{precision}/plane.svg"]
+    with (adapters / precision / "plane.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["part"] for row in rows] == ["grid"] * 4 + ["path"] * 11 + ["ray"] * 11
     by_point = {(float(row["alpha_e"]), float(row["alpha_a"])): row["loss"] for row in rows}

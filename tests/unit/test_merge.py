@@ -258,6 +258,9 @@ def test_one_adapter_is_loaded_and_a_sum_is_not_for_quantized_weights(tmp_path):
     (tmp_path / "a").mkdir()
     one = resolve(EvalConfig, {"adapter": str(tmp_path / "a"), "quantized": True})
     assert one.adapter_folders == [tmp_path / "a"] and not one.adapter_is_a_sum
+    repeated = resolve(EvalConfig, {"adapter": ["a", "b=0.5"]})
+    assert repeated.adapters == resolve(EvalConfig, {"adapter": "a,b=0.5"}).adapters
+    assert repeated.adapter_is_a_sum
     with pytest.raises(UserError, match=r"--adapter a=0\.5 is added to the model's weights"):
         resolve(EvalConfig, {"adapter": "a=0.5", "quantized": True})
     with pytest.raises(UserError, match="use FOLDER or FOLDER=NUMBER"):

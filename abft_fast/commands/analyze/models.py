@@ -35,11 +35,11 @@ class MovableModel(ModelOnDevice):
     """Load a base whose weights are moved, and what trained models add to them."""
 
     def load_movable(self) -> None:
-        """Read the base in float; quantized weights are dequantized.
+        """Read the base in float32, as bfloat16 cannot hold what training adds to a weight.
 
-        Adapters of a quantized base were trained on its rounded values.
+        Quantized weights are dequantized: adapters of theirs were trained on rounded values.
         """
-        self.load()
+        self.load_as(torch.float32)
         if getattr(self.model.config, "quantization_config", None) is not None:
             self.model = self.model.dequantize()
 
@@ -64,20 +64,19 @@ class MovableModel(ModelOnDevice):
         Raises:
             UserError: the model cannot be loaded, or has another shape.
         """
-        tuned = self.load_other(name)
+        tuned = self.load_other(name, torch.float32)
         ModelPair(self.model, tuned)  # it compares shapes
         untie(self.model)
         return _difference(self.model, tuned)
 
-    def load_other(self, name: str) -> PreTrainedModel:
+    def load_other(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
         """Return another model, as it is stored.
 
         Raises:
             UserError: the model cannot be loaded.
         """
         self.progress.say(f"loading {name}")
-        device, dtype = self.accelerator.device, self.arithmetic.dtype
-        return loading.load(name, device, dtype, None, self.placement)
+        return loading.load(name, self.accelerator.device, dtype, None, self.placement)
 
 
 class ComparedModels(MovableModel):
@@ -94,7 +93,11 @@ class ComparedModels(MovableModel):
         self.load()
         if self.config.adapter is not None:
             self.load_adapter(self.config.adapter)
-        tuned = None if self.config.tuned is None else self.load_other(self.config.tuned)
+        tuned = (
+            None
+            if self.config.tuned is None
+            else self.load_other(self.config.tuned, self.arithmetic.dtype)
+        )
         return ModelPair(self.model, tuned)
 
     def sides(self, pair: ModelPair) -> dict[str, Callable[[], AbstractContextManager]]:
