@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from abft_fast import data
@@ -63,11 +64,13 @@ def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
 
 def _load(config: EvalConfig, session: Session, tests: Sequence[EvaluationSet]) -> None:
     """Read the model with its adapter, and check its attention."""
-    session.load()
     if config.adapter_is_a_sum:
+        session.load_as(torch.float32)  # bfloat16 would round what is added
         session.add_adapters(config.adapters)
-    elif config.adapter_folders:
-        session.load_adapter(config.adapter_folders[0])
+    else:
+        session.load()
+        if config.adapter_folders:
+            session.load_adapter(config.adapter_folders[0])
     keep_rows_of_labels(session, tests)
     session.check_attention(tests[0].prompts)
 

@@ -64,7 +64,7 @@ class ModelOnDevice:
 
     def load_as(self, dtype: torch.dtype) -> None:
         """Read the weights; those that are not quantized get this dtype."""
-        self.say_faster()
+        self.suggest_bfloat16()
         self.progress.say(f"loading {self.config.model}")
         self.model = loading.load(
             self.config.model,
@@ -79,7 +79,7 @@ class ModelOnDevice:
         ):
             self.progress.say(line)
 
-    def say_faster(self) -> None:
+    def suggest_bfloat16(self) -> None:
         """Say what would be faster on this processor, if the user has not chosen the arithmetic."""
         is_free = self.config.mixed_precision == "auto" and self.config.model != "builtin"
         if is_free and self.arithmetic.device_type == "cpu" and multiplies_bfloat16():
@@ -97,7 +97,9 @@ class ModelOnDevice:
         self.model = load_adapter(self.model, folder, self.progress.say)
 
     def add_adapters(self, adapters: Sequence[tuple[Path, float]]) -> None:
-        """Add adapters to the model's weights, each with a coefficient, after `load`.
+        """Add adapters to the model's weights, each with a coefficient.
+
+        The model is in float32, by `load_as`.
 
         Raises:
             UserError: the model is quantized, or as `load_adapter`.
@@ -111,9 +113,7 @@ class ModelOnDevice:
         for folder, _ in adapters:
             for line in compare_bases(base_of_adapter(folder), base, f"adapter {folder}"):
                 self.progress.say(line)
-        dtype = self.model.dtype
-        summed = add_adapters(self.model.float(), adapters, self.progress.say)
-        self.model = summed.to(dtype)
+        self.model = add_adapters(self.model, adapters, self.progress.say)
 
 
 class PromptSession(ModelOnDevice):

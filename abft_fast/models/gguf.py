@@ -40,7 +40,8 @@ from abft_fast.errors import UserError
 from abft_fast.models.files import gguf_file
 
 _TABLE = "gguf.json"
-_LAYOUT = 2  # of the folder; another number makes folders of older versions be written anew
+_LAYOUT = 3  # of the folder; another number makes folders of older versions be written anew
+_OWN_TOKENIZER = "tokenizer"
 
 
 class StoredTensor(NamedTuple):
@@ -86,6 +87,15 @@ def metadata_folder(path: Path) -> Path:
 def sha256(path: Path) -> str:
     """Return a GGUF file's SHA-256, from the cache where it has not changed."""
     return json.loads((metadata_folder(path) / _TABLE).read_text(encoding="utf-8"))["sha256"]
+
+
+def copy_tokenizer(path: Path, folder: Path) -> None:
+    """Write a GGUF file's tokenizer in the class that transformers has for it.
+
+    Raises:
+        UserError: as `metadata_folder`.
+    """
+    shutil.copytree(metadata_folder(path) / _OWN_TOKENIZER, folder, dirs_exist_ok=True)
 
 
 def identity(name: str) -> dict[str, str]:
@@ -200,14 +210,15 @@ def _write_metadata(path: Path, folder: Path) -> None:
             f"({reason}): use the model's safetensors"
         ) from error
     config.save_pretrained(folder)
-    _save(tokenizer, folder)
+    tokenizer.save_pretrained(folder / _OWN_TOKENIZER)
+    _save_light_tokenizer(tokenizer, folder)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     table = {"architecture": architecture, "sha256": digest, "tensors": tensors}
     (folder / _TABLE).write_text(json.dumps(table), encoding="utf-8")
 
 
-def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _save_light_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save a tokenizer for `PreTrainedTokenizerFast`, which is the same and takes less to read.
 
     A model's own class reads the vocabulary with Python and builds a tokenizer from it; the general
@@ -224,5 +235,5 @@ def _save(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     config = json.loads(settings.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["padding_side"] = tokenizer.padding_side  # of its class, where the file does not say
-    config["added_tokens_decoder"] = {}  # they are in the vocabulary's file
+    config["added_tokens_decoder"] = {}  # or transformers parses the vocabulary's file for them
     settings.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -24,7 +24,7 @@ from abft_fast.core.backbone import prepare
 from abft_fast.errors import UnsupportedModel, UserError
 from abft_fast.models.device_map import does_not_fit
 from abft_fast.models.files import ADAPTER_CONFIG, check_model_folder, find_damage, gguf_file
-from abft_fast.models.gguf import class_and_tensors, metadata_folder
+from abft_fast.models.gguf import class_and_tensors, copy_tokenizer, metadata_folder
 from abft_fast.models.shapes import SYNTHETIC, known_names, known_shape
 from abft_fast.models.stored_format import check_format, stored_format
 from abft_fast.models.synthetic import quantization, random_model
@@ -60,7 +60,7 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if name.startswith(SYNTHETIC):
         name = "builtin"
-    # The general class reads a tokenizer of a GGUF faster than the model's own, and the same.
+    # Of a GGUF file the general class reads it faster than the model's own, to the same effect.
     return _read(AutoTokenizer if gguf_file(name) is None else PreTrainedTokenizerFast, name)
 
 
@@ -74,7 +74,7 @@ def save_tokenizer(name: str, folder: Path) -> None:
     if path is None:
         read_tokenizer(name).save_pretrained(folder)
     else:
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        copy_tokenizer(path, folder)
 
 
 def load(

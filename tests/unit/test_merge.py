@@ -10,6 +10,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM
 
 from abft_fast import builtin_model_path
+from abft_fast.commands import evaluate
 from abft_fast.commands.merge import merge
 from abft_fast.commands.session import Session
 from abft_fast.core.backbone import without_peft
@@ -245,12 +246,11 @@ def test_eval_adds_adapters_as_merge_does(coefficients, tmp_path):
         (tmp_path / f"a{i}", c) for i, c in zip((1, 2), coefficients, strict=True)
     ]
     session = Session(config, Progress())
-    session.load()
-    session.add_adapters(config.adapters)
-    plain = load("builtin", CPU, torch.float32)(IDS).logits
-    logits = session.model.eval()(IDS).logits
-    torch.testing.assert_close(logits, merged(IDS).logits, rtol=1e-4, atol=1e-5)
-    assert (logits - plain).abs().max() > 1e-2
+    evaluate._load(config, session, evaluate.prepare_tests(session))
+    plain = load("builtin", CPU, torch.float32).get_decoder()(IDS).last_hidden_state
+    states, expected = (m.get_decoder()(IDS).last_hidden_state for m in (session.model, merged))
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+    assert (states - plain).abs().max() > 1e-2
     assert {path.name for path in tmp_path.iterdir()} == {"a1", "a2", "merged"}
 
 

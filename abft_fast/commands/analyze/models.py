@@ -35,13 +35,14 @@ class MovableModel(ModelOnDevice):
     """Load a base whose weights are moved, and what trained models add to them."""
 
     def load_movable(self) -> None:
-        """Read the base in float32, as bfloat16 cannot hold what training adds to a weight.
+        """Read the base as training does, and keep it in float32, where nothing moved is rounded.
 
-        Quantized weights are dequantized: adapters of theirs were trained on rounded values.
+        Adapters were trained on the rounded values of a quantized base, or of one in bfloat16.
         """
-        self.load_as(torch.float32)
+        self.load()
         if getattr(self.model.config, "quantization_config", None) is not None:
             self.model = self.model.dequantize()
+        self.model = self.model.float()
 
     def changes_of_adapter(self, folder: Path) -> dict[str, Tensor]:
         """Return what an adapter adds to the base's weights, by name.
@@ -70,7 +71,7 @@ class MovableModel(ModelOnDevice):
         return _difference(self.model, tuned)
 
     def load_other(self, name: str, dtype: torch.dtype) -> PreTrainedModel:
-        """Return another model, as it is stored.
+        """Return another model, which is not quantized here.
 
         Raises:
             UserError: the model cannot be loaded.
@@ -111,9 +112,10 @@ class ComparedModels(MovableModel):
         Raises:
             UserError: as `pair`, or PEFT cannot put the adapter into weights.
         """
-        self.load_movable()
         if self.config.tuned is not None:
+            self.load_as(torch.float32)
             return self.changes_of_model(self.config.tuned)
+        self.load_movable()
         assert self.config.adapter is not None  # the options are checked
         return self.changes_of_adapter(self.config.adapter)
 

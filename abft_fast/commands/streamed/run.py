@@ -90,7 +90,7 @@ def streamed_model(session: ModelOnDevice) -> StreamedModel:
         UserError: the model cannot be streamed.
     """
     config = session.config
-    session.say_faster()
+    session.suggest_bfloat16()
     for line in loading.left_out(config.model, *getattr(config, "adapter_folders", ())):
         session.progress.say(line)
     return StreamedModel(
