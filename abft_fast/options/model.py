@@ -56,7 +56,8 @@ class PlacementOptions(ModelOptions):
     )
     mixed_precision: Literal["auto", "no", "bf16"] = Field(
         "auto",
-        description="Arithmetic of the forward pass. bf16: bfloat16. no: float32 throughout. "
+        description="Arithmetic. bf16: weights that are not trained, and the forward pass, are in "
+        "bfloat16. no: float32 throughout. "
         "auto: bf16 on a GPU, no on a CPU. A CPU with instructions for bfloat16 is faster with "
         "bf16.",
     )

@@ -50,8 +50,8 @@ def test_rows_are_cells_of_the_sweeps():
         for arithmetic in ({}, {"mixed_precision": "bf16"})
         for cell in read_cells(sweep, arithmetic)
     }
-    rows = [*rows_of("real_study"), *rows_of("real_streamed")]
-    assert {row["cell"] for row in rows} <= cells
+    files = ("real_study", "real_streamed", "real_out_of_domain")
+    assert {row["cell"] for file in files for row in rows_of(file)} <= cells
 
 
 def table(title, page="science/real-models.md", after=""):
@@ -114,6 +114,17 @@ def test_the_table_of_bfloat16_says_what_the_rows_say():
     assert len(lines) == 4
 
 
+def test_the_table_out_of_domain_says_what_the_rows_say(accuracies):
+    rows = {(r["method"], r["evaluated_on"]): r["accuracy"] for r in rows_of("real_out_of_domain")}
+    (*datasets, _), lines = table("Trained on SST2")
+    for method, *cells, mean in lines:
+        if method == "Vanilla":
+            assert cells == [accuracies["vanilla", dataset] for dataset in datasets]
+        else:
+            assert cells == [f"{100 * float(rows[method, dataset]):.2f}" for dataset in datasets]
+        assert float(mean) == pytest.approx(statistics.fmean(map(float, cells[1:])), abs=0.01)
+
+
 def test_the_table_of_qwen_says_what_the_rows_say():
     rows = {
         (row["setting_name"], row["dataset"]): row
@@ -146,7 +157,9 @@ def reached(rows, setting, dataset):
     own = [
         row
         for row in rows_of(rows)
-        if row["setting_name"] == setting and row["dataset"] == row["evaluated_on"] == dataset
+        if row["setting_name"] == setting
+        and row["dataset"] == row["evaluated_on"] == dataset
+        and "qwen" not in row.get("model", "")
     ]
     heads = statistics.fmean(float(row["induction_heads"]) for row in own)
     return [shown([100 * float(row["accuracy"]) for row in own]), f"{heads:.1f}"]
