@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from abft_fast.options.model import ModelOptions
 
 
-def checked_adapters(value: Any) -> Any:
+def checked_adapters(value: Any) -> list[str]:
     """Return a value of `--adapter` as a list of texts.
 
     Raises:

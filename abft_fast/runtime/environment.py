@@ -71,10 +71,7 @@ def uses_cpu(requested: str) -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether this processor has instructions for bfloat16 matrices (x86: AVX-512, AMX).
-
-    Where it has them, products take less time than in float32; elsewhere more.
-    """
+    """Return whether this processor has instructions for bfloat16 matrices (AVX-512 or AMX)."""
     if not hasattr(torch.cpu, "get_capabilities"):  # an older torch
         return False
     capabilities = torch.cpu.get_capabilities()

@@ -43,15 +43,15 @@ def shown(values):
 
 
 def test_rows_are_cells_of_the_sweeps():
-    sweeps = (ROOT / "configs/real").glob("*.yaml")
     cells = {
-        cell.name
-        for sweep in sweeps
-        for arithmetic in ({}, {"mixed_precision": "bf16"})
-        for cell in read_cells(sweep, arithmetic)
+        (precision, cell.name)
+        for precision, options in (("no", {}), ("bf16", {"mixed_precision": "bf16"}))
+        for sweep in (ROOT / "configs/real").glob("*.yaml")
+        for cell in read_cells(sweep, options)
     }
     files = ("real_study", "real_streamed", "real_out_of_domain")
-    assert {row["cell"] for file in files for row in rows_of(file)} <= cells
+    rows = [row for file in files for row in rows_of(file)]
+    assert {(row.get("mixed_precision", "no"), row["cell"]) for row in rows} <= cells
 
 
 def table(title, page="science/real-models.md", after=""):

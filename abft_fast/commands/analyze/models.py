@@ -94,11 +94,9 @@ class ComparedModels(MovableModel):
         self.load()
         if self.config.adapter is not None:
             self.load_adapter(self.config.adapter)
-        tuned = (
-            None
-            if self.config.tuned is None
-            else self.load_other(self.config.tuned, self.arithmetic.dtype)
-        )
+        tuned = None
+        if self.config.tuned is not None:
+            tuned = self.load_other(self.config.tuned, self.arithmetic.dtype)
         return ModelPair(self.model, tuned)
 
     def sides(self, pair: ModelPair) -> dict[str, Callable[[], AbstractContextManager]]:
