@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -21,7 +23,15 @@ from abft_fast.streaming.model import WeightToRead
 from abft_fast.streaming.pipeline import block_shares
 
 _ADAM_STATES = 2
-_COPIES_TO_QUANTIZE = 2.5  # that bitsandbytes' NF4 holds on a CPU at most, beside the weight itself
+_COPIES_TO_QUANTIZE = 2.5  # in float32, that bitsandbytes' NF4 holds on a CPU at most
+
+
+class Stored(NamedTuple):
+    """A weight that is read, or some rows of it, and its bytes in the file and as it is read."""
+
+    weight: WeightToRead
+    in_file: int
+    as_read: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,7 @@ class StreamedPlan:
         limit: available bytes of the device; a CPU's device is its host.
         states: bytes of hidden states: those that enter a block, and those that leave it.
         states_on_disk: whether files hold them.
-        host_reading: bytes on the host of one weight, as stored and as the model has it.
+        host_reading: bytes on the host of one weight, in the file, as read and as the model has it.
         host_ahead: bytes on the host of the block that is read ahead; 0 on a CPU.
         read: bytes read from the weights' files.
         copied: bytes copied to the device; 0 on a CPU.
@@ -134,7 +144,7 @@ def plan_streamed(
     shape: PreTrainedConfig,
     config: TrainConfig,
     arithmetic: Arithmetic,
-    weights: Sequence[tuple[WeightToRead, int]],
+    weights: Sequence[Stored],
     prompts: Prompts,
     limit: int,
     length: int = 1,
@@ -146,7 +156,7 @@ def plan_streamed(
         shape: the model's config.
         config: the run's options.
         arithmetic: how numbers are kept.
-        weights: what is read, by `streaming.model.weights_to_read`, and the bytes stored of it.
+        weights: what is read, by `streaming.model.weights_to_read`.
         prompts: tokens of the prompts.
         limit: available bytes of a device.
         length: processes of a pipeline; 1 without one.
@@ -164,29 +174,37 @@ def plan_streamed(
     device = _on_device(shape, config, arithmetic, size, length)
     if length > 1:
         device["hidden states that enter and leave a block"] = 2 * handed_on
-    outside = sum(each.numbers for each, _ in weights if each.layer is None)
-    in_layers = sum(each.numbers for each, _ in weights if each.layer is not None)
+    wanted = [each.weight for each in weights]
+    outside = sum(each.numbers for each in wanted if each.layer is None)
+    in_layers = sum(each.numbers for each in wanted if each.layer is not None)
     device["rows of the embedding and the head, norms"] = item * outside
     # With one layer more the block's last layer runs whole: a model's last one stops after its
     # attention.
     cut = with_layers(shape, min(size + 1, depth))
     step = step_memory(cut, config, arithmetic, Flow(config.gradient), prompts.longest)
-    largest, stored = max(((each.numbers, stored) for each, stored in weights if each.is_matrix))
+    matrices = [each for each in weights if each.weight.is_matrix]
+    largest = max(matrices, key=lambda each: (each.weight.numbers, each.in_file))
+    in_model = item * largest.weight.numbers
     on_gpu = arithmetic.device_type == "cuda"
-    copies = 0.0 if not config.quantized else 1.0 if on_gpu else _COPIES_TO_QUANTIZE
-    reading = int(copies * item * largest)
+    reading = 0
+    if config.quantized and on_gpu:
+        reading = in_model
+    elif config.quantized:  # bitsandbytes makes it float32 first
+        in_float32 = torch.float32.itemsize * largest.weight.numbers
+        copies = _COPIES_TO_QUANTIZE + (1 if arithmetic.mixed else 0)
+        reading = int(copies * in_float32)
     room = limit - sum(device.values())
     batch = max(prompts.batch, prompts.longest)
     while on_gpu and batch > prompts.longest and step.at(batch) > room:
         batch = max(prompts.longest, batch // 2)  # as `TokenBudget` does
-    inside = sum(each.numbers for each, _ in weights if each.layer is not None and each.is_matrix)
+    inside = sum(each.numbers for each in wanted if each.layer is not None and each.is_matrix)
     blocks = math.ceil(depth / size)
     ahead = [0] * blocks
-    for each, _ in weights:
+    for each in wanted:
         if each.layer is not None:
             ahead[each.layer // size] += item * each.numbers
-    read_by_each = sum(stored for each, stored in weights if each.layer is None)
-    read_by_pipeline = sum(stored for each, stored in weights if each.layer is not None)
+    read_by_each = sum(each.in_file for each in weights if each.weight.layer is None)
+    read_by_pipeline = sum(each.in_file for each in weights if each.weight.layer is not None)
     tokens = prompts.steps + prompts.tests
     states = min(blocks - 1, 2) * tokens * width * item
     if length > 1:
@@ -201,7 +219,9 @@ def plan_streamed(
         limit=limit,
         states=states,
         states_on_disk=config.stream_states == "disk",
-        host_reading=stored + item * largest,
+        host_reading=largest.in_file
+        + largest.as_read
+        + (in_model if largest.as_read != in_model else 0),
         host_ahead=max(ahead[1:], default=0) if on_gpu else 0,
         read=pipelines * (read_by_pipeline + length * read_by_each),
         copied=pipelines * item * (in_layers + length * outside) if on_gpu else 0,

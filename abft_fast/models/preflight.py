@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from abft_fast.core import attention
+from abft_fast.core import attention, eager_attention
 from abft_fast.core.backbone import backbone, must_run_alone, prepare, without_peft
 from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
@@ -65,7 +65,7 @@ def check_attention(
             packed.append(output.last_hidden_state[0])
             attentions |= forward.attentions
         dtype = arithmetic(packed[0])
-        inner.set_attn_implementation("eager")
+        inner.set_attn_implementation(eager_attention.NAME)
         try:
             eager = [
                 inner(torch.tensor([p.input_ids], device=device), use_cache=False) for p in pair
@@ -169,6 +169,8 @@ def check_gradients(model: PreTrainedModel) -> None:
         return
     kinds: dict[type, tuple[str, _LinearLayer]] = {}
     for name, module in backbone(model).named_modules():
+        if type(module) is nn.Linear:  # torch's own, as LoRA's in float32
+            continue
         if hasattr(module, "in_features") and hasattr(module, "out_features"):
             kinds.setdefault(type(module), (name, module))
     device, dtype = model.get_input_embeddings().weight.device, model.dtype

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from abft_fast.core import attention
+from abft_fast.core import attention, eager_attention
 from abft_fast.core.backbone import prepare
 from abft_fast.core.label_logits import label_logits_of
 from abft_fast.core.packed_forward import LossComplete, PackedForward
@@ -235,7 +235,7 @@ class AttentionCheck(StageInTurns):
                 raise UnsupportedModel(str(error)) from error
             left = output.last_hidden_state if forward.leaving is None else forward.leaving
             packed.store(both, forward.leaving)
-            inner.set_attn_implementation("eager")
+            inner.set_attn_implementation(eager_attention.NAME)
             try:
                 expected = [self._alone(inner, eager, place, block) for place in both]
             finally:

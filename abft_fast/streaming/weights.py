@@ -69,6 +69,10 @@ class StoredWeights:
         sizes = shape if rows is None else [rows, *shape[1:]]
         return math.prod(sizes) * (int(bits.group()) // 8 if bits else 1)
 
+    def bytes_as_read(self, name: str, numbers: int, stored: int) -> int:
+        """Return the bytes of what `read` returns for so many numbers: GGUF's are in float32."""
+        return torch.float32.itemsize * numbers if name in self._lazy else stored
+
     def _file_of(self, name: str) -> tuple[Path, str]:
         if name not in self._files:
             raise UserError(

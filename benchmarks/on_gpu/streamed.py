@@ -61,7 +61,7 @@ def measure(phase, case) -> None:
 def planned(case, config, prompts):
     """The plan of `abft-fast plan --stream` for these prompts."""
     from abft_fast.memory.plan import GPU_RESERVE
-    from abft_fast.memory.streamed import Prompts, plan_streamed
+    from abft_fast.memory.streamed import Prompts, Stored, plan_streamed
     from abft_fast.models.synthetic import skeleton
     from abft_fast.runtime.token_budget import tokens_at_once
     from abft_fast.streaming.model import weights_to_read
@@ -70,7 +70,8 @@ def planned(case, config, prompts):
     used = {token for prompt in prompts for token in prompt.input_ids}
     model = skeleton(case.config, ARITHMETIC.dtype, case.bits)
     item = ARITHMETIC.dtype.itemsize
-    weights = [(each, item * each.numbers) for each in weights_to_read(model, used, set())]
+    wanted = weights_to_read(model, used, set())
+    weights = [Stored(each, *[item * each.numbers] * 2) for each in wanted]
     tokens = case.prompts * case.length
     batch = min(tokens, tokens_at_once(config.token_budget, ARITHMETIC.device_type))
     data = Prompts(case.length, STEPS * tokens, tests=0, batch=batch, turn=tokens, turns=STEPS)

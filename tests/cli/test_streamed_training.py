@@ -36,9 +36,13 @@ def test_the_run_has_what_a_run_has(streamed):
     assert not list((folder / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_figures_are_those_of_an_ordinary_run(precision, tmp_path):
-    control = ["--adaptation", "none", "--mixed-precision", precision]
+@pytest.mark.parametrize(
+    "arithmetic",
+    [[], ["--mixed-precision", "bf16"], ["--mixed-precision", "bf16", "--quantized"]],
+    ids=["float32", "bfloat16", "NF4 in bfloat16"],
+)
+def test_the_figures_are_those_of_an_ordinary_run(arithmetic, tmp_path):
+    control = ["--adaptation", "none", *arithmetic]
     for name, way in (("ordinary", []), ("streamed", ["--stream", "--stream-states", "disk"])):
         result = abft_fast("train", *OPTIONS, *control, *way, "--output-dir", tmp_path / name)
         assert result.returncode == 0, result.stderr

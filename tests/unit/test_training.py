@@ -6,9 +6,10 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
+from abft_fast.core import eager_attention
 from abft_fast.core.backbone import query_key_projections
 from abft_fast.errors import RunError, UserError
-from abft_fast.models.preflight import check_attention
+from abft_fast.models.preflight import check_attention, relative_error, tolerance
 from abft_fast.models.trainable import (
     enable_checkpointing,
     load_adapter,
@@ -155,6 +156,24 @@ def test_the_preflight_lets_a_good_family_pass_and_stops_a_wrong_one(monkeypatch
         layer.self_attn.forward = _without_softcap(layer.self_attn)
     with pytest.raises(UserError, match=r"gemma2: packed attention differs"):
         check_attention(model, make_prompts(4))
+
+
+def test_rounded_scores_of_large_keys_are_not_taken_for_the_models_own():
+    """Qwen2.5 has them, by their biases; eager attention in bfloat16 rounds such scores."""
+    model, prompts = tiny_model("qwen2"), make_prompts(4)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data.normal_(std=200)
+
+    def last_states(implementation):
+        model.set_attn_implementation(implementation)
+        states = [model.model(torch.tensor([p.input_ids])).last_hidden_state for p in prompts]
+        return torch.cat(states, dim=1)
+
+    torch.testing.assert_close(last_states(eager_attention.NAME), last_states("eager"))
+    model.bfloat16()
+    rounded = relative_error(last_states("eager"), last_states(eager_attention.NAME))
+    assert rounded > tolerance(model, torch.bfloat16)
+    check_attention(model, prompts)
 
 
 def _without_softcap(module):

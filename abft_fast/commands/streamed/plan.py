@@ -17,14 +17,14 @@ from abft_fast.commands.plan import (
 )
 from abft_fast.errors import UserError
 from abft_fast.memory.simulation import CannotCount
-from abft_fast.memory.streamed import Prompts, Speeds, StreamedPlan, plan_streamed
+from abft_fast.memory.streamed import Prompts, Speeds, Stored, StreamedPlan, plan_streamed
 from abft_fast.memory.types import Arithmetic
 from abft_fast.models import loading
 from abft_fast.models.synthetic import skeleton
 from abft_fast.options import PlanConfig
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import tokens_at_once
-from abft_fast.streaming.model import WeightToRead, weights_to_read
+from abft_fast.streaming.model import weights_to_read
 from abft_fast.streaming.pipeline import pipeline_length
 from abft_fast.streaming.weights import StoredWeights, check_stored_format
 from abft_fast.training.loop import pseudo_batches
@@ -106,13 +106,17 @@ def _weights(
     is_known: bool,
     tokens: set[int],
     label_ids: set[int],
-) -> list[tuple[WeightToRead, int]]:
-    """Return what the walk reads, and how many bytes are stored of it."""
+) -> list[Stored]:
+    """Return what the walk reads."""
     if not is_known:
         check_stored_format(config.model, shape)
     model = skeleton(shape, arithmetic.dtype, config.bits if config.quantized else None)
     wanted = list(weights_to_read(model, tokens, label_ids))
     if is_known:
-        return [(each, _STORED_BYTES * each.numbers) for each in wanted]
-    stored = StoredWeights(config.model, shape, model)
-    return [(each, stored.stored_bytes(each.name, each.rows)) for each in wanted]
+        return [Stored(each, *[_STORED_BYTES * each.numbers] * 2) for each in wanted]
+    files = StoredWeights(config.model, shape, model)
+    weights = []
+    for each in wanted:
+        in_file = files.stored_bytes(each.name, each.rows)
+        weights.append(Stored(each, in_file, files.bytes_as_read(each.name, each.numbers, in_file)))
+    return weights

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 
 from abft_fast.errors import UserError
-from abft_fast.memory.types import Arithmetic
 from abft_fast.models.files import gguf_file
 from abft_fast.models.loading import checkpoint_folder
-from abft_fast.runtime.environment import uses_cpu
+from abft_fast.runtime.environment import multiplies_bfloat16, uses_cpu
 from abft_fast.runtime.speeds import copy_speed, disk_speed, product_speed
 
 
@@ -25,7 +24,6 @@ def measure(where: str) -> tuple[list[tuple[str, str]], str]:
     """
     on_cpu = uses_cpu("auto")
     device = torch.device("cpu" if on_cpu else "cuda")
-    dtype = Arithmetic(device.type, mixed=not on_cpu).dtype
     path = _largest_file(where)
     disk = disk_speed(path)
     source = "how much of it came from memory is not known here"
@@ -41,11 +39,19 @@ def measure(where: str) -> tuple[list[tuple[str, str]], str]:
         copies = f"{pageable:.3g} GB/s, as weights are copied; {pinned:.3g} GB/s from pinned memory"
         findings.append(("host to GPU", copies))
         options["--bus-bandwidth"] = pageable
-    operations = product_speed(device, dtype) / 1e12
+    dtypes = [torch.bfloat16]
+    if on_cpu:
+        dtypes = [torch.float32, *(dtypes if multiplies_bfloat16() else [])]
     threads = f" on {torch.get_num_threads()} threads" if on_cpu else ""
-    kind = str(dtype).removeprefix("torch.")
-    findings.append(("products", f"{operations:.3g}e12 operations a second, {kind}{threads}"))
-    options["--operations"] = operations
+    for dtype in dtypes:
+        operations = product_speed(device, dtype) / 1e12
+        name = str(dtype).removeprefix("torch.")
+        found = f"{operations:.3g}e12 operations a second{threads}"
+        if dtype is dtypes[0]:  # the arithmetic of a run that names none
+            options["--operations"] = operations
+        else:
+            found += f": --operations {operations:.3g} with --mixed-precision bf16"
+        findings.append((f"products in {name}", found))
     return findings, " ".join(f"{name} {value:.3g}" for name, value in options.items())
 
 
