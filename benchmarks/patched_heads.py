@@ -53,7 +53,7 @@ def main(name="builtin", dataset="subj", count="8"):
     tokenizer, chosen = loading.read_tokenizer(name), data.load(dataset)
     encoder = PromptEncoder(tokenizer, chosen)
     prompts = encoder.encode(chosen.test_prompts(4)[: int(count)]).prompts
-    keep_label_rows(model, encoder.label_ids, untie=True)
+    keep_label_rows(model, encoder.label_ids)
     layers, heads = len(attention_layers(model)), backbone(model).config.num_attention_heads
     ways = [way for way in ways_of(["head"], layers, heads) if way.group == "head"]
     masks = torch.zeros(len(ways), layers, heads, dtype=torch.bool)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from abft_fast.core.attention_rows import attention_rows
 from abft_fast.core.backbone import output_projections
-from abft_fast.core.label_logits import label_columns
+from abft_fast.core.label_logits import only_label_logits
 from abft_fast.core.packed_forward import KeysAndValues, LastQueries, PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.core.run_packed import run_packed
@@ -90,16 +90,15 @@ def run_prompt_at(
     forward = PackedForward(
         pack([EncodedPrompt(prompt.input_ids, [], [])]), attention=attention, keep={}, queries={}
     )
-    with head_outputs(model) as outputs:
-        logits = run_packed(model, forward, logits_to_keep=1).logits
+    with head_outputs(model) as outputs, only_label_logits(model, label_ids) as columns:
+        logits = run_packed(model, forward, logits_to_keep=1).logits[0, -1, columns]
     assert forward.keep is not None and forward.queries is not None
     heads = next(iter(forward.queries.values())).query.shape[1]
     stacked = {
         position: torch.stack([outputs[i][0, position].view(heads, -1) for i in sorted(outputs)])
         for position in (*positions, -1)
     }
-    columns = label_columns(model, label_ids)
-    last = LastRow(logits[0, -1, columns], stacked.pop(-1), forward.keep, forward.queries)
+    last = LastRow(logits, stacked.pop(-1), forward.keep, forward.queries)
     return last, stacked
 
 
@@ -129,8 +128,8 @@ def run_rows(
     packed = replace(packed, position_ids=packed.position_ids + position)
     kept = prefix if position else None
     forward = PackedForward(packed, attention=attention, keep={}, queries={}, prefix=kept)
-    logits = run_packed(model, forward).logits[0]
-    return logits[:, label_columns(model, label_ids)], forward
+    with only_label_logits(model, label_ids) as columns:
+        return run_packed(model, forward).logits[0][:, columns], forward
 
 
 @contextmanager

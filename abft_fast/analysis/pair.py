@@ -65,9 +65,9 @@ class ModelPair:
             yield self._tuned
 
     def keep_label_rows(self, label_ids: Sequence[int]) -> None:
-        """Compute the logits of the label words only, from now on."""
+        """Free the other rows of the LM head."""
         for model in {id(m): m for m in (self._base, self._tuned)}.values():
-            keep_label_rows(model, label_ids, untie=True)
+            keep_label_rows(model, label_ids)
 
 
 @contextmanager

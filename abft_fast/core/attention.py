@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from abft_fast.core.autocast import product_dtype
 from abft_fast.core.packed_forward import LastQueries, LossComplete, PackedForward
 from abft_fast.errors import UnsupportedModel
 
@@ -80,8 +81,8 @@ def packed_attention(
         )
     _check_window(module, sliding_window, abft.context)
     packed = abft.on(query.device)
-    # Under autocast RoPE leaves queries and keys in float32, values come in 16 bits.
-    query, key, value = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
+    dtype = product_dtype(value)  # RoPE may leave queries and keys in float32
+    query, key, value = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
     scores: dict[str, Any] = {
         "scale": scale,
         "softcap": softcap,

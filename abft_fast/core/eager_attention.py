@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from abft_fast.core.autocast import product_dtype
 from abft_fast.errors import UnsupportedModel
 
 NAME = "abft-eager"
@@ -48,7 +49,7 @@ def eager_attention(
     own = getattr(code, "eager_attention_forward", None)
     if own is None:
         raise UnsupportedModel(f"{code.__name__} has no eager attention to check packed prompts by")
-    dtype = value.dtype
+    dtype = product_dtype(value)
     with torch.autocast(value.device.type, enabled=False):
         exact = torch.promote_types(dtype, torch.float32)
         rounded = (tensor.to(dtype).to(exact) for tensor in (query, key, value))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,9 +17,7 @@ from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
 from abft_fast.core.run_packed import run_packed
 
 
-def keep_label_rows(
-    model: PreTrainedModel, label_ids: Sequence[int], *, untie: bool = False
-) -> None:
+def keep_label_rows(model: PreTrainedModel, label_ids: Sequence[int]) -> None:
     """Free all rows of the LM head but the label words': 2 GB of a 70B model.
 
     Afterwards the model's logits are the label words' alone; its scale and soft-cap of logits stay.
@@ -27,13 +27,11 @@ def keep_label_rows(
     Args:
         model: a decoder with LM head.
         label_ids: the label words' tokens.
-        untie: give a head that shares its weight a copy of these rows, which saves time, not
-            memory.
     """
     head = without_peft(model).get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.is_meta or hasattr(head, "label_ids"):
         return
-    if head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr() and not untie:
+    if head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr():
         return
     rows = {name: parameter.data[list(label_ids)] for name, parameter in head.named_parameters()}
     set_label_rows(model, label_ids, rows)
@@ -73,6 +71,38 @@ def label_columns(model: PreTrainedModel, label_ids: Sequence[int]) -> list[int]
     return [kept.index(token) for token in label_ids]
 
 
+@contextmanager
+def only_label_logits(model: PreTrainedModel, label_ids: Sequence[int]) -> Iterator[list[int]]:
+    """Let the LM head compute the label words' logits alone, and in float32.
+
+    In bfloat16 two logits between 16 and 32 that differ by less than 0.12 may become one number.
+    A head that is quantized, adapted or offloaded stays as it is.
+
+    Yields:
+        The columns of the label words' logits in the model's output.
+
+    Raises:
+        ValueError: as `label_columns`.
+    """
+    head, columns = without_peft(model).get_output_embeddings(), label_columns(model, label_ids)
+    if type(head) is not nn.Linear or head.weight.is_meta or "forward" in vars(head):
+        yield columns
+        return
+
+    def forward(hidden: Tensor) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        weight = head.weight[columns].to(dtype)
+        bias = None if head.bias is None else head.bias[columns].to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(dtype), weight, bias)
+
+    head.forward = forward  # type: ignore[assignment, method-assign]
+    try:
+        yield list(range(len(columns)))
+    finally:
+        del head.forward
+
+
 def label_logits(
     model: PreTrainedModel,
     prompts: Sequence[EncodedPrompt],
@@ -105,5 +135,5 @@ def label_logits_of(
         ValueError: as `label_logits`.
     """
     last = forward.packed.cu_seqlens[1:].long() - 1
-    output = run_packed(model, forward, logits_to_keep=last)
-    return output.logits[0][:, label_columns(model, label_ids)]
+    with only_label_logits(model, label_ids) as columns:
+        return run_packed(model, forward, logits_to_keep=last).logits[0][:, columns]

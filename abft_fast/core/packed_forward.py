@@ -13,6 +13,7 @@ import torch
 from abft_kernels import LastRowLoss, Scores
 from torch import Tensor, nn
 
+from abft_fast.core.autocast import product_dtype
 from abft_fast.core.behavior import AttentionBehavior, LayerResults
 from abft_fast.core.blocks import BlockGradients
 from abft_fast.core.packing import PackedPrompts
@@ -131,7 +132,7 @@ class PackedForward:
         if self.part is None or index in self.part:
             raise RuntimeError(f"layer {index} is to run, but its weights are away")
         if index == self.part.stop:
-            self.leaving = hidden_states.detach()
+            self.leaving = hidden_states.detach().to(product_dtype(hidden_states))
             raise LossComplete
         if index == self.part.start - 1 and self.entering is not None:
             return self.entering

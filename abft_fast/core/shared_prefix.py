@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from abft_fast.core.backbone import attention_layers, must_run_alone, prepare
-from abft_fast.core.label_logits import label_columns, label_logits
+from abft_fast.core.label_logits import label_logits, only_label_logits
 from abft_fast.core.packed_forward import KeysAndValues, PackedForward
 from abft_fast.core.packing import EncodedPrompt, PackedPrompts, pack
 from abft_fast.core.run_packed import run_packed
@@ -65,8 +65,8 @@ class SharedPrefix:
             whole = [EncodedPrompt(list(prompt), [], []) for prompt in prompts]
             return label_logits(self.model, whole, label_ids, self.attention)[0]
         last = own.cu_seqlens[1:].long() - 1
-        logits = self._run(self.model, own, logits_to_keep=last).logits
-        return logits[0][:, label_columns(self.model, label_ids)]
+        with only_label_logits(self.model, label_ids) as columns:
+            return self._run(self.model, own, logits_to_keep=last).logits[0][:, columns]
 
     @torch.no_grad()
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from abft_fast.core import attention, eager_attention
+from abft_fast.core.autocast import product_dtype
 from abft_fast.core.backbone import backbone, must_run_alone, prepare, without_peft
 from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
@@ -64,7 +65,7 @@ def check_attention(
                 raise UnsupportedModel(str(error)) from error
             packed.append(output.last_hidden_state[0])
             attentions |= forward.attentions
-        dtype = arithmetic(packed[0])
+        dtype = product_dtype(packed[0])
         inner.set_attn_implementation(eager_attention.NAME)
         try:
             eager = [
@@ -125,20 +126,20 @@ def shared_prefix_is_exact(
     with torch.no_grad(), autocast():
         continued = shared.hidden_states(pair)
         whole = SharedPrefix(shared.model, [], shared.attention).hidden_states(pair)
-        allowed = tolerance(prepare(shared.model), arithmetic(continued[0]))
+        allowed = tolerance(prepare(shared.model), product_dtype(continued[0]))
     expected = [states[-len(own) :] for states, own in zip(whole, continued, strict=True)]
     return relative_error(torch.cat(continued), torch.cat(expected)) <= allowed
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Return the distance of hidden states, relative to those expected."""
-    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
+    """Return the distance of hidden states (T, width) relative to those expected.
 
-
-def arithmetic(hidden: Tensor) -> torch.dtype:
-    """Return the dtype that products are computed in, given hidden states."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    It is the root mean square over tokens, each by its own norm: a first token's may be a hundred
+    times as large as all others'.
+    """
+    distances = (actual.float() - expected.float()).norm(dim=-1)
+    norms = expected.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (distances / norms).square().mean().sqrt().item()
 
 
 def tolerance(inner: PreTrainedModel, dtype: torch.dtype) -> float:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from abft_fast.core.autocast import product_dtype
 from abft_fast.core.backbone import attention_layers, prepare
 from abft_fast.core.packed_forward import KeysAndValues, PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.core.run_packed import run_packed
 from abft_fast.errors import UserError
-from abft_fast.models.preflight import arithmetic, relative_error, tolerance
+from abft_fast.models.preflight import relative_error, tolerance
 from abft_fast.runtime.batching import micro_batches
 from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.token_budget import in_halves
@@ -132,7 +133,7 @@ class Labelling(Stage):
         whole, continued = states
         expected = [all_of[-len(own) :] for all_of, own in zip(whole, continued, strict=True)]
         difference = relative_error(torch.cat(continued), torch.cat(expected))
-        if not difference <= tolerance(inner, arithmetic(continued[0])):
+        if not difference <= tolerance(inner, product_dtype(continued[0])):
             raise UserError(
                 f"{inner.config.model_type}: hidden states after the demonstrations differ by "
                 f"{difference:.1%} from those of whole prompts: predict without --stream"

@@ -322,6 +322,7 @@ class StreamedModel:
         for index in block:
             for place in self._places[index]:
                 setattr(place.module, place.own_name, place.empty)
+                _drop_quantized(place.module)
 
     def parameters_of(self, index: int) -> Iterator[tuple[str, nn.Module, str]]:
         """Yield a layer's own parameters: name in the layer, module, name in the module."""
@@ -421,6 +422,15 @@ def _one_number(place: _Place) -> nn.Parameter:
     if quantized:
         return _unquantized(place.empty, one)
     return nn.Parameter(one, requires_grad=False)
+
+
+def _drop_quantized(module: nn.Module) -> None:
+    """Drop what bitsandbytes' layers keep of a weight besides the weight itself."""
+    layer: Any = module
+    if hasattr(layer, "quant_state"):  # 4 bits: the statistics
+        layer.quant_state = None
+    elif is_quantized(layer):  # 8 bits: the weight, and what the next forward sets again
+        layer.state.CB = layer.state.SCB = layer.state.idx = None
 
 
 def _unquantized(empty: Tensor, tensor: Tensor) -> Any:

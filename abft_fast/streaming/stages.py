@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from abft_fast.core import attention, eager_attention
+from abft_fast.core.autocast import product_dtype
 from abft_fast.core.backbone import prepare
 from abft_fast.core.label_logits import label_logits_of
 from abft_fast.core.packed_forward import LossComplete, PackedForward
@@ -29,7 +30,6 @@ from abft_fast.models.base_identity import (
     sample,
 )
 from abft_fast.models.preflight import (
-    arithmetic,
     lines_on_attention,
     not_finite,
     relative_error,
@@ -240,7 +240,7 @@ class AttentionCheck(StageInTurns):
                 expected = [self._alone(inner, eager, place, block) for place in both]
             finally:
                 inner.set_attn_implementation(attention.NAME)
-            dtype = arithmetic(left)
+            dtype = product_dtype(left)
         for group in self.groups:
             group.leave()
         wanted = torch.cat(expected, dim=1)[0]

@@ -4,7 +4,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from abft_fast.core.label_logits import keep_label_rows
 from abft_fast.core.shared_prefix import SharedPrefix
 from abft_fast.models import loading
 from abft_fast.runtime.batching import micro_batches
@@ -56,7 +55,6 @@ def test_labels_after_a_prefix_are_those_of_the_whole_model(family, tmp_path):
     """Twice with one model, whose second prompts have other tokens than the first ones."""
     path = saved(family, tmp_path)
     whole = loading.load(path, torch.device("cpu"), torch.float32)
-    keep_label_rows(whole, LABELS, untie=True)  # as a walk does
     shape = loading.read_config(path)
     streamed = StreamedModel(path, shape, torch.device("cpu"), torch.float32, None)
     for length, lengths in ((29, (11, 1, 17, 8, 30)), (0, (9, 4))):

@@ -92,6 +92,23 @@ def test_dtype_and_frozenness_stay():
     assert model.lm_head.weight.shape == (3, 32) and not model.lm_head.weight.requires_grad
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_are_not_rounded_to_bfloat16(autocast, tied):
+    """What bfloat16 hidden states and weights give in float64, to float32's precision."""
+    model = tiny_model("gemma2", tie_word_embeddings=tied, final_logit_softcapping=30.0).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = []
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda module, inputs, output: hidden.append(inputs[0]))
+        rows, _, _ = label_logits(model, prompts(), LABELS)
+    assert hidden[0].dtype == torch.bfloat16
+    exact = hidden[0][0].double() @ head.weight[LABELS].double().T
+    torch.testing.assert_close(rows, (30 * (exact / 30).tanh()).float(), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(rows, rows.bfloat16().float())
+    assert "forward" not in vars(head)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_evaluation_finds_the_same(family):
     """Of every family, tied or not as it comes."""

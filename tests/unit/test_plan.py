@@ -228,13 +228,13 @@ def test_a_step_takes_what_was_planned(bits):
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_evaluation_takes_a_layer_and_the_logits_of_its_labels(tied):
-    """Of a head that is the embedding, every logit of the last rows: 40,000 words here."""
+    """Not every logit of the last rows, 40,000 words here, even if the head is the embedding."""
     shape = tiny_config("llama", vocab_size=40_000, tie_word_embeddings=tied)
     evaluation = step_memory(shape, options(), FLOAT32, EVALUATION, 50)
     local = step_memory(shape, options(), FLOAT32, Flow("local"), 50)
     logits = 40_000 * 4 / 50  # bytes a token, at one row for each prompt of 50 tokens
     slope = evaluation.of_large_batches.a_token
-    assert slope > logits if tied else slope < min(logits, local.of_large_batches.a_token)
+    assert slope < min(logits, local.of_large_batches.a_token)
 
 
 @pytest.mark.slow

@@ -119,6 +119,43 @@ def test_one_block_is_in_memory_and_each_tensor_is_read_once(tmp_path):
     assert dict(read) == expected
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nothing_of_a_quantized_block_stays(bits, tmp_path):
+    """Its statistics neither, and not what bitsandbytes keeps of a forward."""
+    pytest.importorskip("bitsandbytes")
+    name = saved("llama", tmp_path, hidden_size=64, intermediate_size=64)
+    config = loading.read_config(name)
+    model = StreamedModel(name, config, torch.device("cpu"), torch.float32, bits)
+    prompts = make_prompts(2)
+    model.read_outside({token for prompt in prompts for token in prompt.input_ids}, LABELS)
+    model.bring(range(4))
+    ids = torch.tensor([[model.embedded.index(token) for token in prompts[0].input_ids]])
+    with torch.no_grad():
+        model.model(ids)
+    inside = [module for layer in model._layers for module in layer.modules()]
+    buffers = {id(buffer) for module in inside for buffer in module.buffers()}
+    assert any(_tensors_in(module) for module in inside)
+    model.drop(range(4))
+    kept = [tensor for module in inside for tensor in _tensors_in(module)]
+    assert not [tensor for tensor in kept if id(tensor) not in buffers]
+
+
+def _tensors_in(thing, seen=None):
+    """All tensors with memory that an object's attributes lead to, those of submodules left out."""
+    seen = set() if seen is None else seen
+    found = []
+    values = thing.values() if isinstance(thing, dict) else vars(thing).values()
+    for value in values:
+        if id(value) in seen or isinstance(value, torch.nn.Module):
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            found.append(value)
+        if isinstance(value, dict) or hasattr(value, "__dict__"):
+            found += _tensors_in(value, seen)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("states", ["memory", "disk"])

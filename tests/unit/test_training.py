@@ -2,12 +2,16 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from peft import PeftModel
+from torch import nn
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, pack
 from abft_fast.core import eager_attention
-from abft_fast.core.backbone import query_key_projections
+from abft_fast.core.backbone import prepare, query_key_projections
+from abft_fast.core.packed_forward import LossComplete, PackedForward
+from abft_fast.core.run_packed import run_packed
 from abft_fast.errors import RunError, UserError
 from abft_fast.models.preflight import check_attention, relative_error, tolerance
 from abft_fast.models.trainable import (
@@ -174,6 +178,38 @@ def test_rounded_scores_of_large_keys_are_not_taken_for_the_models_own():
     rounded = relative_error(last_states("eager"), last_states(eager_attention.NAME))
     assert rounded > tolerance(model, torch.bfloat16)
     check_attention(model, prompts)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "starcoder2"])
+def test_float32_of_cudas_layer_norm_does_not_reach_attention(family, monkeypatch):
+    """Quantized layers hand the dtype of their input on; CUDA's layer norm leaves float32."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer_norm = F.layer_norm
+
+    def as_on_a_gpu(x, shape, weight=None, bias=None, eps=1e-5):
+        with torch.autocast("cpu", enabled=False):
+            return layer_norm(x.float(), shape, weight.float(), bias.float(), eps)
+
+    monkeypatch.setattr(F, "layer_norm", as_on_a_gpu)
+    model = tiny_model(family).bfloat16()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and child is not model.get_output_embeddings():
+                four_bits = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, child.bias is not None,
+                    compute_dtype=torch.bfloat16, quant_type="nf4",
+                )  # fmt: skip
+                four_bits.load_state_dict(child.state_dict())
+                setattr(module, name, four_bits.to("cpu"))
+    prompts, kept = make_prompts(4), {}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        run_packed(prepare(model), PackedForward(pack(prompts), keep=kept))
+        entering = torch.randn(1, 3, 32)
+        forward = PackedForward(pack(prompts), part=range(1))
+        with pytest.raises(LossComplete):
+            forward.pass_by(1, entering)
+    assert {key.dtype for pair in kept.values() for key in pair} == {torch.bfloat16}
+    assert forward.leaving.dtype == torch.bfloat16
 
 
 def _without_softcap(module):

@@ -35,7 +35,7 @@ def restrict(config: RestrictConfig, progress: Progress) -> Results:
     check_changes(session.model, changes)
     check_heads(session.model, config.chosen)
     session.check_attention(session.encoded.prompts)
-    keep_label_rows(session.model, session.encoder.label_ids, untie=True)
+    keep_label_rows(session.model, session.encoder.label_ids)
     layers = list(attention_layers(session.model))
     tested = session.encoded
     if config.heads is not None:
