@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -77,7 +78,9 @@ def moved(model: PreTrainedModel, change: Mapping[str, Tensor]) -> Iterator[None
     try:
         for name, delta in change.items():
             model.get_parameter(name).data = before[name] + delta.to(before[name])
+        torch.clear_autocast_cache()  # it knows a weight by its parameter, not by its numbers
         yield
     finally:
         for name, weight in before.items():
             model.get_parameter(name).data = weight
+        torch.clear_autocast_cache()

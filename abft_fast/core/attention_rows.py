@@ -12,14 +12,17 @@ from abft_fast.core.packed_forward import LastQueries
 def attention_rows(queries: LastQueries, key: Tensor) -> Tensor:
     """Return the attention of R query rows, each the last one of all n keys, (R, Hq, n).
 
+    It is computed in float32 at least, as by the loss, also under autocast.
+
     Sinks take their part of the softmax and have no column.
     """
     query = queries.query
     dtype = torch.promote_types(query.dtype, torch.float32)
     visible = visible_keys(len(key), queries.scores.window, key.device, rows=1)
     heads_first = key.to(dtype).transpose(0, 1)[None].expand(len(query), -1, -1, -1)
-    _, alpha = explicit_attention(
-        query.to(dtype)[:, :, None], heads_first, heads_first, visible, queries.scores,
-        queries.sinks,
-    )  # fmt: skip
+    with torch.autocast(key.device.type, enabled=False):
+        _, alpha = explicit_attention(
+            query.to(dtype)[:, :, None], heads_first, heads_first, visible, queries.scores,
+            queries.sinks,
+        )  # fmt: skip
     return alpha[:, :, 0]

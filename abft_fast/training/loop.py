@@ -317,7 +317,8 @@ def _start_or_resume(training: Training) -> tuple[TrainState, int]:
             f"not every process sees the same checkpoints: put {run.checkpoints} on a shared disk"
         )
     processes.run_on_main(run.forget_metrics_after, done)
-    optimizer = training.accelerator.prepare_optimizer(optimizer)
+    # Adam's step counters stay on the CPU: on a GPU each step would wait for each of them.
+    optimizer = training.accelerator.prepare_optimizer(optimizer, device_placement=False)
     model.eval()  # dropout stays off: heads are judged by their undisturbed attention
     if config.checkpointing:
         trainable.enable_checkpointing(model)

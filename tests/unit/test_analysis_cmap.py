@@ -1,10 +1,13 @@
 """Patched heads are exact: against plain hooks on whole prompts, in float64."""
 
 import math
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from abft_kernels import Scores
 
 from abft_fast import EncodedPrompt
 from abft_fast.analysis.cmap import Patcher, curve_ways, halves, is_induction, ways_of
@@ -12,7 +15,9 @@ from abft_fast.analysis.effects import log_odds, recovered
 from abft_fast.analysis.last_row import run_prompt
 from abft_fast.analysis.pair import ModelPair
 from abft_fast.analysis.patching import check_can_patch, patched_logits, replacement
+from abft_fast.core.attention_rows import attention_rows
 from abft_fast.core.backbone import output_projections, without_peft
+from abft_fast.core.packed_forward import LastQueries
 from abft_fast.errors import UserError
 from abft_fast.models.trainable import train_lora
 from abft_fast.prompts import EncodedPrompts
@@ -132,6 +137,35 @@ def test_attention_rows_are_those_that_ran(family):
     row = run_prompt(tiny_model(family), prompt, LABELS)
     mixed = torch.einsum("lhn,lhnd->lhd", row.attention(), row.values())
     torch.testing.assert_close(mixed, row.outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_rows_are_not_rounded_under_autocast():
+    torch.manual_seed(0)
+    query, key = 4 * torch.randn(3, 4, 32).bfloat16(), torch.randn(50, 2, 32).bfloat16()
+    queries = LastQueries(query, Scores(32**-0.5, None, None), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = attention_rows(queries, key)
+    assert torch.equal(inside, attention_rows(queries, key))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_weights_that_move_are_not_taken_from_autocasts_cache(reverse):
+    """The giver's 16-bit weights stay in it where they want a gradient."""
+    model = tiny_model("llama")
+    torch.manual_seed(1)
+    change = {name: torch.randn_like(p) for name, p in model.named_parameters() if "q_proj" in name}
+    assert all(p.requires_grad for p in model.parameters())
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    ends = []
+    for context in (autocast, nullcontext):
+        pair = ModelPair(model, changes=change)
+        patcher = Patcher(pair, reverse=reverse, autocast=context)
+        ways = ways_of([], len(patcher.pair.layers), patcher.pair.heads)
+        receiver, giver, _, _ = patcher._patch(prompts(12).prompts[0], ways, LABELS)
+        ends.append(torch.stack([receiver.logits, giver.logits]))
+    rounded, exact = ends
+    assert (exact[0] - exact[1]).abs().max() > 1
+    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.2)
 
 
 def test_an_adapter_of_zeros_recovers_nothing():
