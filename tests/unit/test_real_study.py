@@ -49,7 +49,7 @@ def test_rows_are_cells_of_the_sweeps():
         for sweep in (ROOT / "configs/real").glob("*.yaml")
         for cell in read_cells(sweep, options)
     }
-    files = ("real_study", "real_streamed", "real_out_of_domain")
+    files = ("real_study", "real_streamed", "real_out_of_domain", "real_sensitivity")
     rows = [row for file in files for row in rows_of(file)]
     assert {(row.get("mixed_precision", "no"), row["cell"]) for row in rows} <= cells
 
@@ -127,18 +127,52 @@ def test_the_table_out_of_domain_says_what_the_rows_say(accuracies):
 
 def test_the_table_of_qwen_says_what_the_rows_say():
     rows = {
-        (row["setting_name"], row["dataset"]): row
+        (row["setting_name"], f"{size} {row['dataset']}"): row
         for row in rows_of("real_study")
-        if "qwen2.5-coder-0.5b" in row["model"]
+        for size in re.findall(r"qwen2\.5-coder-(.*)-instruct", row["model"])
     }
-    datasets, lines = table("Qwen 0.5B")
+    titles, lines = table("Qwen")
+    cells = [title.replace(" in nf4", "").replace(",", "") for title in titles]
     said = {
-        (NAMES[name], dataset): cell
-        for name, *cells in lines
-        for dataset, cell in zip(datasets, cells, strict=True)
-        if cell != "-"
+        (NAMES[name], cell): text
+        for name, *texts in lines
+        for cell, text in zip(cells, texts, strict=True)
+        if text != "-"
     }
     assert said == {cell: f"{100 * float(row['accuracy']):.2f}" for cell, row in rows.items()}
+
+
+def test_the_table_of_what_is_left_out_says_what_the_rows_say():
+    names = {"nothing": "ABFT", "control": "w/o PID", "control, filter": "w/o PID, w/o head filter"}
+    rows = {
+        (row["setting_name"], row["dataset"]): row
+        for row in sorted(rows_of("real_study"), key=lambda row: row["mixed_precision"] == "no")
+        if row["seed"] == "0" and "gemma" in row["model"]
+    }
+    titles, lines = table("Left out, seed 0")
+    said = set()
+    for name, *cells in lines:
+        for dataset, *cell in zip(titles[::2], cells[::2], cells[1::2], strict=True):
+            row = rows.get((names[name], dataset))
+            said.add((names[name], dataset))
+            assert cell == (["-", "-"] if row is None else figures_of(row))
+    assert {cell for cell in rows if cell[0].startswith("w/o")} <= said
+
+
+def figures_of(row):
+    """Accuracy and induction heads, as a page shows them."""
+    return [f"{100 * float(row['accuracy']):.2f}", f"{float(row['induction_heads']):.1f}"]
+
+
+def test_the_table_of_consistency_says_what_the_rows_say():
+    rows = {(r["setting_name"], r["test_type"]): r for r in rows_of("real_sensitivity")}
+    _, lines = table("Consistency")
+    said = {
+        (NAMES[name], test): cell
+        for name, *cells in lines
+        for test, cell in zip(("TempSensitivity", "DemoSensitivity"), cells, strict=True)
+    }
+    assert said == {cell: f"{100 * float(row['consistency']):.2f}" for cell, row in rows.items()}
 
 
 def test_the_table_of_blocks_says_what_the_rows_say():
