@@ -82,7 +82,7 @@ def free_memory(device: torch.device) -> int:
     """Return the bytes that a run may still allocate: on a GPU within its share, or in RAM."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        share = total * torch.cuda.get_per_process_memory_fraction(device)
+        share = total * torch.cuda.get_per_process_memory_fraction(device.index)
         return int(min(free + torch.cuda.memory_reserved(device), share))
     return min(psutil.virtual_memory().available, *_left_in_control_groups(Path("/sys/fs/cgroup")))
 

@@ -15,6 +15,7 @@ from abft_fast.commands.merge import merge
 from abft_fast.commands.session import Session
 from abft_fast.core.backbone import without_peft
 from abft_fast.errors import UserError
+from abft_fast.memory.types import Arithmetic
 from abft_fast.models import merging
 from abft_fast.models.loading import load, read_tokenizer
 from abft_fast.models.synthetic import is_quantized
@@ -234,9 +235,10 @@ def test_folders_with_signs_in_their_names(given, adapters, tmp_path, monkeypatc
     assert config.adapters == [(Path(folder), number) for folder, number in adapters]
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("coefficients", [(0.5, 0.7), (1.0, 1.0), (-1.0, 0.0)])
-def test_eval_adds_adapters_as_merge_does(coefficients, tmp_path):
-    """Weights are set in place: no folder is written for a sum that is only tested."""
+def test_eval_adds_adapters_as_merge_does(coefficients, mixed, tmp_path):
+    """Weights are set in place, in float32: no folder is written for a sum that is only tested."""
     for seed in (1, 2):
         random_adapter(load("builtin", CPU, torch.float32), tmp_path / f"a{seed}", seed)
     named = [f"{tmp_path / f'a{i}'}={c}" for i, c in zip((1, 2), coefficients, strict=True)]
@@ -246,6 +248,7 @@ def test_eval_adds_adapters_as_merge_does(coefficients, tmp_path):
         (tmp_path / f"a{i}", c) for i, c in zip((1, 2), coefficients, strict=True)
     ]
     session = Session(config, Progress())
+    session.arithmetic = Arithmetic("cpu", mixed)
     evaluate._load(config, session, evaluate.prepare_tests(session))
     plain = load("builtin", CPU, torch.float32).get_decoder()(IDS).last_hidden_state
     states, expected = (m.get_decoder()(IDS).last_hidden_state for m in (session.model, merged))
