@@ -215,6 +215,16 @@ def test_the_page_on_seen_labels_says_what_the_rows_say(part, papers, ours, accu
         assert cells == [*vanilla, *both[0], *both[1]]
 
 
+def test_readme_says_what_the_rows_of_qwen_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"from ([\d.]+) to ([\d.]+) on (SST2|TREC|SUBJ)", text)
+    rows = [row for row in rows_of("real_study") if "qwen2.5-coder-0.5b" in row["model"]]
+    found = {(r["setting_name"], r["dataset"]): f"{100 * float(r['accuracy']):.2f}" for r in rows}
+    assert len(said) == 3
+    for before, after, name in said:
+        assert [before, after] == [found[s, name.lower()] for s in ("vanilla", "ABFT")]
+
+
 def test_readme_says_what_the_rows_say(accuracies):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = ("Vanilla", "Calibrate (contextual)", "ABFT")
