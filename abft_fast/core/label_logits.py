@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def only_label_logits(model: PreTrainedModel, label_ids: Sequence[int]) -> Itera
     """Let the LM head compute the label words' logits alone, and in float32.
 
     In bfloat16 two logits between 16 and 32 that differ by less than 0.12 may become one number.
-    A head that is quantized, adapted or offloaded stays as it is.
+    A head that is quantized, has LoRA or is offloaded stays as it is.
 
     Yields:
         The columns of the label words' logits in the model's output.
@@ -85,22 +86,27 @@ def only_label_logits(model: PreTrainedModel, label_ids: Sequence[int]) -> Itera
         ValueError: as `label_columns`.
     """
     head, columns = without_peft(model).get_output_embeddings(), label_columns(model, label_ids)
-    if type(head) is not nn.Linear or head.weight.is_meta or "forward" in vars(head):
+    maps = [head]
+    if hasattr(head, "modules_to_save"):  # PEFT's wrapper of a head that was trained
+        maps = [head.original_module, *head.modules_to_save.values()]
+    if any(type(m) is not nn.Linear or m.weight.is_meta or "forward" in vars(m) for m in maps):
         yield columns
         return
-
-    def forward(hidden: Tensor) -> Tensor:
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        weight = head.weight[columns].to(dtype)
-        bias = None if head.bias is None else head.bias[columns].to(dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(dtype), weight, bias)
-
-    head.forward = forward  # type: ignore[assignment, method-assign]
+    for linear in maps:
+        linear.forward = partial(_some_rows_in_float32, linear, columns)
     try:
         yield list(range(len(columns)))
     finally:
-        del head.forward
+        for linear in maps:
+            del linear.forward
+
+
+def _some_rows_in_float32(linear: nn.Linear, rows: list[int], hidden: Tensor) -> Tensor:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    weight = linear.weight[rows].to(dtype)
+    bias = None if linear.bias is None else linear.bias[rows].to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.to(dtype), weight, bias)
 
 
 def label_logits(

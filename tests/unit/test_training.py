@@ -212,6 +212,14 @@ def test_float32_of_cudas_layer_norm_does_not_reach_attention(family, monkeypatc
     assert forward.leaving.dtype == torch.bfloat16
 
 
+def test_a_huge_first_token_does_not_hide_the_others():
+    expected = torch.ones(9, 4)
+    expected[0] = 1000
+    wrong = expected.clone()
+    wrong[1:] *= 1.5
+    assert relative_error(wrong, expected) > 0.4
+
+
 def _without_softcap(module):
     forward = type(module).forward
 
