@@ -23,12 +23,6 @@ def rows():
     return {(row["setting_name"], row["dataset"]): row for row in rows_of("builtin_labels")}
 
 
-@pytest.fixture(scope="module")
-def gemma():
-    """By setting, on SST2."""
-    return {row["setting_name"]: row for row in rows_of("real_labels") if row["dataset"] == "sst2"}
-
-
 def lines_of(title):
     text = (ROOT / "docs/science/label-words.md").read_text(encoding="utf-8")
     table = text[text.index(f"| {title}") :].split("\n\n")[0]
@@ -67,13 +61,18 @@ def test_rows_of_gemma_are_cells_of_its_sweeps():
     assert {(row["mixed_precision"], row["cell"]) for row in rows_of("real_labels")} <= cells
 
 
-def test_the_page_has_the_rows_of_gemma(gemma):
-    said = dict(lines_of("Training of Gemma"))
-    assert said.keys() == gemma.keys()
+@pytest.mark.parametrize(
+    ("title", "dataset"),
+    [("Training of Gemma", "sst2"), ("Training on TREC", "trec"), ("Training on SUBJ", "subj")],
+)
+def test_the_page_has_the_rows_of_gemma(title, dataset):
+    own = {r["setting_name"]: r for r in rows_of("real_labels") if r["dataset"] == dataset}
+    said = dict(lines_of(title))
+    assert said.keys() == own.keys()
     for setting, cells in said.items():
-        row = {name: f"{100 * float(gemma[setting][name]):.1f}" for name in METRICS}
+        row = {name: f"{100 * float(own[setting][name]):.1f}" for name in METRICS}
         for rate in ("override_rate", "prior_rate"):
-            low, high = (float(gemma[setting][f"{rate}_{end}"]) for end in ("low", "high"))
+            low, high = (float(own[setting][f"{rate}_{end}"]) for end in ("low", "high"))
             row[rate] += f" ({100 * low:.1f} to {100 * high:.1f})"
         assert cells == list(row.values()), setting
 
