@@ -54,7 +54,8 @@ def bounds_on_host(cu_seqlens: Tensor, bounds: list[int] | None) -> list[int]:
     """Return `cu_seqlens` as numbers: the caller's, or those read now, which waits for the device.
 
     Raises:
-        ValueError: the caller's are not as many. Their values cannot be compared without a wait.
+        ValueError: `bounds` and `cu_seqlens` differ in length. Values are not compared, because
+            reading them waits for the device.
     """
     if bounds is None:
         return cu_seqlens.tolist()
@@ -110,7 +111,7 @@ def check_options(
 def check_values(tokens: int, rows: Rows) -> None:
     """Check that indices are inside their bounds; this waits for the device.
 
-    On a GPU it is not called: there a bad index makes the row's loss NaN.
+    Triton on a GPU does without it: there a bad index makes the row's loss NaN.
     """
     key_start, key_end = rows.key_start.cpu(), rows.key_end.cpu()
     label_positions, label_offsets = rows.label_positions.cpu(), rows.label_offsets.cpu()

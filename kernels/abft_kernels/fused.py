@@ -26,7 +26,6 @@ from abft_kernels.checks import bounds_on_host, check_bounds, check_options, che
 from abft_kernels.loss import (
     add_loss_gradients,
     choose_backend,
-    empty_results,
     label_factors,
     last_row_loss,
     loss_forward,
@@ -35,6 +34,7 @@ from abft_kernels.loss import (
     wants_gradient,
 )
 from abft_kernels.types import (
+    LabelLoss,
     LastRowLoss,
     Normalizer,
     Prompts,
@@ -194,7 +194,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     tokens, heads, _ = query.shape
     lse = query.new_empty(heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32))
     known, share = _uses_lse(query, inputs.softcap), inputs.hold is not None
-    result = empty_results(query, inputs.cu_seqlens.shape[0] - 1, known, share)
+    result = LabelLoss.empty(query, inputs.cu_seqlens.shape[0] - 1, known, share)
     return (query.new_empty(query.shape), lse, *result)
 
 

@@ -91,27 +91,12 @@ def loss_forward(
 
 def _without_labels(query: Tensor, rows: Rows, known: bool, share: bool) -> LabelLoss:
     """Return losses of 0 without reading a key; an infinite peak makes every alpha 0."""
-    result = empty_results(query, len(rows.key_start), known, share)
+    result = LabelLoss.empty(query, len(rows.key_start), known, share)
     for tensor in result:
         tensor.zero_()
     result.peak.fill_(torch.inf)
     result.total.fill_(1)
     return result
-
-
-def empty_results(query: Tensor, rows: int, known: bool, share: bool) -> LabelLoss:
-    """Allocate what `loss_forward` returns for R rows; `known` if it gets their log-sum-exp."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    heads = (rows, query.shape[1])
-    loss, label_mass, correct_mass, mean_weight = (
-        query.new_empty(heads, dtype=dtype) for _ in range(4)
-    )
-    peak, total = (query.new_empty(0 if known else heads, dtype=dtype) for _ in range(2))
-    is_induction = query.new_empty(heads, dtype=torch.bool)
-    head_factors = query.new_empty((2, *heads) if share else 0, dtype=dtype)
-    return LabelLoss(
-        loss, label_mass, correct_mass, is_induction, peak, total, mean_weight, head_factors
-    )
 
 
 def label_factors(penalty: Tensor, reward: Tensor, head_factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,21 +174,8 @@ class _Inputs(NamedTuple):
     hold: Tensor | None = None
 
 
-class _Outputs(NamedTuple):
-    """The results of the op, in its order: a LabelLoss."""
-
-    loss: Tensor
-    label_mass: Tensor
-    correct_mass: Tensor
-    is_induction: Tensor
-    peak: Tensor
-    total: Tensor
-    mean_weight: Tensor
-    head_factors: Tensor
-
-
 class _Saved(NamedTuple):
-    """The tensors that the backward needs, named as in _Inputs and _Outputs."""
+    """The tensors that the backward needs, named as in _Inputs and LabelLoss."""
 
     query: Tensor
     key: Tensor
@@ -252,7 +224,7 @@ def _forward_op(
 @_forward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*arguments)
-    return empty_results(inputs.query, len(inputs.query), False, inputs.hold is not None)
+    return LabelLoss.empty(inputs.query, len(inputs.query), False, inputs.hold is not None)
 
 
 @torch.library.custom_op("abft::last_row_loss_backward", mutates_args=())
@@ -294,7 +266,7 @@ def _(grad_loss: Tensor, query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    inputs, outputs = _Inputs(*inputs), _Outputs(*output)
+    inputs, outputs = _Inputs(*inputs), LabelLoss(*output)
     ctx.mark_non_differentiable(*(t for name, t in outputs._asdict().items() if name != "loss"))
     ctx.scores = pick(Scores, inputs)
     ctx.head_filter, ctx.backend = inputs.head_filter, inputs.backend
@@ -303,7 +275,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, *grads: Tensor) -> _Inputs:
-    grad_loss = _Outputs(*grads).loss
+    grad_loss = LabelLoss(*grads).loss
     saved = _Saved(*ctx.saved_tensors)
     needs_grad = _Inputs(*ctx.needs_input_grad)
     rows = pick(Rows, saved)
@@ -386,8 +358,8 @@ def last_row_loss(
 
     Returns:
         LastRowLoss of four (R, Hq) tensors. A row without labels has loss 0. The gradient reaches
-        query, key and sinks; none passes through the filter. On a GPU nothing waits for the
-        device, so an index outside its bounds makes the row's loss NaN.
+        query, key and sinks; none passes through the filter. With Triton on a GPU nothing waits
+        for the device, so an index outside its bounds makes the row's loss NaN.
 
     Raises:
         ValueError: an argument is malformed; the message names it.
@@ -410,7 +382,7 @@ def last_row_loss(
         needs_grad=wants_gradient(query, key, sinks),
         hold=scalar_like(hold, query) if objective == "share" else None,
     )
-    return pick(LastRowLoss, _Outputs(*results))
+    return pick(LastRowLoss, LabelLoss(*results))
 
 
 def scalar_like(value: float | Tensor, query: Tensor) -> Tensor:

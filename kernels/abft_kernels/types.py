@@ -64,7 +64,7 @@ class Prompts(NamedTuple):
 
     @property
     def key_bounds(self) -> Tensor:
-        """Bounds of the keys; all tokens together are the one prompt that reads a prefix."""
+        """Bounds of the keys; with a prefix [0, prefix], because all queries read the same keys."""
         if self.prefix is None:
             return self.cu_seqlens
         return one_prompt_bounds(self.prefix, self.cu_seqlens.device)
@@ -125,6 +125,31 @@ class LabelLoss(NamedTuple):
     total: Tensor
     mean_weight: Tensor
     head_factors: Tensor
+
+    @classmethod
+    def empty(cls, query: Tensor, rows: int, known: bool, share: bool) -> LabelLoss:
+        """Allocate the results of R rows.
+
+        Args:
+            query: whose heads, device and dtype decide; the arithmetic is float32 or wider.
+            rows: R.
+            known: whether the caller knows the rows' log-sum-exp.
+            share: whether the objective is `share`.
+        """
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        heads = (rows, query.shape[1])
+        figures = {
+            name: query.new_empty(heads, dtype=dtype)
+            for name in ("loss", "label_mass", "correct_mass", "mean_weight")
+        }
+        peak, total = (query.new_empty(0 if known else heads, dtype=dtype) for _ in range(2))
+        return cls(
+            **figures,
+            is_induction=query.new_empty(heads, dtype=torch.bool),
+            peak=peak,
+            total=total,
+            head_factors=query.new_empty((2, *heads) if share else 0, dtype=dtype),
+        )
 
 
 def pick(kind: type[Named], *sources: NamedTuple) -> Named:

@@ -82,13 +82,15 @@ def test_opcheck_of_the_backwards(backend):
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("module", [loss, fused], ids=lambda module: module.__name__)
-def test_named_tuples_follow_the_ops(module):
+@pytest.mark.parametrize(
+    ("module", "outputs"), [(loss, LabelLoss), (fused, fused._Outputs)], ids=["loss", "fused"]
+)
+def test_named_tuples_follow_the_ops(module, outputs):
     """The ops hand over plain tuples; their fields get names by their order."""
     schema = module._forward_op._opoverload._schema
     assert module._Inputs._fields == tuple(argument.name for argument in schema.arguments)
-    assert len(module._Outputs._fields) == len(schema.returns)
-    assert module._Outputs._fields[-8:] == LabelLoss._fields
+    assert len(outputs._fields) == len(schema.returns)
+    assert outputs._fields[-8:] == LabelLoss._fields
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -286,26 +286,21 @@ def label_loss(
     """
     query, key = readable(query), readable(key)
     shape = Shape(query, key, rows)
-    heads = (shape.rows, shape.query_heads)
     if lse is None:
         part_max, part_sum = scan_keys(query, key, rows, scores, packed=packed)
         splits = part_max.shape[2]
     else:
         part_max = part_sum = query  # not read
         splits = 0
-    known = 0 if lse is not None else heads
-    peak, total = (query.new_empty(known, dtype=torch.float32) for _ in range(2))
-    loss, label_mass, correct_mass, mean_weight = (
-        query.new_empty(heads, dtype=torch.float32) for _ in range(4)
-    )
-    is_induction = query.new_empty(heads, dtype=torch.bool)
-    head_factors = query.new_empty(0 if hold is None else (2, *heads), dtype=torch.float32)
+    result = LabelLoss.empty(query, shape.rows, lse is not None, hold is not None)
     with on_device(query):
         _label_loss_kernel[(shape.rows, shape.key_heads)](
             query, key, *rows, part_max, part_sum,
-            query if sinks is None else readable(sinks), peak if lse is None else lse, total,
+            query if sinks is None else readable(sinks),
+            result.peak if lse is None else lse, result.total,
             penalty, reward, penalty if hold is None else hold,
-            loss, label_mass, correct_mass, is_induction, mean_weight, head_factors,
+            result.loss, result.label_mass, result.correct_mass, result.is_induction,
+            result.mean_weight, result.head_factors,
             *shape.scores(scores), shape.tokens, splits, shape.rows, len(rows.label_positions),
             int(head_filter), *((0, 0) if lse is None else lse.stride()),
             *shape.strides(query, key), **shape.constants(),
@@ -315,6 +310,4 @@ def label_loss(
             SHARE=hold is not None, SMALLEST_MASS=SMALLEST_MASS,
             num_warps=shape.warps(shape.group_block), **OPTIONS,
         )  # fmt: skip
-    return LabelLoss(
-        loss, label_mass, correct_mass, is_induction, peak, total, mean_weight, head_factors
-    )
+    return result
