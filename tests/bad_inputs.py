@@ -210,6 +210,7 @@ OPTIONS = [
     option("merge --output-dir merged", "--adapter is missing"),
     *(option(f"analyze shift --adapter a {ignored}", f"No such option: {ignored.split()[0]}")
       for ignored in ("--k 4", "--dataset subj", "--prompt-form staicc", "--token-budget 9")),
+    option("analyze path --label-token first", "--label-token first: path exchanges label words"),
     option("analyze cmap", "name the tuned model: --adapter FOLDER, or --tuned MODEL"),
     option("analyze cmap --adapter a --tuned b", "--adapter and --tuned both name the tuned model"),
     option("analyze cmap --adapter a --groups heads", "--groups heads: 'heads' is no group"),

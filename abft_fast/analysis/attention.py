@@ -90,7 +90,7 @@ def _figures(inner: PreTrainedModel, packed: PackedPrompts, attention: str) -> N
         mass - threshold[None, :, None],
         behavior.correct_mass.double().cpu(),
         behavior.is_induction.double().cpu(),
-        torch.stack(first).double().cpu(),
+        torch.stack(first).double(),
     )
     return torch.stack([figure.sum(dim=1) for figure in by_prompt]).numpy()
 
@@ -103,4 +103,4 @@ def _first_token(forward: PackedForward, layer: int, bounds: Sequence[int]) -> t
     for row, (start, end) in enumerate(itertools.pairwise(bounds)):
         one = queries._replace(query=queries.query[row : row + 1])
         rows.append(attention_rows(one, key[start:end])[0, :, 0])
-    return torch.stack(rows)
+    return torch.stack(rows).cpu()

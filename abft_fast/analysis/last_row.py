@@ -22,6 +22,8 @@ from abft_fast.core.run_packed import run_packed
 class LastRow:
     """One model's forward on one prompt of n tokens, seen from its last token.
 
+    What has all layers is on the device of `logits`, where a model is split over several.
+
     Attributes:
         logits: (labels,) logits of the label words.
         outputs: (layers, Hq, D) outputs of the heads, the input of the output projection.
@@ -42,12 +44,13 @@ class LastRow:
     def attention(self) -> Tensor:
         """Return the last row of every head's attention, (layers, Hq, n)."""
         rows = [attention_rows(self.queries[i], self.kept[i][0])[0] for i in self.layers]
-        return torch.stack(rows)
+        return torch.stack([row.to(self.logits.device) for row in rows])
 
     def values(self) -> Tensor:
         """Return the values that each query head reads, (layers, Hq, n, D)."""
         heads = self.outputs.shape[1]
-        return torch.stack([_by_query_head(self.kept[i][1], heads) for i in self.layers])
+        values = [_by_query_head(self.kept[i][1], heads) for i in self.layers]
+        return torch.stack([value.to(self.logits.device) for value in values])
 
     def before_last(self) -> KeysAndValues:
         """Return the keys and values of all tokens but the last one."""
@@ -94,8 +97,9 @@ def run_prompt_at(
         logits = run_packed(model, forward, logits_to_keep=1).logits[0, -1, columns]
     assert forward.keep is not None and forward.queries is not None
     heads = next(iter(forward.queries.values())).query.shape[1]
+    by_layer = [outputs[layer].to(logits.device) for layer in sorted(outputs)]
     stacked = {
-        position: torch.stack([outputs[i][0, position].view(heads, -1) for i in sorted(outputs)])
+        position: torch.stack([output[0, position].view(heads, -1) for output in by_layer])
         for position in (*positions, -1)
     }
     last = LastRow(logits, stacked.pop(-1), forward.keep, forward.queries)

@@ -131,7 +131,7 @@ class _Senders:
         by_layer = [
             torch.einsum(
                 "rhn,hnd->rhd",
-                attention_rows(last.queries[layer], self.clean.kept[layer][0]).to(values.dtype),
+                attention_rows(last.queries[layer], self.clean.kept[layer][0]).to(values),
                 values[index],
             )
             for index, layer in enumerate(self.clean.layers)
@@ -147,6 +147,7 @@ class _Senders:
             assert forward.keep is not None
             for index, layer in enumerate(self.clean.layers):
                 change = forward.keep[layer][1] - self.clean.kept[layer][1][position]
+                change = change.to(outputs.device)
                 by_head = change.repeat_interleave(self.heads // change.shape[1], dim=1)
                 outputs[:, index] += weights[index, :, position, None] * by_head
         return outputs

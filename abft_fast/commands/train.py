@@ -77,6 +77,9 @@ def train(config: TrainConfig, run: RunFolder, progress: Progress) -> RunFolder:
                 raise
             line = f"interrupted; continue with `{run.resume_command(config)}`"
             raise Interrupted(line) from None
+        except UserError:  # also of weights that are read after the folder was made
+            run.discard()
+            raise
         finally:
             run.release()
     return run

@@ -111,8 +111,8 @@ class Away:
 class BlockBoundary:
     """Forward pre-hook of a decoder layer: detach the hidden states that enter a block.
 
-    The hook stays on the model, because checkpointing runs layers again long after the forward. The
-    forward's own keyword `abft` says what to do.
+    The hook stays on the model, because some versions of transformers run it again when
+    checkpointing computes a layer once more. The forward's keyword `abft` says what to do.
     """
 
     def __init__(self, index: int):

@@ -39,6 +39,6 @@ def mean_last_row(
         run_packed(model, forward, logits_to_keep=1)
     assert forward.keep is not None and forward.queries is not None
     kept, queries = forward.keep, forward.queries
-    rows = torch.cat([attention_rows(queries[i], kept[i][0])[0] for i in sorted(kept)]).cpu()
+    rows = torch.cat([attention_rows(queries[i], kept[i][0])[0].cpu() for i in sorted(kept)])
     chosen = forward.behavior().is_induction[:, 0].flatten().cpu()
     return rows[chosen if chosen.any() else ...].mean(dim=0).tolist()

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from abft_fast.options import EvalConfig, TrainConfig
+from abft_fast.training.run_folder import MOVABLE
 
 VANILLA = "vanilla"
 
@@ -53,17 +54,24 @@ class Cell:
     def name(self) -> str:
         """The name of the cell's folder, such as `gpt2-sst2-ABFT-seed0-0123456789`.
 
-        The name depends on options and data alone: the same cell has the same name in every sweep
-        and on every machine.
+        The name depends on options and data alone, not on the data's folder: the same cell has the
+        same name in every sweep and on every machine.
         """
         changed = self.config.model_dump(mode="json", exclude_defaults=True, exclude=set(PLACEMENT))
         changed = {n: v for n, v in changed.items() if v is not None or n in _IN_NAMES_WHEN_UNSET}
+        for name in changed.keys() & MOVABLE:
+            changed[name] = _without_folders(changed[name])
         digests = [digest for _, digest in self.data]
         identity = json.dumps([self.command, self.method, changed, digests], sort_keys=True)
         parts = [_last_part(self.config.model), _last_part(self.config.dataset_name), self.method]
         if isinstance(self.config, TrainConfig):
             parts.append(f"seed{self.config.seed}")
         return "-".join([*parts, hashlib.sha256(identity.encode()).hexdigest()[:10]])
+
+
+def _without_folders(data: str | None) -> str | None:
+    """Return the names of the user's files, or of datasets, that an option lists by commas."""
+    return data and ",".join(path.rsplit("/", 1)[-1] for path in data.split(","))
 
 
 def _last_part(path: str) -> str:

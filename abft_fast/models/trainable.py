@@ -25,7 +25,7 @@ from peft import (
 )
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -318,7 +318,13 @@ def _train_rows(projection: Projection, weight: nn.Parameter, dim: int) -> None:
     shape = [1, 1]
     shape[dim] = -1
     mask = projection.rows.to(weight.device, weight.dtype).view(shape)
-    weight.register_hook(lambda gradient: gradient * mask)
+
+    def keep_rows(gradient: Tensor) -> Tensor:
+        nonlocal mask
+        mask = mask.to(gradient.device)  # a streamed weight moves there later
+        return gradient * mask
+
+    weight.register_hook(keep_rows)
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -239,6 +239,15 @@ class PathConfig(ComparedOnPromptsOptions):
 
     _needs_tuned: ClassVar[bool] = False
 
+    @model_validator(mode="after")
+    def _check_label_token(self) -> Self:
+        if self.label_token == "first":
+            raise ValueError(
+                "--label-token first: path exchanges label words, and they must be of one token: "
+                "use a --template that gives such words"
+            )
+        return self
+
 
 class DcmConfig(ComparedOnPromptsOptions):
     """Options of `abft-fast analyze dcm`."""

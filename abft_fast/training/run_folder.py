@@ -71,6 +71,7 @@ class RunFolder:
         self._attention = folder / "attention.json"
         self._token_budget = folder / "token_budget.json"
         self._lock: FolderLock | None = None
+        self._is_created = False
 
     @classmethod
     def reserve(cls, config: TrainConfig) -> RunFolder:
@@ -173,8 +174,8 @@ class RunFolder:
             config: the run's options.
             trained_parameters: how many parameters are trained.
             files: SHA-256 of the user's own data files, by path.
-            environment: what the run runs on, by `runtime.environment.describe`; the file of its
-                model, by `models.gguf.identity`; `base`, by `models.base_identity`.
+            environment: what the run runs on (from `runtime.environment.describe`), its model
+                file (from `models.gguf.identity`), and `base` (from `models.base_identity`).
 
         Raises:
             UserError: another run has taken the folder in the meantime.
@@ -194,6 +195,12 @@ class RunFolder:
         except OSError:  # a run without these files could not be continued
             shutil.rmtree(self.folder)
             raise
+        self._is_created = True
+
+    def discard(self) -> None:
+        """Remove the folder if this process made it and it has no results."""
+        if self._is_created and not (self._evaluation.is_file() or self._metrics.is_file()):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def hold(self, say: Callable[[str], None]) -> None:
         """Make the folder if need be, and keep other processes from running in it.
@@ -226,7 +233,7 @@ class RunFolder:
 
     @property
     def base(self) -> dict[str, Any] | None:
-        """Return the base that the run trains, by `models.base_identity`; None if unrecorded."""
+        """Return the base that the run trains, from `models.base_identity`; None if unrecorded."""
         return _read_json(self._environment).get("base")
 
     def record_base(self, base: Mapping[str, Any]) -> None:
@@ -288,7 +295,7 @@ class RunFolder:
             write_json(path, content)
 
     def details(self, when: str) -> dict[str, Any]:
-        """Return every prediction of one side and more, by `evaluation.details`; empty if none.
+        """Return every prediction of one side and more, from `evaluation.details`; empty if none.
 
         With several tests, by test.
         """

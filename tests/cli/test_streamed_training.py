@@ -1,10 +1,14 @@
 """`train --stream` as a user runs it."""
 
 import json
+import shutil
 import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from abft_fast.builtin import builtin_model_path
 from tests.close import close
 from tests.command_line import QUICK, abft_fast, start
 
@@ -53,6 +57,22 @@ def test_the_figures_are_those_of_an_ordinary_run(arithmetic, tmp_path):
         for side in ("before", "after"):
             figures, expected = (read(f, name)[side]["trec"] for f in (streamed, ordinary))
             assert figures == close(expected, rel=1e-6)
+
+
+def test_weights_that_are_not_finite_leave_no_folder(tmp_path):
+    """They are in the last layer, so blocks before it have been trained and saved."""
+    model, folder = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(builtin_model_path(), model)
+    (weights,) = model.glob("*.safetensors")
+    tensors = load_file(weights)
+    name = max(n for n in tensors if n.endswith("input_layernorm.weight"))
+    tensors[name][0] = torch.nan
+    save_file(tensors, weights, {"format": "pt"})
+    options = [*OPTIONS, "--model", model, "--stream", "--save-steps", "1"]
+    result = abft_fast("train", *options, "--output-dir", folder)
+    assert result.returncode == 2, result.stderr
+    assert "not finite" in result.stderr.splitlines()[-1]
+    assert not folder.exists()
 
 
 def test_killed_and_resumed(streamed, tmp_path):

@@ -76,7 +76,7 @@ def test_the_device_map_of_a_run(bits):
 
 
 def test_a_run_of_two_gpus(tmp_path):
-    options = [*QUICK[:-1], "cuda", "--mixed-precision", "no", "--lr", "1e-3", "--no-eval"]
+    options = [*QUICK[:-1], "cuda", "--mixed-precision", "no", "--lr", "1e-3"]
     for folder, extra in (("one", []), ("split", ["--device-map", "auto"])):
         result = abft_fast("train", *options, *extra, "--output-dir", tmp_path / folder)
         assert result.returncode == 0, result.stderr

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,21 @@ def test_a_cell_is_named_by_what_it_is(tmp_path):
     assert first.name.startswith("builtin-sst2-ABFT-seed0-")
     twice = cells(tmp_path, text + "\nsettings: {a: {}, b: {k: 2}}")
     assert [c.name for c in twice] == [first.name]
+
+
+def test_a_cell_has_its_name_wherever_its_data_are(tmp_path):
+    names = set()
+    for place in (tmp_path / "here", tmp_path / "there"):
+        place.mkdir()
+        for file in ("mails.csv", "more.csv"):
+            (place / file).write_text("text,label\n" + "good,yes\nbad,no\n" * 5)
+        (place / "template.yaml").write_text("input_prefix: 'Text: '\n")
+        options = {
+            "k": 2, "dataset": f"{place}/mails.csv", "template": f"{place}/template.yaml",
+            "training_datasets": f"{place}/more.csv,sst2",
+        }  # fmt: skip
+        names.add(cells(place, f"options: {json.dumps(options)}")[0].name)
+    assert len(names) == 1
 
 
 def test_changed_data_are_another_cell_and_a_mistake_in_them_is_seen_first(tmp_path):

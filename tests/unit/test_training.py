@@ -107,6 +107,15 @@ def test_lora_changes_queries_and_keys_only(family):
             assert delta[rows].abs().max() > 0 and (delta[~rows] == 0).all()
 
 
+@pytest.mark.parametrize("family", FUSED)
+def test_values_stay_untrained_on_the_device_that_a_weight_moves_to(family):
+    """A streamed model's LoRA is made on the CPU. Here the other device is `meta`."""
+    for name, weight in trained_parameters(train_lora(tiny_model(family), 4)).items():
+        for hook in (weight._backward_hooks or {}).values():
+            assert "lora_B" in name
+            assert hook(torch.ones(weight.shape, device="meta")).is_meta
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_an_adapter_loads_with_plain_peft(family, tmp_path):
     model = train_lora(tiny_model(family), rank=4)
