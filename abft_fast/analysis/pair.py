@@ -21,7 +21,8 @@ class ModelPair:
     Args:
         base: the base, or a model of PEFT, whose adapter makes the tuned model.
         tuned: the tuned model; None where `base` has an adapter, or where there is no other model.
-        changes: what makes the base the tuned model, added to weights by name, in place of the two.
+        changes: what the tuned model's weights have more than the base's, by name; give it instead
+            of an adapter or `tuned`.
 
     Attributes:
         layers: the indices of the layers that have attention.

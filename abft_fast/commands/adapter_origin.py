@@ -54,7 +54,7 @@ def check_tested_apart(config: DrawnPromptOptions, adapter: Path) -> None:
     if run is None:
         return
     options = run.options
-    dataset = datasets.own_by_options(config)
+    dataset = datasets.own_from_options(config)
     if dataset.test_path != dataset.training_path:
         return  # the test rows are in another file
     now = config.model_dump(mode="json")

@@ -201,7 +201,7 @@ def _check_data(config: DrawnPromptOptions) -> None:
     if launch.process_count() > 1:
         datasets.refuse_streams(config, "every process")
     if config.data_are_own:
-        dataset = datasets.by_options(config)
+        dataset = datasets.from_options(config)
         if isinstance(config, TrainConfig) and METHODS[config.method].trains_on_tested_dataset:
             dataset.check_training(config.k, config.seen_labels_only)
         dataset.check_test(config.k)

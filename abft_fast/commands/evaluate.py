@@ -103,7 +103,7 @@ def evaluation_sets(
         for other in map(data.load, data.PAPER_DATASETS):
             if other.name != dataset.name:
                 limits = encoder.max_length, encoder.vocabulary
-                its = PromptEncoder.by_options(config, encoder.tokenizer, other, *limits)
+                its = PromptEncoder.from_options(config, encoder.tokenizer, other, *limits)
                 places.append((other, its))
     for kind in config.test_types:
         for place in places:

@@ -120,6 +120,6 @@ def training_data(
     options = config.model_copy(update={"label_token": "first"}) if is_known else config
     context = loading.context_length(shape)
     vocabulary = loading.vocabulary_size(shape)
-    dataset = for_tokenizer(datasets.by_options(config), tokenizer, vocabulary)
-    encoder = PromptEncoder.by_options(options, tokenizer, dataset, context, vocabulary)
+    dataset = for_tokenizer(datasets.from_options(config), tokenizer, vocabulary)
+    encoder = PromptEncoder.from_options(options, tokenizer, dataset, context, vocabulary)
     return training_prompts(config, dataset, encoder).prompts, dataset, encoder

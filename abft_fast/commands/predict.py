@@ -101,7 +101,7 @@ class Labeller(ModelOnDevice):
         tokenizer = loading.read_tokenizer(config.model)
         # Too long prompts are refused or dropped below, where a row's place is known.
         vocabulary = loading.vocabulary_size(self.shape)
-        self.encoder = PromptEncoder.by_options(config, tokenizer, dataset, None, vocabulary)
+        self.encoder = PromptEncoder.from_options(config, tokenizer, dataset, None, vocabulary)
         (bare,) = self._encode([""])
         if self._is_too_long(bare):
             raise UserError(

@@ -135,8 +135,8 @@ class PromptSession(ModelOnDevice):
         super().__init__(config, progress, tracker_folder)
         tokenizer = loading.read_tokenizer(config.model)
         vocabulary = loading.vocabulary_size(self.shape)
-        self.dataset = for_tokenizer(datasets.by_options(config), tokenizer, vocabulary)
-        self.encoder = PromptEncoder.by_options(
+        self.dataset = for_tokenizer(datasets.from_options(config), tokenizer, vocabulary)
+        self.encoder = PromptEncoder.from_options(
             config, tokenizer, self.dataset, loading.context_length(self.shape), vocabulary
         )
 

@@ -10,11 +10,10 @@ from abft_fast.core.packed_forward import LastQueries
 
 
 def attention_rows(queries: LastQueries, key: Tensor) -> Tensor:
-    """Return the attention of R query rows, each the last one of all n keys, (R, Hq, n).
+    """Return the attention of R query rows over n keys, (R, Hq, n); each query is at the last key.
 
-    It is computed in float32 at least, as by the loss, also under autocast.
-
-    Sinks take their part of the softmax and have no column.
+    The arithmetic is float32 or wider, as in the loss, even under autocast. Sinks take their part
+    of the softmax and have no column.
     """
     query = queries.query
     dtype = torch.promote_types(query.dtype, torch.float32)

@@ -93,7 +93,7 @@ class Away:
     """Stands for the forward of a decoder layer whose weights are not in memory.
 
     The model's own forward runs: before the layers that are to run, hidden states pass by; after
-    them the forward ends. See `PackedForward.part`.
+    them the forward ends. See `PackedForward.layers_to_run`.
     """
 
     def __init__(self, index: int):
@@ -121,7 +121,7 @@ class BlockBoundary:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         """Return the layer's new arguments, or None to leave them."""
         forward = kwargs.get("abft")
-        if forward is not None and forward.part is not None:
+        if forward is not None and forward.layers_to_run is not None:
             _refuse_other_states(module, args, kwargs)
         if forward is None or not forward.enter_layer(self.index, module):
             return None

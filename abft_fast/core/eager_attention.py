@@ -1,4 +1,4 @@
-"""A model's own eager attention with its products in float32, which packed attention is checked by.
+"""Compute a model's own eager attention in float32, to check packed attention against it.
 
 In bfloat16 a family's eager attention rounds scores before the softmax. Where keys have large
 biases, as Qwen2.5's, scores are in the hundreds and rounding moves them by whole units; fused

@@ -67,11 +67,11 @@ class PackedForward:
         prefix: keys and values that an earlier forward kept of the beginning of all these prompts.
             Positions of `packed` continue after the prefix; the batch has no labels, and no loss is
             computed.
-        part: the layers that run, where the others are away; None for all layers.
-        entering: (1, T, width) hidden states that enter the first layer of `part`; None where they
-            are the embedding's.
-        leaving: (1, T, width) hidden states after the last layer of `part`, where it is not the
-            model's last; stored by the next layer.
+        layers_to_run: the layers that run, where the others are away; None for all layers.
+        entering: (1, T, width) hidden states that enter the first layer of `layers_to_run`; None
+            where they are the embedding's.
+        leaving: (1, T, width) hidden states after the last layer of `layers_to_run`, where it is
+            not the model's last; stored by the next layer.
         results: losses and masses by layer, stored by the attention function.
         attentions: which attention ran, stored by the attention function: (attention, backend of
             the loss) -> why no faster attention ran.
@@ -85,7 +85,7 @@ class PackedForward:
     keep: KeysAndValues | None = None
     queries: dict[int, LastQueries] | None = None
     prefix: KeysAndValues | None = None
-    part: range | None = None
+    layers_to_run: range | None = None
     entering: Tensor | None = None
     leaving: Tensor | None = field(default=None, init=False)
     attentions: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class PackedForward:
 
     def enter_layer(self, index: int, layer: nn.Module) -> bool:
         """Begin a decoder layer; return whether its input is to be detached."""
-        if self.part is not None and index not in self.part:
+        if self.layers_to_run is not None and index not in self.layers_to_run:
             return False
         self._checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
         if self._blocks is None:
@@ -129,12 +129,12 @@ class PackedForward:
 
     def pass_by(self, index: int, hidden_states: Tensor) -> Tensor:
         """Return what a layer that is away hands on; the next layer ends the forward."""
-        if self.part is None or index in self.part:
+        if self.layers_to_run is None or index in self.layers_to_run:
             raise RuntimeError(f"layer {index} is to run, but its weights are away")
-        if index == self.part.stop:
+        if index == self.layers_to_run.stop:
             self.leaving = hidden_states.detach().to(product_dtype(hidden_states))
             raise LossComplete
-        if index == self.part.start - 1 and self.entering is not None:
+        if index == self.layers_to_run.start - 1 and self.entering is not None:
             return self.entering
         return hidden_states
 

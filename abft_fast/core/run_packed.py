@@ -63,8 +63,8 @@ def run_packed(model: PreTrainedModel, forward: PackedForward, **kwargs: Any) ->
         forward.results.clear()
         raise
     expected = attention_layers(inner)
-    if forward.part is not None:
-        expected = {index: expected[index] for index in forward.part if index in expected}
+    if forward.layers_to_run is not None:
+        expected = {index: expected[index] for index in forward.layers_to_run if index in expected}
     missing = forward.results.missing(expected)
     if missing:
         raise UnsupportedModel(

@@ -14,20 +14,20 @@ from abft_fast.options.evaluate import DrawnPromptOptions
 from abft_fast.options.train import TrainConfig
 
 
-def by_options(options: DrawnPromptOptions) -> Dataset:
+def from_options(options: DrawnPromptOptions) -> Dataset:
     """Load the dataset of a run: one that has a name, or the user's own data.
 
     Raises:
         UserError: a file is missing, unreadable, or a row in it is not what the options say.
     """
-    return own_by_options(options) if options.data_are_own else data.load(options.dataset)
+    return own_from_options(options) if options.data_are_own else data.load(options.dataset)
 
 
-def own_by_options(options: DrawnPromptOptions) -> OwnDataset:
+def own_from_options(options: DrawnPromptOptions) -> OwnDataset:
     """Load the user's own data that `--dataset` names.
 
     Raises:
-        UserError: as `by_options`.
+        UserError: as `from_options`.
     """
     path = Path(options.dataset)
     parts = tables.parts(path)
@@ -66,11 +66,11 @@ def to_train_on(config: TrainConfig, name: str) -> Dataset:
         name: one of `config.training_dataset_names`.
 
     Raises:
-        UserError: as `by_options`.
+        UserError: as `from_options`.
     """
     if name == config.dataset:
-        return by_options(config)
-    return by_options(config.model_copy(update={"dataset": name, "test_file": None}))
+        return from_options(config)
+    return from_options(config.model_copy(update={"dataset": name, "test_file": None}))
 
 
 def paths(options: DrawnPromptOptions) -> list[Path]:
@@ -104,7 +104,7 @@ def file_hashes(options: DrawnPromptOptions) -> dict[str, str]:
     Raises:
         UserError: a dataset's file is missing, unreadable or not what the options say.
     """
-    hashes = dict(by_options(options).files) if options.data_are_own else {}
+    hashes = dict(from_options(options).files) if options.data_are_own else {}
     if isinstance(options, TrainConfig):
         for name in options.training_dataset_names:
             if name not in data.NAMES and name != options.dataset:

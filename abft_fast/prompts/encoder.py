@@ -120,7 +120,7 @@ class PromptEncoder:
             self.check_vocabulary(ids, f"{self.dataset}, a label word in a prompt's {where}")
 
     @classmethod
-    def by_options(
+    def from_options(
         cls,
         options: PromptOptions,
         tokenizer: PreTrainedTokenizerBase,

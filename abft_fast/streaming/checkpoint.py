@@ -17,14 +17,14 @@ from abft_fast.runtime import processes
 from abft_fast.runtime.files import atomic_folder
 from abft_fast.runtime.tensor_file import with_prefix
 from abft_fast.streaming.stages import Stage
-from abft_fast.streaming.trained_blocks import TrainedBlocks, blaming
+from abft_fast.streaming.trained_blocks import TrainedBlocks, checkpoint_errors
 
 BLOCK, STEP = "block", "step"
 _TENSORS, _FACTS = "state.safetensors", "state.json"
 
 
 class WalkCheckpoint:
-    """The saved states of a walk. Construct it outside `processes.apart`, where ranks are others.
+    """The saved states of a walk. Construct it before `processes.apart`, which renumbers ranks.
 
     After the third block process 0 saves its state in `block-000003/state-0/`, and the other
     processes save theirs beside it. A pipeline does so after training steps, as in
@@ -88,7 +88,7 @@ class WalkCheckpoint:
             UserError: another number of processes has saved it.
         """
         with processes.fail_together():
-            # States of the other unit are of another number of processes: they refuse the run.
+            # A state in the other unit was saved by another number of processes: it is refused.
             newest = {unit: self._newest(unit) for unit in (BLOCK, STEP)}
         number = processes.from_main(newest[self._unit])
         # A pipeline writes what blocks have learnt after its last step.
@@ -100,7 +100,7 @@ class WalkCheckpoint:
     def _newest(self, unit: str) -> int:
         for facts in sorted(self._folder.glob(f"{unit}-*/state-0/{_FACTS}"), reverse=True):
             folder = facts.parent.parent
-            with blaming(facts.parent, self._folder):
+            with checkpoint_errors(facts.parent, self._folder):
                 count = int(json.loads(facts.read_text(encoding="utf-8"))["processes"])
             if all((folder / f"state-{rank}" / _FACTS).is_file() for rank in range(count)):
                 self._check_count(count)
@@ -127,7 +127,7 @@ class WalkCheckpoint:
             UserError: the state does not fit what is there now.
         """
         state = self._state(number)
-        with blaming(state, self._folder):
+        with checkpoint_errors(state, self._folder):
             tensors = load_file(state / _TENSORS)
             facts = json.loads((state / _FACTS).read_text(encoding="utf-8"))
             yield tensors, facts

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from abft_fast.core.behavior import AttentionBehavior
+from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import EncodedPrompt, pack
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.runtime import processes
@@ -28,6 +30,9 @@ class WalkingPrompt(EncodedPrompt):
 
 class PromptGroup:
     """The prompts of one training step, or of one part of a test.
+
+    After `settle`, a block runs them between `enter` and `leave`, some prompts at a time: `forward`
+    gives them the hidden states that enter the block, and `store` takes those that leave it.
 
     Args:
         prompts: in the order in which their hidden states lie end to end.
@@ -86,6 +91,29 @@ class PromptGroup:
         if self._entering is None:
             return None
         return self._entering[self._rows(places)][None].to(device)
+
+    def forward(
+        self,
+        block: range,
+        places: Sequence[int],
+        device: torch.device,
+        first_position: int = 0,
+        **options: Any,
+    ) -> PackedForward:
+        """Return the forward of some prompts through a block.
+
+        Args:
+            block: the layers.
+            places: the prompts' places in the group.
+            device: where the model is.
+            first_position: of each prompt's first token; above 0 behind a shared prefix.
+            options: further arguments of `PackedForward`.
+        """
+        packed = pack([self.prompts[place] for place in places])
+        if first_position:
+            packed = replace(packed, position_ids=packed.position_ids + first_position)
+        entering = self.entering(places, device)
+        return PackedForward(packed, layers_to_run=block, entering=entering, **options)
 
     def store(self, places: Sequence[int], leaving: Tensor | None) -> None:
         """Store the hidden states of some prompts that leave the block, (1, T, width)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from abft_fast.core.autocast import product_dtype
 from abft_fast.core.backbone import attention_layers, prepare
 from abft_fast.core.packed_forward import KeysAndValues, PackedForward
-from abft_fast.core.packing import EncodedPrompt, pack
+from abft_fast.core.packing import EncodedPrompt
 from abft_fast.core.run_packed import run_packed
 from abft_fast.errors import UserError
 from abft_fast.models.preflight import relative_error, tolerance
@@ -22,7 +21,7 @@ from abft_fast.runtime.float32_linear import fast_float32_linear
 from abft_fast.runtime.token_budget import in_halves
 from abft_fast.streaming.group import PromptGroup
 from abft_fast.streaming.model import StreamedModel
-from abft_fast.streaming.stages import Stage, run_block
+from abft_fast.streaming.stages import Stage, run_block, run_inner
 
 
 class Labelling(Stage):
@@ -125,8 +124,7 @@ class Labelling(Stage):
         for group, prefix in zip(self._pair, (None, kept), strict=True):
             group.enter(block)
             forward = self._forward(block, group, (0, 1), prefix=prefix)
-            output = run_packed(inner, forward)
-            left = output.last_hidden_state if forward.leaving is None else forward.leaving
+            left = run_inner(inner, forward)
             group.store((0, 1), forward.leaving)
             group.leave()
             states.append(left[0].split(group.lengths))
@@ -147,17 +145,10 @@ class Labelling(Stage):
         prefix: KeysAndValues | None = None,
         **asked: Any,
     ) -> PackedForward:
-        packed = pack([group.prompts[place] for place in places])
-        if prefix is not None:
-            packed = replace(packed, position_ids=packed.position_ids + self._shared)
-        entering = group.entering(places, self.accelerator.device)
-        return PackedForward(
-            packed,
-            attention=self._backend,
-            part=block,
-            entering=entering,
-            prefix=prefix,
-            **asked,
+        first = 0 if prefix is None else self._shared
+        device = self.accelerator.device
+        return group.forward(
+            block, places, device, first, attention=self._backend, prefix=prefix, **asked
         )
 
 

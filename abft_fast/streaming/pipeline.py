@@ -160,10 +160,10 @@ class PipelinedWalk(Walk):
             for group in handed_on:
                 group.arrive(self._neighbours.receive(group.own_tokens))
         for number in self._own:
-            self._states.turn()
+            self._states.swap()
             self._on(number, stage.take, turn)
         if not self._neighbours.is_last:
-            self._states.turn()
+            self._states.swap()
             for group in handed_on:
                 self._neighbours.send(group.depart())
 

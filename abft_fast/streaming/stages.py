@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from abft_fast.core import attention, eager_attention
 from abft_fast.core.autocast import product_dtype
 from abft_fast.core.backbone import prepare
 from abft_fast.core.label_logits import label_logits_of
 from abft_fast.core.packed_forward import LossComplete, PackedForward
-from abft_fast.core.packing import EncodedPrompt, pack
+from abft_fast.core.packing import EncodedPrompt
 from abft_fast.core.run_packed import run_packed
 from abft_fast.errors import UnsupportedModel
 from abft_fast.evaluation.behavior import BehaviorMean
@@ -223,17 +224,11 @@ class AttentionCheck(StageInTurns):
             group.enter(block)
         with torch.no_grad(), fast_float32_linear(), self.accelerator.autocast():
             both = range(len(packed.prompts))
-            forward = PackedForward(
-                pack(packed.prompts),
-                attention=self._backend,
-                part=block,
-                entering=packed.entering(both, device),
-            )
+            forward = packed.forward(block, both, device, attention=self._backend)
             try:
-                output = run_packed(inner, forward)
+                left = run_inner(inner, forward)
             except ValueError as error:  # as where the attention asked for cannot run here
                 raise UnsupportedModel(str(error)) from error
-            left = output.last_hidden_state if forward.leaving is None else forward.leaving
             packed.store(both, forward.leaving)
             inner.set_attn_implementation(eager_attention.NAME)
             try:
@@ -257,10 +252,9 @@ class AttentionCheck(StageInTurns):
     def _alone(self, inner: Any, group: PromptGroup, place: int, block: range) -> Tensor:
         """Return the hidden states of one prompt after the block, by the model's own attention."""
         device = self.accelerator.device
-        entering = group.entering([place], device)
-        forward = PackedForward(pack([group.prompts[place]]), part=block, entering=entering)
-        inputs = {"inputs_embeds": entering}
-        if entering is None:
+        forward = group.forward(block, [place], device)
+        inputs = {"inputs_embeds": forward.entering}
+        if forward.entering is None:
             inputs = {"input_ids": forward.on(device).input_ids[None]}
         try:
             left = inner(**inputs, use_cache=False, abft=forward).last_hidden_state
@@ -325,12 +319,8 @@ class Evaluating(StageInTurns):
         indices: Sequence[int],
         places: Sequence[int],
     ) -> None:
-        forward = PackedForward(
-            pack([group.prompts[place] for place in places]),
-            attention=self._backend,
-            part=block,
-            entering=group.entering(places, self.accelerator.device),
-        )
+        device = self.accelerator.device
+        forward = group.forward(block, places, device, attention=self._backend)
         with fast_float32_linear(), self.accelerator.autocast():
             rows = run_block(self.streamed, block, forward, part.label_ids)
         if rows is not None:
@@ -354,6 +344,12 @@ class Evaluating(StageInTurns):
         for group in part.groups if behavior else ():
             heads.join(group.behavior())
         return encoded.of_answers(part.logits), heads
+
+
+def run_inner(inner: PreTrainedModel, forward: PackedForward) -> Tensor:
+    """Run a decoder without LM head; return the hidden states after its block, (1, T, width)."""
+    output = run_packed(inner, forward)
+    return output.last_hidden_state if forward.leaving is None else forward.leaving
 
 
 def run_block(

@@ -71,7 +71,7 @@ class HiddenStates:
         file = self._file(1 - self._side, self._starts[part] * self._width * states.itemsize)
         file.write(states.contiguous().view(torch.uint8).numpy().data)
 
-    def turn(self) -> None:
+    def swap(self) -> None:
         """Let what left one block enter the next; files that stay are then on the disk itself."""
         self._entering, self._leaving = self._leaving, {}
         self._side = 1 - self._side

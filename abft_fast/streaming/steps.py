@@ -27,13 +27,19 @@ from abft_fast.streaming.group import PromptGroup, WalkingPrompt
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.stages import StageInTurns
 from abft_fast.training.checkpoint import put_back, tensors_of
-from abft_fast.training.loop import Training, TrainState, check_step, pseudo_batches, train_step
+from abft_fast.training.loop import (
+    Training,
+    TrainState,
+    check_first_step,
+    pseudo_batches,
+    train_step,
+)
 from abft_fast.training.methods import loss_options
 from abft_fast.training.penalty import PenaltyController
 
 
 class TrainingSteps(StageInTurns):
-    """The training of a run, exchanged: for each block all steps.
+    """Train block by block: take all steps on one block, then go on to the next.
 
     With h(b, t) the hidden states that enter block b at step t and θ(b, t) the block's trained
     weights, h(b + 1, t) is block b of h(b, t) at θ(b, t), and θ(b, t + 1) follows from the block's
@@ -71,7 +77,7 @@ class TrainingSteps(StageInTurns):
         if block.start == 0:
             check_gradients(self.streamed.model)
         trained = self.streamed.trained_parameters(block)
-        controller = PenaltyController.by_options(self._config)
+        controller = PenaltyController.from_options(self._config)
         optimizer = torch.optim.Adam(trained.values(), lr=self._config.lr)
         self._states[block] = TrainState(trained, optimizer, controller, self._budget)
         self._rows[block] = []
@@ -129,7 +135,7 @@ class TrainingSteps(StageInTurns):
             config.attention_backend,
             self._size,
             stop_after=max(attention_layers(prepare(model))),
-            part=self._block,
+            layers_to_run=self._block,
             entering=group.entering(places, self.accelerator.device),
         )
         run_packed(prepare(model), forward)
@@ -165,9 +171,8 @@ class TrainingSteps(StageInTurns):
                 "seconds": seconds,
                 "penalty_by_block": penalties,
             }
-            check_step(
-                self._config, step, row["loss"], row["gradient_norm"], row["induction_heads"]
-            )
+            if step == 1:
+                check_first_step(self._config, row["gradient_norm"], row["induction_heads"])
             rows.append(row)
         return rows
 

@@ -21,8 +21,8 @@ _FILE = "trained.safetensors"
 
 
 @contextmanager
-def blaming(path: Path, folder: Path) -> Iterator[None]:
-    """Read a checkpoint in the block.
+def checkpoint_errors(path: Path, folder: Path) -> Iterator[None]:
+    """Turn an error while a checkpoint is read into a RunError that names it.
 
     Args:
         path: of the checkpoint.
@@ -62,7 +62,7 @@ class TrainedBlocks:
         for number, block in enumerate(blocks, start=1):
             modules = streamed.trained_modules(block)
             path = self._of(number) / _FILE
-            with blaming(path, self._folder):
+            with checkpoint_errors(path, self._folder):
                 tensors = load_file(path) if modules else {}
             for name, module in modules.items():
                 for own_name, _ in list(module.named_parameters(recurse=False)):
@@ -73,7 +73,7 @@ class TrainedBlocks:
         """Give the model the LoRA of blocks."""
         for number, block in enumerate(blocks, start=1):
             path = self._of(number) / _FILE
-            with blaming(path, self._folder), safe_open(path, framework="pt") as file:
+            with checkpoint_errors(path, self._folder), safe_open(path, framework="pt") as file:
                 if streamed.trained_modules(block):  # `put_back` reads these, at the end
                     continue
                 parameters: dict[str, Any] = streamed.trained_parameters(block)

@@ -125,7 +125,7 @@ class Walk:
         self.streamed.drop(block)
         if block.start == 0:
             self.streamed.drop_embedding()
-        self._states.turn()
+        self._states.swap()
         if self._checkpoint is not None and number < len(self.blocks):
             self._save(self._checkpoint, number)
 

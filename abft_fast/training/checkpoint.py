@@ -28,7 +28,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     controller: PenaltyController,
 ) -> None:
-    """Write the state after `step` steps; delete all but the newest checkpoints."""
+    """Write the state after `step` steps; keep the two newest checkpoints."""
     tensors = tensors_of(trained, optimizer)
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():

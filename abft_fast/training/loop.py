@@ -121,8 +121,9 @@ def train_step(
     behavior = heads.result()
     gradients = [p.grad for p in state.trained.values() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients).item()
-    check = check_finite if training.is_part else check_step
-    check(training.config, step, loss, norm, behavior.induction_heads)
+    check_finite(training.config, step, loss, norm)
+    if step == 1 and not training.is_part:
+        check_first_step(training.config, norm, behavior.induction_heads)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.controller.update(behavior.induction_heads)
@@ -214,25 +215,23 @@ def _pseudo_batch_gradient(
     return sum(losses), everyone
 
 
-def check_step(config: TrainConfig, step: int, loss: float, norm: float, heads: float) -> None:
-    """Stop a run that would otherwise go wrong silently.
+def check_first_step(config: TrainConfig, norm: float, heads: float) -> None:
+    """Stop a run that would learn nothing.
 
     Raises:
-        RunError: the loss or the gradient is not finite, or at step 1 there is no induction head or
-            no gradient.
+        RunError: the first step has no induction head, or no gradient.
     """
-    check_finite(config, step, loss, norm, heads)
-    if step == 1 and heads == 0 and config.head_filter and METHODS[config.method].uses_penalty:
+    if heads == 0 and config.head_filter and METHODS[config.method].uses_penalty:
         raise RunError(
             "the first pseudo-batch has no induction head, so the loss is 0: try "
             "--no-head-filter, more demonstrations (--k), or another model"
         )
-    if step == 1 and norm == 0:
+    if norm == 0:
         raise RunError("the gradient is 0 at step 1: nothing would be learnt")
 
 
-def check_finite(config: TrainConfig, step: int, loss: float, norm: float, _: float) -> None:
-    """Stop a run whose numbers overflow; some layers may have no induction head.
+def check_finite(config: TrainConfig, step: int, loss: float, norm: float) -> None:
+    """Stop a run whose numbers overflow.
 
     Raises:
         RunError: the loss or the gradient is not finite.
@@ -309,7 +308,7 @@ def _start_or_resume(training: Training) -> tuple[TrainState, int]:
     config, run, model = training.config, training.run, training.model
     trained = trainable.trained_parameters(model)
     optimizer = torch.optim.Adam(trained.values(), lr=config.lr)
-    controller = PenaltyController.by_options(config)
+    controller = PenaltyController.from_options(config)
     with processes.fail_together():
         done = checkpoint.restore(run.checkpoints, trained, optimizer, controller)
     if len(set(processes.gather(done))) > 1:

@@ -72,7 +72,7 @@ def _of_all_datasets(
             continue
         its = encoder
         if each is not dataset:
-            its = PromptEncoder.by_options(
+            its = PromptEncoder.from_options(
                 config, encoder.tokenizer, each, encoder.max_length, encoder.vocabulary
             )
         part = encode(config, each, its, count)

@@ -35,7 +35,7 @@ class PenaltyController:
     steps: int = 0
 
     @classmethod
-    def by_options(cls, config: TrainConfig) -> PenaltyController:
+    def from_options(cls, config: TrainConfig) -> PenaltyController:
         """Return the controller of a run; it changes nothing where the method has no penalty."""
         uses_penalty = METHODS[config.method].uses_penalty
         if config.objective == "share" and uses_penalty:

@@ -20,7 +20,7 @@ COLUMNS = {"text": ["a", "b", "c", "d"], "label": [0, 1, 0, 1]}
 
 def refusal(**options):
     with pytest.raises(UserError) as caught:
-        datasets.by_options(resolve(TrainConfig, options))
+        datasets.from_options(resolve(TrainConfig, options))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -66,7 +66,7 @@ def test_a_whole_evaluation_is_staiccs_own(builtin, kind):
         },
     )
     dataset = cut("tee", 8)
-    encoder = PromptEncoder.by_options(options, tokenizer, dataset, None)
+    encoder = PromptEncoder.from_options(options, tokenizer, dataset, None)
     test = EvaluationSet(options, dataset, encoder, options.test_type)
     outcome = test.run(lambda encoded, heads: predict_labels(model, encoded, 2000, behavior=heads))
     ours = outcome.metrics
@@ -152,7 +152,7 @@ def test_prompts_left_out_stay_out():
 def test_prompts_that_staicc_needs_are_not_left_out(builtin, options, message):
     options = resolve(EvalConfig, {"on_long_prompt": "drop", "calibration_samples": 9} | options)
     dataset = cut("subj", 9)
-    encoder = PromptEncoder.by_options(options, builtin[1], dataset, 230)
+    encoder = PromptEncoder.from_options(options, builtin[1], dataset, 230)
     with pytest.raises(UserError, match=message):
         EvaluationSet(options, dataset, encoder, options.test_type)
 
@@ -162,7 +162,7 @@ def test_prompts_left_out_of_an_evaluation(builtin):
     model, tokenizer = builtin
     options = resolve(EvalConfig, {"on_long_prompt": "drop", "dataset": "subj"})
     dataset = cut("subj", 9)
-    encoder = PromptEncoder.by_options(options, tokenizer, dataset, 180)
+    encoder = PromptEncoder.from_options(options, tokenizer, dataset, 180)
     found = EvaluationSet(options, dataset, encoder, options.test_type)
     [encoded] = found.encoded
     assert 0 < encoded.dropped < 18

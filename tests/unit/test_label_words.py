@@ -28,7 +28,7 @@ TOKENIZER = loading.read_tokenizer("builtin")
 def prompts_of(dataset="trec", **options):
     config = resolve(TrainConfig, {"dataset": dataset, "train_samples": 64, **options})
     loaded = data.load(dataset)
-    encoder = PromptEncoder.by_options(config, TOKENIZER, loaded, 2048)
+    encoder = PromptEncoder.from_options(config, TOKENIZER, loaded, 2048)
     return training_prompts(config, loaded, encoder).prompts, encoder
 
 

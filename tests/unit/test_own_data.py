@@ -36,7 +36,7 @@ def write(path, rows):
 
 
 def load(**options):
-    return datasets.by_options(resolve(TrainConfig, {"dataset": "reviews.csv", **options}))
+    return datasets.from_options(resolve(TrainConfig, {"dataset": "reviews.csv", **options}))
 
 
 def test_without_a_template_values_are_the_words(reviews):
@@ -77,7 +77,7 @@ def test_a_split_is_that_of_its_seed_in_every_process(reviews):
     code = (
         "from abft_fast.options import datasets, TrainConfig\n"
         "from abft_fast.options.resolve import resolve\n"
-        "found = datasets.by_options(resolve(TrainConfig, {'dataset': 'reviews.csv'}))\n"
+        "found = datasets.from_options(resolve(TrainConfig, {'dataset': 'reviews.csv'}))\n"
         "print(found.test_rows); import sys; assert 'torch' not in sys.modules"
     )
     for seed in ("1", "2"):
@@ -143,16 +143,16 @@ def test_a_run_remembers_its_data(reviews, monkeypatch):
     given = {"dataset": "reviews.csv", "template": "t.yaml", "split_seed": "3"}
     config = resolve(TrainConfig, {**given, "output_dir": "run"})
     run = RunFolder.reserve(config)
-    run.create(config, 0, dict(datasets.by_options(config).files), {})
+    run.create(config, 0, dict(datasets.from_options(config).files), {})
     (reviews.parent / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     run, options = RunFolder.open(reviews.parent / "run")
-    dataset = datasets.by_options(options)
+    dataset = datasets.from_options(options)
     assert (dataset.input_prefix, len(dataset.files)) == ("a ", 2)
     run.check_data(dict(dataset.files))
     (reviews.parent / "t.yaml").write_text("input_prefix: 'b '\n")
     with pytest.raises(UserError, match=r"t\.yaml has changed since run .* began"):
-        run.check_data(dict(datasets.by_options(options).files))
+        run.check_data(dict(datasets.from_options(options).files))
     write_yaml(options, reviews.parent / "replay.yaml")
     replayed = resolve(TrainConfig, {"config": "../replay.yaml"})
     assert replayed.model_dump(exclude={"config"}) == options.model_dump(exclude={"config"})
@@ -179,13 +179,13 @@ def resume(**given):
 
 
 def test_moved_data_are_known_by_their_content(run, reviews):
-    before = datasets.by_options(resume())
+    before = datasets.from_options(resume())
     (reviews.parent / "moved").mkdir()
     reviews.rename("moved/renamed.csv")
     with pytest.raises(UserError, match=rf"--resume run: {reviews} is not there .* by --dataset$"):
         resume()
     options = resume(dataset="moved/renamed.csv")
-    after = datasets.by_options(options)
+    after = datasets.from_options(options)
     assert after.name == before.name == "reviews"
     assert after.training_prompts(2, 8, seed=0) == before.training_prompts(2, 8, seed=0)
     assert run.resume_command(options) == (
@@ -251,7 +251,7 @@ def test_a_pipe_is_a_dataset(reviews):
     writer = threading.Thread(target=Path("pipe.csv").write_bytes, args=(content,), daemon=True)
     writer.start()
     options = resolve(TrainConfig, {"dataset": "pipe.csv", "output_dir": "run"})
-    piped, whole = datasets.by_options(options), load()
+    piped, whole = datasets.from_options(options), load()
     writer.join(timeout=10)
     assert (piped.training, piped.test, piped.name) == (whole.training, whole.test, "pipe")
     assert [digest for _, digest in piped.files] == [digest for _, digest in whole.files]

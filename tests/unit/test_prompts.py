@@ -191,7 +191,7 @@ def test_a_token_that_the_model_does_not_have_is_named_with_its_place(tmp_path):
         encoder.encode([query], places=["q.csv, row 7"])
     path = tmp_path / "own.csv"
     path.write_text("text,label\na,good\nb,bad\nc <tool>,bad\nd,good\n")
-    own = datasets.by_options(resolve(EvalConfig, {"dataset": str(path), "k": 1}))
+    own = datasets.from_options(resolve(EvalConfig, {"dataset": str(path), "k": 1}))
     with pytest.raises(UserError, match=rf"own\.csv, row 4: {told}"):
         PromptEncoder(tokenizer, own, vocabulary=tool).encode(
             [Prompt((), e) for e in own.training + own.test]
@@ -227,7 +227,7 @@ def test_too_long_prompts(tokenizer):
     with pytest.raises(UserError, match=message):
         encode("refuse")
     options = resolve(EvalConfig, {})
-    encoder = PromptEncoder.by_options(options, tokenizer, dataset, limit)
+    encoder = PromptEncoder.from_options(options, tokenizer, dataset, limit)
     with pytest.raises(UserError, match="lower --k, or pass --on-long-prompt drop or fewer-demo"):
         encoder.encode(prompts)
     result = encode("drop")

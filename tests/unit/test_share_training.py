@@ -74,7 +74,7 @@ def test_a_hold_without_share_is_refused():
 
 
 def test_the_hold_follows_the_heads_since_step_1():
-    controller = PenaltyController.by_options(
+    controller = PenaltyController.from_options(
         resolve(TrainConfig, {"objective": "share", "hold": 0.2})
     )
     factors = [controller.penalty]

@@ -268,7 +268,7 @@ def test_hidden_states_return_as_they_were(folder, resumable, dtype, tmp_path):
     for _ in range(3):
         states.write(1, second)
         states.write(0, first)
-        states.turn()
+        states.swap()
         assert torch.equal(states.read(0), first) and torch.equal(states.read(1), second)
         first, second = first + 1, second * 2
     if folder is not None:  # what has no name is gone with the process
@@ -327,7 +327,10 @@ def test_a_layer_that_gets_the_embedding_too_is_refused():
     """As where a family adds the embedding's hidden states in every layer."""
     hidden, layer = torch.zeros(1, 5, 8), torch.nn.Linear(8, 8)
     prompt = make_prompts(1)
-    whole, part = PackedForward(pack(prompt)), PackedForward(pack(prompt), part=range(1, 2))
+    whole, part = (
+        PackedForward(pack(prompt)),
+        PackedForward(pack(prompt), layers_to_run=range(1, 2)),
+    )
     more = {"position_embeddings": (hidden, hidden), "attention_mask": torch.zeros(1, 1, 5, 5)}
     BlockBoundary(1)(layer, (hidden,), {"abft": part, **more})
     BlockBoundary(1)(layer, (hidden,), {"abft": whole, "embedded": hidden + 1})

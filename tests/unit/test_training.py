@@ -25,7 +25,7 @@ from abft_fast.models.trainable import (
 )
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
-from abft_fast.training.loop import backward, check_step, pseudo_batches
+from abft_fast.training.loop import backward, check_finite, check_first_step, pseudo_batches
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.unit
@@ -145,18 +145,25 @@ def test_every_prompt_is_taken_once_an_epoch():
 
 
 @pytest.mark.parametrize(
-    ("step", "loss", "norm", "heads", "message"),
+    ("step", "loss", "norm", "message"),
     [
-        (1, float("nan"), 1.0, 3.0, "not finite before anything is learnt"),
-        (5, float("nan"), 1.0, 3.0, "not finite: lower --lr"),
-        (5, 1.0, float("inf"), 3.0, "not finite"),
-        (1, 0.0, 0.0, 0.0, "--no-head-filter"),
-        (1, 1.0, 0.0, 3.0, "gradient is 0"),
+        (1, float("nan"), 1.0, "not finite before anything is learnt"),
+        (5, float("nan"), 1.0, "not finite: lower --lr"),
+        (5, 1.0, float("inf"), "not finite"),
     ],
 )
-def test_runs_that_would_go_wrong_stop(step, loss, norm, heads, message):
+def test_numbers_that_overflow_stop_a_run(step, loss, norm, message):
     with pytest.raises(RunError, match=message):
-        check_step(resolve(TrainConfig, {}), step, loss, norm, heads)
+        check_finite(resolve(TrainConfig, {}), step, loss, norm)
+
+
+@pytest.mark.parametrize(
+    ("norm", "heads", "message"),
+    [(0.0, 0.0, "--no-head-filter"), (0.0, 3.0, "gradient is 0")],
+)
+def test_a_first_step_that_learns_nothing_stops_a_run(norm, heads, message):
+    with pytest.raises(RunError, match=message):
+        check_first_step(resolve(TrainConfig, {}), norm, heads)
 
 
 def test_the_preflight_lets_a_good_family_pass_and_stops_a_wrong_one(monkeypatch):
@@ -214,7 +221,7 @@ def test_float32_of_cudas_layer_norm_does_not_reach_attention(family, monkeypatc
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         run_packed(prepare(model), PackedForward(pack(prompts), keep=kept))
         entering = torch.randn(1, 3, 32)
-        forward = PackedForward(pack(prompts), part=range(1))
+        forward = PackedForward(pack(prompts), layers_to_run=range(1))
         with pytest.raises(LossComplete):
             forward.pass_by(1, entering)
     assert {key.dtype for pair in kept.values() for key in pair} == {torch.bfloat16}

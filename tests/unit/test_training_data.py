@@ -21,7 +21,7 @@ TOKENIZER = loading.read_tokenizer("builtin")
 def prompts_of(**options):
     config = resolve(TrainConfig, {"train_samples": 12, **options})
     dataset = data.load(config.dataset)
-    encoder = PromptEncoder.by_options(config, TOKENIZER, dataset, 2048)
+    encoder = PromptEncoder.from_options(config, TOKENIZER, dataset, 2048)
     return training_prompts(config, dataset, encoder).prompts, encoder
 
 
