@@ -27,7 +27,7 @@ from StaICC.util import functional
 
 from abft_fast import data
 from abft_fast.evaluation.inference import predict_labels
-from abft_fast.evaluation.protocols import METRICS, Protocol
+from abft_fast.evaluation.staicc_tests import METRICS, StaiccTest
 from abft_fast.prompts import PromptEncoder
 from abft_fast.runtime.token_budget import tokens_at_once
 from benchmarks import stored
@@ -68,7 +68,7 @@ class Test:
         self.reference.set_attn_implementation("sdpa")
         self.tokenizer = stored.read_tokenizer(case.model)
         self.dataset = data.load(case.dataset)
-        [self.call] = Protocol.of("Normal", self.dataset, 4, "staicc").calls
+        [self.call] = StaiccTest.of("Normal", self.dataset, 4, "staicc").calls
         self.prompts = self.call.prompts[: case.prompts]
         self.tokens = sum(map(len, self.encoded().prompts))
 

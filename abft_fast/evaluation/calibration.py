@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from StaICC.prefabricate_inference import standard_calibration
 
 from abft_fast.data import Prompt
-from abft_fast.evaluation.protocols import Call, Probabilities
+from abft_fast.evaluation.call import Call, Probabilities
 from abft_fast.evaluation.staicc_adapter import PromptWriter, Triplet, quiet
 from abft_fast.options import CalibrationType
 

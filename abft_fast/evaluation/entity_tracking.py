@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterable
 
 from abft_fast.data import Boxes
-from abft_fast.evaluation.protocols import METRICS, Call, Probabilities
+from abft_fast.evaluation.call import Call, Probabilities
 from abft_fast.evaluation.staicc_adapter import Triplet
+from abft_fast.evaluation.staicc_tests import METRICS
 
 
 class EntityTracking:
-    """The test of generated boxes; it is used as a `Protocol` is.
+    """The test of generated boxes.
 
     A prompt is answered by one of its own objects. An answer is the number of the object's box, in
     the order of the prompt, so answers of all prompts can be counted together.

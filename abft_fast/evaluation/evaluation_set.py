@@ -13,9 +13,10 @@ from abft_fast.data import Boxes, Dataset, Example, Prompt
 from abft_fast.errors import UserError
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.evaluation.calibration import Calibration
+from abft_fast.evaluation.call import Test
 from abft_fast.evaluation.entity_tracking import EntityTracking
 from abft_fast.evaluation.label_following import LabelFollowing
-from abft_fast.evaluation.protocols import Protocol
+from abft_fast.evaluation.staicc_tests import StaiccTest
 from abft_fast.options import Options
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 
@@ -64,19 +65,19 @@ class EvaluationSet:
     def __init__(self, options: Options, dataset: Dataset, encoder: PromptEncoder, test_type: str):
         self.dataset, self.test_type = dataset.name, test_type
         form = options.prompt_form
-        self._protocol: Protocol | LabelFollowing | EntityTracking
+        self._test: Test
         if test_type == "LabelFollowing":
             words = encoder.symbols.test
-            self._protocol = LabelFollowing(dataset, options.k, form, words)
+            self._test = LabelFollowing(dataset, options.k, form, words)
         elif isinstance(dataset, Boxes):
-            self._protocol = EntityTracking(dataset)
+            self._test = EntityTracking(dataset)
         else:
-            self._protocol = Protocol.of(test_type, dataset, options.k, form)
-        self.label_words = list(self._protocol.answer_words)
+            self._test = StaiccTest.of(test_type, dataset, options.k, form)
+        self.label_words = list(self._test.answer_words)
         self._calibration = Calibration(
-            options.calibration, self._protocol.triplet, options.k, options.calibration_samples
+            options.calibration, self._test.triplet, options.k, options.calibration_samples
         )
-        calls = list(self._protocol.calls)
+        calls = list(self._test.calls)
         if self._calibration.call is not None:
             calls.append(self._calibration.call)
         numbers: dict[Example | Prompt, int] = {}
@@ -113,7 +114,7 @@ class EvaluationSet:
         learnt_from = predictions.pop() if self._calibration.call is not None else None
         calibrated = list(self._calibration.calibrate(predictions, learnt_from))
         first = [[float(value) for value in row] for row in calibrated[0]]
-        metrics = self._protocol.score(calibrated)
+        metrics = self._test.score(calibrated)
         return Outcome(metrics, behavior, self._queries, self._labels, first)
 
     def _check_all_kept(self, options: Options) -> None:

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from abft_fast.data import Dataset
 from abft_fast.errors import UserError
+from abft_fast.evaluation.call import Call, Probabilities
 from abft_fast.evaluation.intervals import wilson
-from abft_fast.evaluation.protocols import Call, Probabilities
 from abft_fast.evaluation.staicc_adapter import Triplet
 from abft_fast.prompts.symbols import draw_symbols, with_labels
 
@@ -21,7 +21,7 @@ _TIMES_ASKED = 2  # each query, with other demonstrations
 
 
 class LabelFollowing:
-    """The test on one dataset; it is used as a `Protocol` is.
+    """The test on one dataset.
 
     Args:
         dataset: queries and demonstrations are from it, as in StaICC's test `Normal`.

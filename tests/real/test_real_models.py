@@ -13,7 +13,7 @@ from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
 from abft_fast.data import Dataset, Example, Prompt
 from abft_fast.errors import UserError
 from abft_fast.evaluation.inference import predict_labels
-from abft_fast.evaluation.protocols import Protocol
+from abft_fast.evaluation.staicc_tests import StaiccTest
 from abft_fast.models import loading
 from abft_fast.models.trainable import train_lora
 from abft_fast.prompts import PromptEncoder
@@ -127,7 +127,7 @@ def test_predictions_are_those_of_staiccs_harness(path, names, count):
     model, reference, tokenizer = load(path), load(path), loading.read_tokenizer(str(path))
     for name in names:
         dataset = data.load(name)
-        [call] = Protocol.of("Normal", dataset, 4, "staicc").calls
+        [call] = StaiccTest.of("Normal", dataset, 4, "staicc").calls
         prompts = call.prompts[:count]
         encoded = PromptEncoder(tokenizer, dataset, form="staicc").encode(prompts)
         logits, _ = predict_labels(model, encoded, token_budget=2000)

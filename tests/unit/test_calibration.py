@@ -19,7 +19,7 @@ from abft_fast.options import EvalConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
 from tests.staicc_reference import staicc_experimentor
-from tests.unit.test_protocols import cut
+from tests.unit.test_staicc_tests import cut
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ from abft_fast.core.label_logits import label_logits
 from abft_fast.evaluation.behavior import BehaviorMean
 from abft_fast.evaluation.inference import predict_labels
 from abft_fast.evaluation.last_rows import mean_last_row
-from abft_fast.evaluation.protocols import Protocol
+from abft_fast.evaluation.staicc_tests import StaiccTest
 from abft_fast.prompts import PromptEncoder
 from tests.staicc_reference import staicc_probabilities
 from tests.tiny_models import FAMILIES, tiny_model
@@ -35,7 +35,7 @@ def test_predictions_are_those_of_staiccs_harness(builtin, reference, name):
     """One prompt at a time, by its own string, in float32."""
     model, tokenizer = builtin
     dataset = data.load(name)
-    [call] = Protocol.of("Normal", dataset, 4, "staicc").calls
+    [call] = StaiccTest.of("Normal", dataset, 4, "staicc").calls
     prompts = call.prompts[:16]
     encoded = PromptEncoder(tokenizer, dataset, form="staicc").encode(prompts)
     logits, _ = predict_labels(model, encoded, token_budget=1000)

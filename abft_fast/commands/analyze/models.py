@@ -15,8 +15,9 @@ from abft_fast.analysis.pair import ModelPair
 from abft_fast.commands import adapter_origin
 from abft_fast.commands.session import ModelOnDevice, PromptSession
 from abft_fast.data import Boxes, Dataset
+from abft_fast.evaluation.call import Call
 from abft_fast.evaluation.entity_tracking import EntityTracking
-from abft_fast.evaluation.protocols import Call, Protocol
+from abft_fast.evaluation.staicc_tests import StaiccTest
 from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
 from abft_fast.models.merging import changes_of, untie
@@ -176,7 +177,7 @@ def call_of_test(config: DrawnPromptOptions, dataset: Dataset) -> Call:
     """
     if isinstance(dataset, Boxes):
         return EntityTracking(dataset).calls[0]
-    (call,) = Protocol.of(config.test_type, dataset, config.k, config.prompt_form).calls
+    (call,) = StaiccTest.of(config.test_type, dataset, config.k, config.prompt_form).calls
     return call
 
 

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from abft_fast import builtin_model_path, data
 from abft_fast.data import Dataset, Example
 from abft_fast.errors import UserError
-from abft_fast.evaluation.protocols import Protocol
 from abft_fast.evaluation.staicc_adapter import quiet
+from abft_fast.evaluation.staicc_tests import StaiccTest
 from abft_fast.options import TestType
 from abft_fast.prompts import PromptEncoder, Template
 from tests.staicc_reference import parts, staicc_experimentor
@@ -62,7 +62,7 @@ def test_prompts_are_staiccs_own(name, test_type):
     queries = None
     if test_type == "TripletBias":
         queries = 252 if name == "trec" else 40
-    found = Protocol.of(test_type, cut(name, queries), 4, "staicc").calls
+    found = StaiccTest.of(test_type, cut(name, queries), 4, "staicc").calls
     theirs = []
     for part in parts(test_type):
         theirs += their_calls(staicc_experimentor(part, name, 4, queries), uniform)[0]
@@ -76,7 +76,7 @@ def test_prompts_are_staiccs_own(name, test_type):
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_a_datasets_test_prompts_are_those_of_the_normal_test(name, k):
     dataset = data.load(name)
-    [call] = Protocol.of("Normal", dataset, k).calls
+    [call] = StaiccTest.of("Normal", dataset, k).calls
     assert dataset.test_prompts(k) == call.prompts
     assert {len(prompt.demonstrations) for prompt in call.prompts} == {k}
 
@@ -86,7 +86,7 @@ def test_a_datasets_test_prompts_are_those_of_the_normal_test(name, k):
 def test_prompts_of_unseen_labels_are_staiccs_own(name):
     """Few, as StaICC takes a millisecond a draw and draws until no label is the query's."""
     k = 1 if name == "hate_speech_18" else 4
-    [call] = Protocol.of("UnseenLabel", cut(name, 12), k, "staicc").calls
+    [call] = StaiccTest.of("UnseenLabel", cut(name, 12), k, "staicc").calls
     [expected], _ = their_calls(staicc_experimentor("UnseenLabel", name, k, 12), uniform)
     assert [call.template.render(prompt)[0] for prompt in call.prompts] == expected
     for prompt in call.prompts:
@@ -98,7 +98,7 @@ def test_prompts_of_unseen_labels_are_staiccs_own(name):
 @pytest.mark.parametrize("name", ["fp", "tee"])
 def test_metrics_are_staiccs_bit_for_bit(name, test_type):
     """Of the same random probabilities; twice, as a run is evaluated before and after."""
-    protocol = Protocol.of(test_type, cut(name, 64), 4, "staicc")
+    protocol = StaiccTest.of(test_type, cut(name, 64), 4, "staicc")
     words = len(protocol.triplet.template.label_words)
     generator = random.Random(0)
     for _ in range(2):
@@ -141,7 +141,7 @@ def flat(test_type, results):
 def test_labels_are_found_under_every_template(tokenizer, name):
     dataset = cut(name, 6)
     encoder = PromptEncoder(tokenizer, dataset)
-    calls = Protocol.of("TempSensitivity", dataset, 4).calls
+    calls = StaiccTest.of("TempSensitivity", dataset, 4).calls
     assert len({call.template for call in calls}) == 9
     for call in calls:
         encoded = encoder.encode(call.prompts, call.template)
@@ -161,7 +161,7 @@ def test_our_form_of_another_template():
 
 def test_queries_know_their_labels_and_pseudo_queries_have_none():
     dataset = cut("subj", 20)
-    contextual, domain, post = Protocol.of("TripletBias", dataset, 4).calls
+    contextual, domain, post = StaiccTest.of("TripletBias", dataset, 4).calls
     assert [call.measures_behavior for call in (contextual, domain, post)] == [False, False, True]
     assert {p.query.text for p in contextual.prompts} == {""}
     assert all(len(p.query.text.split(" ")) == 128 for p in domain.prompts)
@@ -196,24 +196,24 @@ def small(labels=(0, 1), **options):
 )
 def test_what_a_dataset_does_not_allow(test_type, dataset, k, message):
     with pytest.raises(UserError, match=message) as caught:
-        Protocol.of(test_type, dataset, k)
+        StaiccTest.of(test_type, dataset, k)
     assert "\n" not in str(caught.value)
 
 
 def test_undefined_metrics_are_none():
     dataset = dataclasses.replace(small(), test=small().test[:2])
-    protocol = Protocol.of("Normal", dataset, 2)
+    protocol = StaiccTest.of("Normal", dataset, 2)
     found = protocol.score([[[0.25, 0.75]] * 4])
     assert found["accuracy"] == 0.5
     assert found["expected_calibration_error"] is None  # fewer prompts than its bins
     dataset = dataclasses.replace(small(), test=small(labels=(0,)).test)
-    protocol = Protocol.of("TripletBias", dataset, 2)
+    protocol = StaiccTest.of("TripletBias", dataset, 2)
     found = protocol.score([[[0.25, 0.75]] * 24] * 3)
     assert found["post_divergence"] is None  # a label no query has
     assert found["post_distribution_bad"] == 0.75
 
 
 def test_prompts_left_out_do_not_count():
-    protocol = Protocol.of("Normal", small(), 2)
+    protocol = StaiccTest.of("Normal", small(), 2)
     rows = [[1.0, 0.0], []] * 12  # the queries of every other prompt are `good`
     assert protocol.score([rows])["accuracy"] == 1.0

@@ -7,72 +7,24 @@ Source: StaICC 0.1.1; for unseen labels, Cho et al. 2025, A.4.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from StaICC.util import experimentor, functional
 from StaICC.util.experimentor import single_experimentor
 
-from abft_fast.data import Dataset, Example, Prompt
+from abft_fast.data import Dataset, Prompt
 from abft_fast.errors import UserError
+from abft_fast.evaluation.call import Call, Probabilities
 from abft_fast.evaluation.staicc_adapter import Triplet, install, quiet
-from abft_fast.prompts import EncodedPrompts, PromptEncoder, Template
-from abft_fast.prompts.encoder import label_among
-
-Probabilities = Sequence[Sequence[float]]
-"""A distribution over the label words for each prompt; an empty one for a prompt left out."""
 
 _ERROR_RATES = 5  # of GLER: 0, 25, ..., 100 % of the demonstrations' labels are wrong
 _TEMPLATE_QUERIES = 100
 _SAMPLES_A_QUERY = 8  # demonstrations drawn for each query of DemoSensitivity
 _MOST_DRAWS = 10**7  # 2 minutes
-
-
-@dataclass(frozen=True)
-class Call:
-    """Prompts of one template, which are predicted together.
-
-    Attributes:
-        template: how they are written.
-        prompts: the prompts.
-        shows_behavior: whether attention on their labels counts as the model's behavior, if they
-            have labels.
-        answers: label words that may answer each prompt, by index; None where all may.
-    """
-
-    template: Template
-    prompts: list[Prompt]
-    shows_behavior: bool = True
-    answers: Sequence[Sequence[int]] | None = None
-
-    @property
-    def labels(self) -> list[int]:
-        """Return the index of each query's label among its answers."""
-        answers: Iterable[Sequence[int] | None] = self.answers or itertools.repeat(None)
-        return [label_among(*pair) for pair in zip(self.prompts, answers, strict=False)]
-
-    def only(self, chosen: Sequence[int]) -> Call:
-        """Return the call with some of its prompts, given their indices."""
-        answers = None if self.answers is None else [self.answers[i] for i in chosen]
-        return replace(self, prompts=[self.prompts[i] for i in chosen], answers=answers)
-
-    def encode(self, encoder: PromptEncoder) -> EncodedPrompts:
-        """Tokenize the prompts.
-
-        Raises:
-            UserError: as `PromptEncoder.encode`.
-        """
-        return encoder.encode(self.prompts, self.template, answers=self.answers)
-
-    @property
-    def measures_behavior(self) -> bool:
-        """Return whether heads are looked at; queries that only show a bias have no labels."""
-        labels = (prompt.query.label for prompt in self.prompts)
-        return self.shows_behavior and any(label != Example.NO_LABEL for label in labels)
 
 
 @dataclass
@@ -101,7 +53,7 @@ class _Part:
         }
 
 
-class Protocol:
+class StaiccTest:
     """One of StaICC's tests on one dataset.
 
     Attributes:
@@ -117,7 +69,7 @@ class Protocol:
         self.answer_words = triplet.template.label_words
 
     @classmethod
-    def of(cls, test_type: str, dataset: Dataset, k: int, form: str = "ours") -> Protocol:
+    def of(cls, test_type: str, dataset: Dataset, k: int, form: str = "ours") -> StaiccTest:
         """Draw the prompts of a test.
 
         Args:
@@ -150,8 +102,8 @@ def _made(
 
 
 def _normal(
-    cls: type[Protocol], dataset: Dataset, k: int, form: str, *, unseen: bool = False
-) -> Protocol:
+    cls: type[StaiccTest], dataset: Dataset, k: int, form: str, *, unseen: bool = False
+) -> StaiccTest:
     triplet = Triplet(dataset, form)
     made = _made(single_experimentor, triplet, k, metrics=METRICS)
     install(made, dataset.test, 2 * len(dataset.test))
@@ -181,7 +133,7 @@ def _check_unseen(dataset: Dataset, k: int) -> None:
         )
 
 
-def _gler(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> Protocol:
+def _gler(cls: type[StaiccTest], dataset: Dataset, k: int, form: str) -> StaiccTest:
     _check_demonstrations("GLER", k)
     triplet = Triplet(dataset, form)
     made = _made(
@@ -201,7 +153,7 @@ def _gler(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> Protocol:
     return cls(triplet, [_Part(install(made, dataset.test, 2 * len(dataset.test)), names)])
 
 
-def _template_sensitivity(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> Protocol:
+def _template_sensitivity(cls: type[StaiccTest], dataset: Dataset, k: int, form: str) -> StaiccTest:
     if dataset.alternate_template is None:
         raise UserError(
             f"TempSensitivity: {dataset.name} has no alternate templates; use another --test-type"
@@ -215,8 +167,8 @@ def _template_sensitivity(cls: type[Protocol], dataset: Dataset, k: int, form: s
 
 
 def _demonstration_sensitivity(
-    cls: type[Protocol], dataset: Dataset, k: int, form: str
-) -> Protocol:
+    cls: type[StaiccTest], dataset: Dataset, k: int, form: str
+) -> StaiccTest:
     _check_demonstrations("DemoSensitivity", k)
     triplet = Triplet(dataset, form)
     test = dataset.test[: 2 * len(dataset.test) // _SAMPLES_A_QUERY]
@@ -235,7 +187,7 @@ def _demonstration_sensitivity(
     return cls(triplet, [_Part(install(made, test, 2 * len(dataset.test)), _sensitivity)])
 
 
-def _triplet_bias(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> Protocol:
+def _triplet_bias(cls: type[StaiccTest], dataset: Dataset, k: int, form: str) -> StaiccTest:
     triplet = Triplet(dataset, form)
     parts = []
     for bias in ("contextual", "domain"):
@@ -269,7 +221,7 @@ def _triplet_bias(cls: type[Protocol], dataset: Dataset, k: int, form: str) -> P
     )
 
 
-_MAKERS: dict[str, Callable[[type[Protocol], Dataset, int, str], Protocol]] = {
+_MAKERS: dict[str, Callable[[type[StaiccTest], Dataset, int, str], StaiccTest]] = {
     "Normal": _normal,
     "UnseenLabel": functools.partial(_normal, unseen=True),
     "GLER": _gler,
