@@ -25,14 +25,14 @@ from abft_fast.runtime.environment import uses_cpu
 from abft_fast.runtime.files import write_json
 from abft_fast.runtime.progress import Progress
 
-Scores = dict[str, Any]
+Metrics = dict[str, Any]
 """Figures by dataset and name; with several tests, such figures by test."""
 
 Outcomes = Sequence[tuple[EvaluationSet, Outcome]]
 """Tests and what they found."""
 
 
-def evaluate(config: EvalConfig, progress: Progress) -> tuple[Scores, Scores]:
+def evaluate(config: EvalConfig, progress: Progress) -> tuple[Metrics, Metrics]:
     """Test the model that the options name, and write `--output`.
 
     Returns:
@@ -118,7 +118,7 @@ def keep_rows_of_labels(session: Session, tests: Sequence[EvaluationSet]) -> Non
 
 def run_tests(
     session: Session, tests: Sequence[EvaluationSet], title: str
-) -> tuple[Scores, Scores, Outcomes]:
+) -> tuple[Metrics, Metrics, Outcomes]:
     """Test the session's model in its current state.
 
     Args:
@@ -137,7 +137,7 @@ def run_tests(
         with session.progress.bar(bar_title, len(own), sum(own)) as advance:
             outcome = test.run(functools.partial(_predict, session, advance))
         outcomes.append((test, outcome))
-    return *as_scores(outcomes), outcomes
+    return *as_metrics(outcomes), outcomes
 
 
 def _distinction(test: EvaluationSet, tests: Sequence[EvaluationSet]) -> list[str]:
@@ -147,10 +147,10 @@ def _distinction(test: EvaluationSet, tests: Sequence[EvaluationSet]) -> list[st
     return [name for name, names in own if len(set(names)) > 1]
 
 
-def as_scores(outcomes: Outcomes) -> tuple[Scores, Scores]:
+def as_metrics(outcomes: Outcomes) -> tuple[Metrics, Metrics]:
     """Return metrics and attention behavior, as files keep them."""
-    metrics: dict[str, Scores] = {}
-    attention: dict[str, Scores] = {}
+    metrics: dict[str, Metrics] = {}
+    attention: dict[str, Metrics] = {}
     for test, outcome in outcomes:
         behavior = dataclasses.asdict(outcome.behavior.result())
         metrics.setdefault(test.test_type, {})[test.dataset] = outcome.metrics

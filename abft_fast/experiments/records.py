@@ -14,7 +14,7 @@ from abft_fast.options import Options, listed_tests, of_one_test
 from abft_fast.options.resolve import read_yaml
 from abft_fast.training.run_folder import RunFolder
 
-Scores = dict[str, dict[str, Any]]
+Metrics = dict[str, dict[str, Any]]
 """Metrics by side and dataset: `{"before": {"sst2": {"accuracy": 0.5}}, "after": ...}`.
 
 Of a run with several tests, by side, test and dataset, until `Record.by_test` divides them.
@@ -48,8 +48,8 @@ class Record:
     title: str = ""
     status: str = FINISHED
     error: str = ""
-    evaluation: Scores = field(default_factory=dict)
-    attention: Scores = field(default_factory=dict)
+    evaluation: Metrics = field(default_factory=dict)
+    attention: Metrics = field(default_factory=dict)
     seconds: float | None = None
     peak_memory: int | None = None
     trained_parameters: int | None = None
@@ -104,7 +104,7 @@ def read_cell(folder: Path) -> Record:
     return _read(_read_cell, folder)
 
 
-def _of_test(scores: Scores, test_type: str, test: str) -> Scores:
+def _of_test(scores: Metrics, test_type: str, test: str) -> Metrics:
     return {side: of_one_test(found, test_type, test) for side, found in scores.items()}
 
 

@@ -35,7 +35,7 @@ class Stored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptTokens:
     """What a plan needs of the prompts of a run.
 
     Attributes:
@@ -145,7 +145,7 @@ def plan_streamed(
     config: TrainConfig,
     arithmetic: Arithmetic,
     weights: Sequence[Stored],
-    prompts: Prompts,
+    prompts: PromptTokens,
     limit: int,
     length: int = 1,
     pipelines: int = 1,

@@ -13,7 +13,7 @@ from abft_fast.options import listed_tests, of_one_test
 from abft_fast.reporting.statistics import paired_difference
 from abft_fast.training.run_folder import RunFolder
 
-Scores = dict[str, dict[str, Any]]
+Metrics = dict[str, dict[str, Any]]
 """Figures by side, dataset and name; a figure may be None."""
 
 SIDES = ("before", "after")
@@ -88,8 +88,8 @@ class RunData:
     options: dict[str, Any]
     environment: dict[str, Any]
     steps: list[dict[str, Any]]
-    evaluation: Scores
-    attention: Scores
+    evaluation: Metrics
+    attention: Metrics
     sides: dict[str, Side]
 
     @property
@@ -126,7 +126,7 @@ def read_run(folder: Path) -> list[RunData]:
 def _read_test(run: RunFolder, environment: dict[str, Any], test_type: str, test: str) -> RunData:
     """Return one test of a run, whose `--test-type` is given."""
 
-    def by_side(scores: Scores) -> Scores:
+    def by_side(scores: Metrics) -> Metrics:
         return {side: of_one_test(scores[side], test_type, test) for side in scores}
 
     has_accuracy = test in ("Normal", "UnseenLabel")

@@ -26,7 +26,7 @@ from abft_fast.options import TrainConfig
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.training import method_prompts
 
-Prompts = Callable[[TrainConfig, Dataset, PromptEncoder], EncodedPrompts]
+MakePrompts = Callable[[TrainConfig, Dataset, PromptEncoder], EncodedPrompts]
 Loss = Callable[
     [PreTrainedModel, Sequence[EncodedPrompt], PackedPrompts, TrainConfig, float], AttentionBehavior
 ]
@@ -43,7 +43,7 @@ class TrainingMethod:
         shortened: says what is done to a training prompt beyond the model's context.
     """
 
-    prompts: Prompts
+    prompts: MakePrompts
     loss: Loss
     add_targets: Callable[[EncodedPrompt], EncodedPrompt]
     shortened: str = "with fewer demonstrations"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from abft_fast.errors import UserError
-from abft_fast.memory.streamed import Prompts, Speeds, Stored, plan_streamed
+from abft_fast.memory.streamed import PromptTokens, Speeds, Stored, plan_streamed
 from abft_fast.memory.types import Arithmetic
 from abft_fast.models.shapes import known_shape
 from abft_fast.models.synthetic import skeleton
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.unit, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 CPU = Arithmetic("cpu", mixed=False)
-PROMPTS = Prompts(longest=60, steps=5000, tests=3000, batch=900, turn=1000, turns=10)
+PROMPTS = PromptTokens(longest=60, steps=5000, tests=3000, batch=900, turn=1000, turns=10)
 
 
 def planned(shape, arithmetic=CPU, limit=10**9, length=1, pipelines=1, **options):

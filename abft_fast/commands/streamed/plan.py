@@ -17,7 +17,7 @@ from abft_fast.commands.plan import (
 )
 from abft_fast.errors import UserError
 from abft_fast.memory.simulation import CannotCount
-from abft_fast.memory.streamed import Prompts, Speeds, Stored, StreamedPlan, plan_streamed
+from abft_fast.memory.streamed import PromptTokens, Speeds, Stored, StreamedPlan, plan_streamed
 from abft_fast.memory.types import Arithmetic
 from abft_fast.models import loading
 from abft_fast.models.synthetic import skeleton
@@ -57,7 +57,7 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
         limit //= config.processes  # they share the memory
     batch = min(tokens_at_once(config.token_budget, arithmetic.device_type), max(steps + sums))
     tested_tokens = len(config.sides) * sum(sums)
-    data = Prompts(
+    data = PromptTokens(
         longest=max(map(len, everything)),
         steps=sum(steps),
         tests=tested_tokens,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from accelerate.utils import set_seed
 
-from abft_fast.commands.evaluate import Scores, as_details, as_scores
+from abft_fast.commands.evaluate import Metrics, as_details, as_metrics
 from abft_fast.commands.session import ModelOnDevice, Session, check_same_data
 from abft_fast.commands.train import TrainSession, begin, prepare_data, save_result, to_train
 from abft_fast.core.objective import block_size
@@ -46,7 +46,7 @@ def train_streamed(config: TrainConfig, run: RunFolder, progress: Progress) -> N
 
 def evaluate_streamed(
     config: EvalConfig, session: Session, tests: list[EvaluationSet]
-) -> tuple[Scores, Scores]:
+) -> tuple[Metrics, Metrics]:
     """Evaluate the model that the options name, with or without an adapter, in one walk.
 
     Returns:
@@ -59,7 +59,7 @@ def evaluate_streamed(
         streamed, walk, evaluating = _walk_of_tests(config, session, tests)
     walk.run(session.progress, "evaluating")
     say_read(session, streamed)
-    return as_scores(evaluating.outcomes())
+    return as_metrics(evaluating.outcomes())
 
 
 def _walk_of_tests(
@@ -221,7 +221,7 @@ class StreamedTraining:
             outcomes = testing.outcomes()
             describe = functools.partial(describe_test, tokenizer=session.encoder.tokenizer)
             details = as_details(outcomes, describe)
-            run.record_evaluation(side, *as_scores(outcomes), details)
+            run.record_evaluation(side, *as_metrics(outcomes), details)
         run.record_base(self._identity.base)
         if self._checkpoint is None:
             return
