@@ -73,7 +73,8 @@ def train(config: TrainConfig, run: RunFolder, progress: Progress) -> RunFolder:
             if not config.no_report:
                 processes.run_on_main(report_of_training, run.folder, progress.say)
         except KeyboardInterrupt:
-            if config.no_save or not run.is_begun:
+            is_own = config.resume is not None or run.is_created  # else --overwrite has not begun
+            if config.no_save or not is_own:
                 raise
             line = f"interrupted; continue with `{run.resume_command(config)}`"
             raise Interrupted(line) from None

@@ -156,11 +156,15 @@ class TrainingDataOptions(Options):
             UserError: a list of datasets names another number of them.
         """
         pairs = [(before["dataset"], self.dataset)]
+        lists = {}
         for option in DATASET_LISTS:
             old, new = listed_names(before[option]), listed_names(getattr(self, option))
             if len(old) != len(new):
                 raise UserError(f"{flag(option)}: the run has {len(old)} of them, not {len(new)}")
             pairs += zip(old, new, strict=True)
+            if before["dataset"] in old:  # the tested dataset is still the same one as here
+                new[old.index(before["dataset"])] = self.dataset
+                lists[option] = ",".join(new)
         names = {
             place: self.model_copy(update={"dataset": was}).dataset_name
             for was, place in pairs
@@ -169,7 +173,7 @@ class TrainingDataOptions(Options):
         if replaced := set(names.values()) & set(data.NAMES):
             name = min(replaced)
             raise UserError(f"{name} is {data.origin(name)}, which no file replaces")
-        moved = self.model_copy()
+        moved = self.model_copy(update=lists)
         moved._names = names
         return moved
 
@@ -208,7 +212,8 @@ class TrainingDataOptions(Options):
                     "drop --generalization-test"
                 )
             return names
-        names = named.split(",")
+        own = absolute_place(self.dataset)  # one file may be spelled in two ways
+        names = [self.dataset if absolute_place(n) == own else n for n in named.split(",")]
         for name in names:
             if tested & {absolute_place(name), *map(str, Path(absolute_place(name)).parents)}:
                 raise UserError(f"{flag(option)} holds {name}, which is tested: leave {name} out")

@@ -51,13 +51,15 @@ class TextTokens:
         batch = self.tokenizer(
             texts,
             return_offsets_mapping=True,
+            return_special_tokens_mask=True,
             split_special_tokens=self._texts_stay_text,
             verbose=False,
         )
         result = []
-        for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True):
+        columns = (batch[n] for n in ("input_ids", "offset_mapping", "special_tokens_mask"))
+        for ids, offsets, is_special in zip(*columns, strict=True):
             end = len(ids)
-            while end > 1 and offsets[end - 1][0] == offsets[end - 1][1]:
+            while end > 1 and is_special[end - 1]:  # a token of spaces may have no width, too
                 end -= 1
             result.append((ids[:end], offsets[:end]))
         return result

@@ -60,6 +60,11 @@ class RunFolder:
 
     A run has `config.yaml`, `environment.json`, `run.log`, `metrics.jsonl`, `evaluation.json`,
     `attention.json`, `checkpoints/` and `adapter/` (or `model/`).
+
+    Attributes:
+        folder: where they are.
+        checkpoints: the folder of checkpoints.
+        is_created: whether this process has made the run's files.
     """
 
     def __init__(self, folder: Path):
@@ -71,7 +76,7 @@ class RunFolder:
         self._attention = folder / "attention.json"
         self._token_budget = folder / "token_budget.json"
         self._lock: FolderLock | None = None
-        self._is_created = False
+        self.is_created = False
 
     @classmethod
     def reserve(cls, config: TrainConfig) -> RunFolder:
@@ -195,11 +200,11 @@ class RunFolder:
         except OSError:  # a run without these files could not be continued
             shutil.rmtree(self.folder)
             raise
-        self._is_created = True
+        self.is_created = True
 
     def discard(self) -> None:
         """Remove the folder if this process made it and it has no results."""
-        if self._is_created and not (self._evaluation.is_file() or self._metrics.is_file()):
+        if self.is_created and not (self._evaluation.is_file() or self._metrics.is_file()):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def hold(self, say: Callable[[str], None]) -> None:

@@ -59,6 +59,23 @@ def test_the_figures_are_those_of_an_ordinary_run(arithmetic, tmp_path):
             assert figures == close(expected, rel=1e-6)
 
 
+def test_a_run_that_overwrites_another_is_trained(streamed, tmp_path):
+    """The old one is finished, and of another base."""
+    folder = tmp_path / "run"
+    shutil.copytree(streamed[0], folder)
+    environment = read(folder, "environment.json")
+    environment["base"]["model"] = "/some/other/model"
+    environment["base"]["vectors"] = {}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    options = [*OPTIONS, "--stream", "--no-eval", "--penalty", "0.9", "--overwrite"]
+    result = abft_fast("train", *options, "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["penalty"] == 0.9
+    assert not (folder / "evaluation.json").exists()
+    assert (folder / ADAPTER).read_bytes() != (streamed[0] / ADAPTER).read_bytes()
+
+
 def test_weights_that_are_not_finite_leave_no_folder(tmp_path):
     """They are in the last layer, so blocks before it have been trained and saved."""
     model, folder = tmp_path / "model", tmp_path / "run"

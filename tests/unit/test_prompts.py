@@ -2,7 +2,7 @@ import dataclasses
 import re
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from abft_fast import builtin_model_path, data
@@ -11,6 +11,7 @@ from abft_fast.errors import UserError
 from abft_fast.options import EvalConfig, datasets
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder
+from abft_fast.prompts.text_tokens import TextTokens
 
 pytestmark = pytest.mark.unit
 
@@ -33,6 +34,26 @@ def word_tokenizer(*words, bos=False):
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_a_space_at_the_end_is_a_token_also_where_offsets_leave_spaces_out(trims):
+    """StaICC's prompts end in one. What the tokenizer itself puts there is not."""
+    tokenizer = word_tokenizer("it")
+    ids = TextTokens(tokenizer, []).ids("x: ")
+    raw = tokenizer.backend_tokenizer
+    raw.add_special_tokens([AddedToken("</s>", special=True)])
+    end = raw.token_to_id("</s>")
+    raw.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=trims),
+            processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)]),
+        ]
+    )
+    [(found, _)] = TextTokens(PreTrainedTokenizerFast(tokenizer_object=raw), []).with_offsets(
+        ["x: "]
+    )
+    assert found == ids and len(ids) == 3
 
 
 def tiny_dataset(words=("good", "bad"), texts=("it is fine", " a mess ", "so so")):

@@ -220,3 +220,19 @@ def test_many_prompts_with_nothing_right_to_attend_to_are_said(monkeypatch):
         session.say_unseen(session.encode_training())
     assert [line[:27] for line in said] == ["45% of the training prompts"]
     assert "--seen-labels-only" in said[0]
+
+
+def test_the_tested_file_is_one_dataset_however_it_is_spelled(tmp_path, monkeypatch):
+    """And it stays that when a resumed run finds it in another place."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.csv", "moved.csv", "b.csv"):
+        (tmp_path / name).write_text("text,label\n" + "good,yes\nbad,no\n" * 9)
+    options = {"dataset": "a.csv", "test_file": "b.csv", "training_datasets": "./a.csv,sst2"}
+    config = resolve(TrainConfig, options)
+    assert config.training_dataset_names == ["a.csv", "sst2"]
+    saved = config.model_dump(mode="json")
+    resumed = resolve(TrainConfig, {**saved, "dataset": "moved.csv"}).moved_from(saved)
+    assert resumed.training_dataset_names == ["moved.csv", "sst2"]
+    assert resolve(TrainConfig, saved).moved_from(saved).training_dataset_names == [
+        str(tmp_path / "a.csv"), "sst2",
+    ]  # fmt: skip

@@ -40,7 +40,8 @@ def train_streamed(config: TrainConfig, run: RunFolder, progress: Progress) -> N
     length = pipeline_length(config.pipeline_size, processes.count()) if config.pipeline else 1
     with processes.fail_together():
         session, prompts, tests = prepare_data(config, run, progress)
-    if processes.from_main(not run.artifact.is_dir()):
+    is_done = config.resume is not None and run.artifact.is_dir()
+    if not processes.from_main(is_done):
         StreamedTraining(session, run, prompts, tests, length).run()
 
 
@@ -139,7 +140,8 @@ class StreamedTraining:
             self._streamed = streamed_model(session)
         training = to_train(session, run, prompts, self._streamed.model)
         place = self._streamed, session.accelerator
-        self._identity = BaseIdentity(*place, session.progress, run.base, f"run {run.folder}")
+        base = None if config.resume is None else run.base
+        self._identity = BaseIdentity(*place, session.progress, base, f"run {run.folder}")
         check = AttentionCheck(*place, prompts, config.attention_backend, session.progress)
         sharing = processes.count() // length
         self._tests = {
