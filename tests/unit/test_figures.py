@@ -1,6 +1,7 @@
 """Figures from the folders of runs: rows by hand, and pictures that say what they show."""
 
 import csv
+import shutil
 from xml.etree import ElementTree
 
 import pytest
@@ -133,6 +134,35 @@ def test_factors_are_means_of_seeds_by_a_and_b_and_control(tmp_path):
         f"{10 * i + 5:.1f}" for i in range(8)
     ]
     assert {"A at the start, penalty", "B, reward"} <= set(texts)
+
+
+def test_factors_that_lack_a_dataset_are_left_empty(tmp_path):
+    for penalty, dataset, score in ((0.5, "sst2", 0.9), (0.5, "trec", 0.3), (1.0, "sst2", 0.8)):
+        make_run(
+            tmp_path / f"runs/{penalty}-{dataset}", penalty=penalty, dataset=dataset, after=score
+        )
+    _, texts = figure("factors", tmp_path / "runs", tmp_path / "out")
+    assert "60.0" in texts and "80.0" not in texts
+    assert any(text.endswith("mean of 2 datasets") for text in texts)
+    shutil.rmtree(tmp_path / "runs/0.5-sst2")
+    with pytest.raises(UserError, match="no A and B was tested on all of 2 datasets"):
+        figure("factors", tmp_path / "runs", tmp_path / "out")
+
+
+def test_templates_are_settings_and_files_of_one_name_are_refused(tmp_path):
+    """Else two runs would be two seeds of one."""
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "r.csv").write_text("text,label\ngood,yes\nbad,no\n")
+    (tmp_path / "t.yaml").write_text("input_prefix: 'Text: '\n")
+    own = str(tmp_path / "x/r.csv")
+    make_run(tmp_path / "runs/plain", dataset=own, after=0.9)
+    make_run(tmp_path / "runs/other", dataset=own, after=0.5, template=str(tmp_path / "t.yaml"))
+    rows, _ = figure("data", tmp_path / "runs", tmp_path / "out")
+    assert len({row["setting"] for row in rows}) == 2
+    make_run(tmp_path / "runs/third", dataset=str(tmp_path / "y/r.csv"), after=0.1)
+    with pytest.raises(UserError, match="two datasets are called r"):
+        figure("data", tmp_path / "runs", tmp_path / "out")
 
 
 def test_unseen_labels_and_demonstrations(tmp_path):

@@ -1,6 +1,7 @@
 """Tables of run folders whose numbers are worked out by hand."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -188,6 +189,40 @@ def test_layout_4(tmp_path):
         "|  | ABFT (adaptation=pid) | 1 | 1.0x | 70.00 |",
         "|  | ABFT (adaptation=none) | 1 | 1.2x | 60.00 |",
     ]
+
+
+def test_settings_that_differ_in_their_time_alone_are_lines_of_their_own(tmp_path):
+    """The setting `ABFT` is the method itself, as a run without a sweep is."""
+    runs = []
+    for setting, seconds, options in (
+        ("", 10.0, {"seed": 0}),
+        ("ABFT", 10.0, {"seed": 1}),
+        ("w/ checkpointing", 30.0, {"checkpointing": True}),
+        ("w/o PID", 10.0, {"adaptation": "none"}),
+    ):
+        folder = write_run(tmp_path, None, 0.7, [seconds], dataset="sst2", **options)
+        (record,) = [r for r in read_records(tmp_path) if r.folder == folder]
+        runs.append(replace(record, labels={"setting": setting} if setting else {}))
+    config = resolve(TableConfig, {"folder": tmp_path, "format": "markdown", "layout": "4"})
+    lines = FORMATS["markdown"](make_table(config, runs)).replace("\N{MULTIPLICATION SIGN}", "x")
+    assert lines.splitlines()[2:] == [
+        "| builtin | ABFT | 2 | 1.0x | 70.00 ± 0.00 |",
+        "|  | ABFT, w/ checkpointing | 1 | 3.0x | 70.00 |",
+        "|  | ABFT, w/o PID | 1 | 1.0x | 70.00 |",
+    ]
+
+
+def test_a_setting_called_like_its_method_says_what_differs_from_a_run_without_one(tmp_path):
+    for k, own in ((4, 0.5), (8, 0.9)):
+        folder = write_run(tmp_path, dataset="sst2", test_type="LabelFollowing", k=k)
+        RunFolder(folder).record_evaluation("after", {"sst2": {"own": own}}, {})
+    runs = [
+        replace(record, labels={"setting": "ABFT"} if record.options["k"] == 8 else {})
+        for record in read_records(tmp_path)
+    ]
+    config = resolve(TableConfig, {"folder": tmp_path, "format": "markdown", "layout": "labels"})
+    lines = FORMATS["markdown"](make_table(config, runs)).splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == ["ABFT (k=4)", "ABFT (k=8)"]
 
 
 def test_layout_labels(tmp_path):

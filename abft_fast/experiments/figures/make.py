@@ -6,6 +6,7 @@ from pathlib import Path
 
 from abft_fast import plots
 from abft_fast.experiments.figures.rows import make_rows
+from abft_fast.experiments.own_data import check_data_unchanged
 from abft_fast.experiments.records import read_records
 from abft_fast.options import FigureConfig
 from abft_fast.runtime.files import check_output_folder, write_csv, write_text
@@ -15,12 +16,13 @@ def make_figure(config: FigureConfig) -> list[Path]:
     """Write the rows and the picture that the options name; return the files.
 
     Raises:
-        UserError: matplotlib is missing, a folder cannot be read or written, or no run has what the
-            figure shows.
+        UserError: matplotlib is missing, a folder cannot be read or written, no run has what the
+            figure shows, or runs contradict one another.
     """
     plots.check_installed("abft-fast figure")
     check_output_folder(config.output_dir)
     records = [record for folder in config.runs for record in read_records(folder)]
+    check_data_unchanged(records)
     rows = make_rows(config.what, records, config.metric)
     from abft_fast.experiments.figures.pictures import PICTURES
     from abft_fast.plots import style

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from abft_fast.errors import UserError
 from abft_fast.evaluation import titles
 from abft_fast.experiments.figures.rows import Row
 from abft_fast.plots import style
@@ -48,7 +49,14 @@ def demonstrations(rows: Sequence[Row], metric: str) -> Figure:
 
 
 def factors(rows: Sequence[Row], metric: str) -> Figure:
-    """Draw a heatmap of scores over A0 and B0 for each setting and control of A, on one scale."""
+    """Draw a heatmap of scores over A0 and B0 for each setting and control of A, on one scale.
+
+    Scores are means over datasets. A cell that lacks one of them stays empty.
+
+    Raises:
+        UserError: every cell lacks a dataset.
+    """
+    datasets = _distinct(rows, "dataset")
     shown = list(dict.fromkeys((row["setting"], row["adaptation"]) for row in rows))
     has_settings = len({setting for setting, _ in shown}) > 1
     penalties, rewards = (sorted(_distinct(rows, name)) for name in ("penalty", "reward"))
@@ -61,12 +69,22 @@ def factors(rows: Sequence[Row], metric: str) -> Figure:
         wspace=0.75 / (0.75 * len(rewards)),
     )  # fmt: skip
     means = {
-        (*panel, a, b): fmean(found)
+        (*panel, a, b): fmean(map(fmean, found))
         for panel in shown
         for a in penalties
         for b in rewards
-        if (found := _values(rows, metric, **_panel(panel), penalty=a, reward=b))
+        if all(
+            found := [
+                _values(rows, metric, **_panel(panel), penalty=a, reward=b, dataset=name)
+                for name in datasets
+            ]
+        )
     }
+    if not means:
+        raise UserError(
+            f"figure factors: no A and B was tested on all of {len(datasets)} datasets: let the "
+            "sweep finish, or name the runs of one dataset"
+        )
     low, high = min(means.values()), max(means.values())
     for axes, panel in zip(panels, shown, strict=True):
         setting, control = panel
@@ -84,6 +102,8 @@ def factors(rows: Sequence[Row], metric: str) -> Figure:
         axes.set_yticks([i + 0.5 for i in range(len(penalties))], [f"{a:g}" for a in penalties])
         axes.set(xlabel="B, reward", ylabel="A at the start, penalty")
         title = f"control of A: {control}; {_name(metric)}"
+        if len(datasets) > 1:
+            title += f", mean of {len(datasets)} datasets"
         axes.set_title(f"{setting}\n{title}" if has_settings else title, loc="left")
     return figure
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from abft_fast.experiments.cell import WITHOUT_RESULT
+from abft_fast.experiments.own_data import fixed_data_options
 from abft_fast.experiments.records import Record
 
-_NEVER = WITHOUT_RESULT | {
-    "dataset", "seed", "output_dir", "generalization_test",
-    "template", "test_file", "text_column", "label_column", "delimiter",
-}  # fmt: skip
+_NEVER = WITHOUT_RESULT | {"dataset", "seed", "output_dir", "generalization_test"}
 """Options that are a panel or a band of a figure, or change no result."""
 
 
@@ -23,9 +21,12 @@ def setting_names(records: Sequence[Record], without: Collection[str] = ()) -> l
     Args:
         records: all runs of the figure.
         without: options that the figure shows in another way.
+
+    Raises:
+        UserError: two datasets have one name, so their runs could not be told apart.
     """
     names = [record.labels.get("setting") or record.method for record in records]
-    skipped = {*_NEVER, *without, "method"}
+    skipped = {*_NEVER, *without, *fixed_data_options(records), "method"}
     full = []
     for name, record in zip(names, records, strict=True):
         same = [other for own, other in zip(names, records, strict=True) if own == name]

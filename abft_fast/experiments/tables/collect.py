@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from abft_fast.errors import UserError
 from abft_fast.experiments.cell import CALIBRATIONS, VANILLA, WITHOUT_RESULT
+from abft_fast.experiments.own_data import check_data_unchanged, fixed_data_options
 from abft_fast.experiments.records import Record
 from abft_fast.experiments.tables.statistics import changed_options
 from abft_fast.experiments.tables.types import MethodRuns
@@ -16,9 +16,6 @@ _NOT_COMPARED = WITHOUT_RESULT | {
     "model", "dataset", "seed", "adapter", "method", "generalization_test",
 }  # fmt: skip
 """Options that do not split the runs of a method: columns, seeds, and what changes no result."""
-
-_DATA_OPTIONS = ("text_column", "label_column", "template", "test_file", "test_share", "split_seed")
-"""Options that describe a dataset of the user's own; different datasets may differ in them."""
 
 _TITLES = {VANILLA: "Vanilla", "contextual": "Calibrate (contextual)"}
 
@@ -33,7 +30,7 @@ def collect(records: Iterable[Record], metric: str) -> list[MethodRuns]:
         UserError: a data file changed between runs, or two datasets have one name.
     """
     records = list(records)
-    _check_data_unchanged(records)
+    check_data_unchanged(records)
     collector = _Collector(records, metric)
     for record in records:
         collector.add_before_training(record)
@@ -46,7 +43,7 @@ class _Collector:
 
     def __init__(self, records: list[Record], metric: str) -> None:
         self._metric = metric
-        self._not_compared = {*_NOT_COMPARED, *_fixed_data_options(records)}
+        self._not_compared = {*_NOT_COMPARED, *fixed_data_options(records)}
         self._ambiguous_models = _ambiguous_models(records)
         self._methods: dict[tuple, MethodRuns] = {}
         self._test_types: set[str] = set()  # of the runs that have the metric
@@ -91,6 +88,8 @@ class _Collector:
 
     def _training_runs(self, record: Record) -> MethodRuns:
         setting = record.labels.get("setting", "")
+        if setting == record.method:  # says no more than the method of a run without a sweep
+            setting = ""
         return self._runs(record, record.method, TrainConfig, self._not_compared, setting)
 
     def _evaluation_runs(self, record: Record, method: str) -> MethodRuns:
@@ -116,7 +115,8 @@ class _Collector:
             for name, field in kind.model_fields.items()
             if not field.exclude and name not in not_compared
         }
-        key = (model, method, tuple(sorted((name, str(value)) for name, value in options.items())))
+        values = tuple(sorted((name, str(value)) for name, value in options.items()))
+        key = (model, method, setting, values)  # settings may differ in nothing but their time
         return self._methods.setdefault(key, MethodRuns(model, method, setting, options))
 
 
@@ -131,40 +131,6 @@ def _ambiguous_models(records: list[Record]) -> set[str]:
     for record in records:
         paths.setdefault(_model_name(record), set()).add(str(record.options["model"]))
     return {name for name, models in paths.items() if len(models) > 1}
-
-
-def _check_data_unchanged(records: list[Record]) -> None:
-    """Raise UserError if a data file changed between runs."""
-    first_runs: dict[str, tuple[str, Record]] = {}
-    for record in records:
-        for path, digest in record.data.items():
-            first_digest, first = first_runs.setdefault(path, (digest, record))
-            if digest != first_digest:
-                raise UserError(
-                    f"{path} changed between {first.folder} and {record.folder}: move away the "
-                    "runs on the old file"
-                )
-
-
-def _fixed_data_options(records: list[Record]) -> list[str]:
-    """Return the data options that have one value for each dataset, so they split no runs.
-
-    Raises:
-        UserError: two datasets have one name, so their scores could not be told apart.
-    """
-    values: dict[tuple[str, str], set[str]] = {}
-    for record in records:
-        for option in ("dataset", *_DATA_OPTIONS):
-            value = str(record.options.get(option))
-            values.setdefault((record.dataset, option), set()).add(value)
-    datasets = {record.dataset for record in records}
-    for name in dict.fromkeys(record.dataset for record in records):
-        if len(values[name, "dataset"]) > 1:
-            first, second, *_ = sorted(values[name, "dataset"])
-            raise UserError(f"two datasets are called {name}: {first} and {second}: rename one")
-    return [
-        option for option in _DATA_OPTIONS if all(len(values[d, option]) == 1 for d in datasets)
-    ]
 
 
 def _in_order(methods: list[MethodRuns]) -> list[MethodRuns]:
@@ -203,7 +169,7 @@ def _named(methods: list[MethodRuns]) -> list[MethodRuns]:
         same_method = [r for r in methods if (r.model, r.method) == (runs.model, runs.method)]
         if len(same_method) == 1:
             continue
-        if runs.setting not in ("", runs.method):
+        if runs.setting:
             runs.name += f", {runs.setting}"
         same_name = [r for r in same_method if r.setting == runs.setting]
         differing = [

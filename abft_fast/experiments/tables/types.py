@@ -50,7 +50,8 @@ class MethodRuns:
     Attributes:
         model: the model's name in the sweep file, else its path.
         method: `ABFT`, `vanilla`, ...
-        setting: the name of the entry under `settings` in the sweep file, or "".
+        setting: the name of the entry under `settings` in the sweep file; "" where there is none,
+            or where it is the method's.
         options: the options that distinguish these runs from other runs of the method.
         datasets: the datasets of the runs; some may have no score yet.
         scores: values of the metric, by (dataset trained on, dataset evaluated on) and seed.
