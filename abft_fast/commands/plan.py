@@ -40,7 +40,7 @@ def plan(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
         UserError: an option, the data or the model does not allow the run, or its memory cannot be
             counted from its config.
     """
-    shape, is_known = shape_of(config.model)
+    shape, is_known, config = shape_of(config)
     prompts, dataset, encoder = training_data(config, shape, is_known)
     lengths = [len(prompt) for prompt in prompts]
     show_data(progress, dataset, encoder, lengths)
@@ -69,10 +69,16 @@ def plan(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
     return planned, notes
 
 
-def shape_of(model: str) -> tuple[PreTrainedConfig, bool]:
-    """Return a model's config, and whether it is of a known shape instead of a model's files."""
+def shape_of(config: PlanConfig) -> tuple[PreTrainedConfig, bool, PlanConfig]:
+    """Return a model's config, whether it is of a known shape instead of files, and the options.
+
+    With a known shape a label word may have several tokens, as another tokenizer stands for its.
+    """
+    model = config.model
     known = None if Path(model).is_dir() else known_shape(model.removeprefix(SYNTHETIC))
-    return known or loading.read_config(model), known is not None
+    if known is None:
+        return loading.read_config(model), False, config
+    return known, True, config.model_copy(update={"label_token": "first"})
 
 
 def machine_of(config: PlanConfig) -> tuple[Arithmetic, int]:
@@ -113,13 +119,11 @@ def training_data(
 ) -> tuple[list[EncodedPrompt], Dataset, PromptEncoder]:
     """Return the training prompts, the dataset that the run tests on, and its encoder.
 
-    A known shape has no tokenizer, so the built-in model's tokenizer stands for it. There a label
-    word may have several tokens although the model's own tokenizer makes one.
+    A known shape has no tokenizer, so the built-in model's tokenizer stands for it.
     """
     tokenizer = loading.read_tokenizer("builtin" if is_known else config.model)
-    options = config.model_copy(update={"label_token": "first"}) if is_known else config
     context = loading.context_length(shape)
     vocabulary = loading.vocabulary_size(shape)
     dataset = for_tokenizer(datasets.from_options(config), tokenizer, vocabulary)
-    encoder = PromptEncoder.from_options(options, tokenizer, dataset, context, vocabulary)
+    encoder = PromptEncoder.from_options(config, tokenizer, dataset, context, vocabulary)
     return training_prompts(config, dataset, encoder).prompts, dataset, encoder

@@ -1,5 +1,7 @@
 """`abft-fast plan`, and what `train` makes of it."""
 
+import re
+
 import pytest
 import torch
 
@@ -21,16 +23,22 @@ def test_a_plan_needs_no_weights_and_no_network():
         assert part in result.stdout, part
 
 
-def test_words_that_are_single_tokens_in_the_models_own_tokenizer(tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--training-datasets", "own.csv,more.csv"], ["--stream", "--gradient", "local"]],
+    ids=["", "two files", "streamed"],
+)
+def test_words_that_are_single_tokens_in_the_models_own_tokenizer(tmp_path, more):
     """A known shape is planned with the built-in tokenizer, which has fewer words."""
     rows = "".join(f"text {i},{'spam' if i % 2 else 'refund'}\n" for i in range(40))
-    (tmp_path / "own.csv").write_text("text,label\n" + rows)
+    for name in ("own.csv", "more.csv"):
+        (tmp_path / name).write_text("text,label\n" + rows.replace("text", name[:3]))
     result = abft_fast(
         "plan", "--model", "synthetic:qwen2.5-0.5b", "--gpu-memory", "24", "--dataset", "own.csv",
-        cwd=tmp_path,
+        *more, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "training prompts of own, k=4" in result.stdout
+    assert re.search("training prompts of own.*, k=4", result.stdout)
 
 
 def test_a_gpu_that_is_not_there_is_not_planned_for():

@@ -44,7 +44,7 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
     """
     length = pipeline_length(config.pipeline_size, config.processes)
     pipelines = config.processes // length
-    shape, is_known = shape_of(config.model)
+    shape, is_known, config = shape_of(config)
     prompts, dataset, encoder = training_data(config, shape, is_known)
     show_data(progress, dataset, encoder, [len(prompt) for prompt in prompts])
     tests = list(evaluation_sets(config, dataset, encoder)) if config.sides else []
