@@ -1,4 +1,4 @@
-"""Find the run that trained an adapter, so that no row is both trained on and tested."""
+"""Find the run that trained an adapter or a model, so that no row is trained on and tested."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from abft_fast import data
+from abft_fast.data.tables import place_to_save
 from abft_fast.errors import UserError
 from abft_fast.options import (
     ComparedOnPromptsOptions,
@@ -42,26 +43,37 @@ def _differences(
     return [f"adapter {adapter} was trained with {', '.join(others)}"] if others else []
 
 
-def check_tested_apart(config: DrawnPromptOptions, adapter: Path) -> None:
-    """Refuse a split of the user's data that tests on rows that trained the adapter.
+def check_tested_apart(config: DrawnPromptOptions, trained: Path) -> None:
+    """Refuse to test rows of the user's data that trained a model.
+
+    Args:
+        config: the options of the test.
+        trained: folder of the adapter or of the whole model; one that is no run's is let pass.
 
     Raises:
-        UserError: the split differs from that of an adapter's run, or the data have changed.
+        UserError: the test file was trained on, the split differs from that of the run, or the data
+            have changed.
     """
     if not config.data_are_own:
         return
-    run = _run_of(adapter)
+    run = _run_of(trained)
     if run is None:
         return
     options = run.options
     dataset = datasets.own_from_options(config)
+    digests, trained_on = dict(dataset.files), _trained_digests(run)
     if dataset.test_path != dataset.training_path:
-        return  # the test rows are in another file
+        if digests[place_to_save(dataset.test_path)] in trained_on:
+            raise UserError(
+                f"{trained} was trained on rows of {dataset.test_path}, which are to be tested: "
+                "give other rows with --test-file"
+            )
+        return
     now = config.model_dump(mode="json")
-    same_content = dataset.files[0][1] in run.data.values()
+    same_content = digests[place_to_save(dataset.training_path)] in trained_on
     if options["dataset"] != now["dataset"] and not same_content:
         return
-    what = f"adapter {adapter} was trained on rows of {config.dataset} that are to be tested"
+    what = f"{trained} was trained on rows of {config.dataset} that are to be tested"
     if not same_content:
         raise UserError(
             f"{what}, because the file has changed since: restore the file, or give --test-file"
@@ -70,9 +82,17 @@ def check_tested_apart(config: DrawnPromptOptions, adapter: Path) -> None:
         if options[name] != now[name]:
             given = _given(name, options[name])
             raise UserError(
-                f"{what}: the adapter's run had {given}; give the same, or other rows with "
-                "--test-file"
+                f"{what}: its run had {given}; give the same, or other rows with --test-file"
             )
+
+
+def _trained_digests(run: RunFolder) -> set[str]:
+    """Return the SHA-256 of the user's files that a run may have trained on."""
+    options = run.options
+    untrained = {options["test_file"], options["template"]}
+    if options["dataset"] not in data.NAMES:
+        untrained.add(str(Path(options["dataset"]) / "test"))  # of a folder with parts
+    return {digest for place, digest in run.data.items() if place not in untrained}
 
 
 def _given(name: str, value: Any) -> str:
@@ -82,8 +102,8 @@ def _given(name: str, value: Any) -> str:
     return flag(name) if value is True else f"{flag(name)} {value}"
 
 
-def _run_of(adapter: Path) -> RunFolder | None:
-    """Return the run whose folder holds the adapter; None if the folder is not a run's."""
-    run = RunFolder(adapter.resolve().parent)
+def _run_of(trained: Path) -> RunFolder | None:
+    """Return the run whose folder holds the adapter or model; None if the folder is not a run's."""
+    run = RunFolder(trained.resolve().parent)
     known = {name for name, field in Options.model_fields.items() if not field.exclude}
     return run if known <= run.options.keys() else None

@@ -102,7 +102,7 @@ def check_evaluate(config: EvalConfig) -> None:
         check_adapter(folder)
     check_model(config.model)
     _check_data(config)
-    for folder in config.adapter_folders:
+    for folder in (*config.adapter_folders, Path(config.model)):
         adapter_origin.check_tested_apart(config, folder)
     _check_device(config)
 
@@ -178,8 +178,8 @@ def check_analyze_prompts(config: ReadPromptOptions) -> None:
     """
     check_analyze(config)
     _check_data(config)
-    for adapter in config.adapter_folders:
-        adapter_origin.check_tested_apart(config, adapter)
+    for trained in (*config.adapter_folders, *map(Path, (config.model, *config.other_models))):
+        adapter_origin.check_tested_apart(config, trained)
 
 
 def check_train_data(config: TrainConfig) -> None:

@@ -85,7 +85,7 @@ def test_a_run_is_not_resumed_on_changed_data(example, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--split-seed", 1], "the adapter's run had --split-seed 0; give the same, or other rows"),
+        (["--split-seed", 1], "its run had --split-seed 0; give the same, or other rows"),
         (["--output", "reviews.csv"], "--output reviews.csv is a file that the command reads"),
     ],
 )

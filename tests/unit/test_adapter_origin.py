@@ -1,10 +1,14 @@
 """An adapter is not tested on rows its run trained on, nor given other prompts without a word."""
 
+import shutil
+
 import pytest
 
+from abft_fast import builtin_model_path
 from abft_fast.commands.adapter_origin import check_tested_apart, differences
+from abft_fast.commands.checks import check_analyze_prompts, check_evaluate
 from abft_fast.errors import UserError
-from abft_fast.options import EvalConfig, PredictConfig, TrainConfig
+from abft_fast.options import AttentionConfig, EvalConfig, PredictConfig, TrainConfig
 from abft_fast.options.datasets import file_hashes
 from abft_fast.options.resolve import resolve
 from abft_fast.training.run_folder import RunFolder
@@ -54,13 +58,33 @@ def test_its_own_split_and_other_data_are_tested(trained, tmp_path):
 )
 def test_another_split_is_refused(trained, tmp_path, run, now, message):
     adapter = trained(**run)
-    with pytest.raises(
-        UserError, match=f"own.csv that are to be tested: the adapter's run had {message}"
-    ):
+    with pytest.raises(UserError, match=f"own.csv that are to be tested: its run had {message}"):
         check(evaluation(adapter, **now))
     (tmp_path / "own.csv").rename(tmp_path / "moved.csv")
     with pytest.raises(UserError, match=message):
         check(evaluation(adapter, dataset="moved.csv", **now))
+
+
+def test_a_test_file_that_was_trained_on_is_refused(trained, tmp_path):
+    adapter = trained(test_file="other.csv")
+    rows = (tmp_path / "other.csv").read_text().replace("test", "third")
+    (tmp_path / "third.csv").write_text(rows)
+    check(evaluation(adapter, dataset="third.csv", test_file="other.csv"))
+    with pytest.raises(UserError, match=r"trained on rows of own.csv, which are to be tested"):
+        check(evaluation(adapter, dataset="third.csv", test_file="own.csv"))
+
+
+def test_a_whole_model_is_tested_apart_too(trained, tmp_path):
+    trained(split_seed=3, method="E2E", trainable="model")
+    shutil.copytree(builtin_model_path(), tmp_path / "run/model")
+    whole = {"model": "run/model", "dataset": "own.csv"}
+    check_evaluate(resolve(EvalConfig, {**whole, "split_seed": 3}))
+    for check_of, options in (
+        (check_evaluate, EvalConfig),
+        (check_analyze_prompts, AttentionConfig),
+    ):
+        with pytest.raises(UserError, match=r"run/model was trained on rows of own\.csv"):
+            check_of(resolve(options, whole))
 
 
 def test_a_run_older_than_an_option_is_known_too(trained, tmp_path):
@@ -68,7 +92,7 @@ def test_a_run_older_than_an_option_is_known_too(trained, tmp_path):
     config = tmp_path / "run/config.yaml"
     lines = config.read_text().splitlines(keepends=True)
     config.write_text("".join(line for line in lines if not line.startswith("delimiter:")))
-    with pytest.raises(UserError, match="the adapter's run had --split-seed 3"):
+    with pytest.raises(UserError, match="its run had --split-seed 3"):
         check(evaluation(adapter))
 
 
