@@ -89,8 +89,8 @@ class AnalyzeOptions(ReadPromptOptions):
     prompts: int = Field(
         128,
         ge=1,
-        description="Test prompts to read, drawn at random, the same in every call. More than "
-        "there are: all of them.",
+        description="Test prompts to read, each of another query, drawn at random, the same in "
+        "every call. More than there are queries: one of each.",
     )
 
 

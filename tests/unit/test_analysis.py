@@ -13,6 +13,7 @@ from abft_fast.analysis.last_row import run_prompt
 from abft_fast.analysis.pair import ModelPair, moved
 from abft_fast.analysis.restrict import check_changes, check_heads, restricted
 from abft_fast.analysis.shift import shifts
+from abft_fast.commands.analyze.models import draw_queries
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import UserError
 from abft_fast.models.merging import changes_of, untie
@@ -181,3 +182,13 @@ def test_two_models_are_a_pair_as_an_adapter_is(tmp_path):
 def test_models_of_other_shapes_are_no_pair():
     with pytest.raises(UserError, match=r"different shapes: .*layers.3"):
         ModelPair(tiny_model("llama"), tiny_model("llama", num_hidden_layers=3))
+
+
+@pytest.mark.parametrize("count", [1, 10, 40, 100])
+def test_no_query_is_drawn_twice(count):
+    """A query that is asked twice must not be in both halves of the prompts, nor count twice."""
+    asked = [f"query {i % 40}" for i in range(80)]
+    places = draw_queries(asked, count)
+    assert places == sorted(places) == draw_queries(asked, count)
+    assert len({asked[place] for place in places}) == len(places) == min(count, 40)
+    assert set(draw_queries(asked, 1)) <= set(places)

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import random
 import re
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from abft_fast import data
 from abft_fast.analysis.path import permuted
 from abft_fast.commands.analyze import cmap, dcm, path, show
+from abft_fast.commands.analyze.models import draw_queries
 from abft_fast.commands.evaluate import evaluate
 from abft_fast.commands.train import train
 from abft_fast.core.label_logits import label_logits
@@ -263,8 +263,7 @@ def test_analyses_score_the_objects_of_each_prompt(run, tmp_path):
     rows = table(cmap.cmap(resolve(CmapConfig, config), Progress()))
 
     dataset, encoder = fitted("boxes3")
-    chosen = sorted(random.Random("analyze").sample(range(24), 6))
-    prompts = [dataset.test_prompts(3)[i] for i in chosen]
+    prompts = [dataset.test_prompts(3)[i] for i in draw_queries(range(24), 6)]
     model = loading.load("builtin", torch.device("cpu"), torch.float32)
     encoded = encoder.encode(prompts)
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -141,9 +141,9 @@ class DrawnPrompts(PromptSession):
 
     def _draw(self) -> tuple[Call, EncodedPrompts]:
         call = call_of_test(self.config, self.dataset)
-        count = min(self.config.prompts, len(call.prompts))
-        chosen = sorted(random.Random("analyze").sample(range(len(call.prompts)), count))
-        drawn = call.only(chosen)
+        is_asked_once = isinstance(self.dataset, Boxes)
+        queries = call.prompts if is_asked_once else [prompt.query for prompt in call.prompts]
+        drawn = call.only(draw_queries(queries, self.config.prompts))
         encoded = drawn.encode(self.encoder)
         self.say_too_long(encoded, "test", "with fewer demonstrations")
         return drawn.only(encoded.kept), encoded
@@ -167,6 +167,22 @@ class PlaneSession(DrawnPrompts, MovableModel):
 
     def __init__(self, config: PlaneConfig, progress: Progress):
         super().__init__(config, progress)
+
+
+def draw_queries(queries: Sequence[Hashable], count: int) -> list[int]:
+    """Return the places of prompts of different queries, drawn at random, ascending.
+
+    StaICC's tests ask each query twice. The two answers are not independent, and heads must not be
+    judged by a query that ranked them.
+
+    Args:
+        queries: what each prompt asks.
+        count: prompts to draw; more than there are different queries draws one of each.
+    """
+    chosen: dict[Hashable, int] = {}
+    for place in random.Random("analyze").sample(range(len(queries)), len(queries)):
+        chosen.setdefault(queries[place], place)
+    return sorted(list(chosen.values())[:count])
 
 
 def call_of_test(config: DrawnPromptOptions, dataset: Dataset) -> Call:
