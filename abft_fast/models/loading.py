@@ -143,6 +143,8 @@ def _stored_model(
         use_safetensors=True,  # a pickle can run any code
         ignore_mismatched_sizes=True,  # to name them below
     )
+    if stored == "mxfp4":
+        model.to(dtype)  # transformers 5.17 leaves dequantized experts in bfloat16
     if path is not None:
         model.name_or_path = model.config.name_or_path = str(path)
     # transformers makes up what is missing or of another shape, at random.
