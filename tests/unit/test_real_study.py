@@ -20,6 +20,7 @@ NAMES = {
     "ABFT": "ABFT",
     "ABFT, seen labels": "ABFT, seen labels",
 }
+RATES = ("6e-06", "2e-05", "6e-05", "0.0002")
 FULL_ON_SST2 = "gemma-3-270m.gguf-sst2-ABFT-seed0-11df166d66"
 
 
@@ -49,7 +50,9 @@ def test_rows_are_cells_of_the_sweeps():
         for sweep in (ROOT / "configs/real").glob("*.yaml")
         for cell in read_cells(sweep, options)
     }
-    files = ("real_study", "real_streamed", "real_out_of_domain", "real_sensitivity")
+    files = (
+        "real_study", "real_streamed", "real_out_of_domain", "real_sensitivity", "real_rates",
+    )  # fmt: skip
     rows = [row for file in files for row in rows_of(file)]
     assert {(row.get("mixed_precision", "no"), row["cell"]) for row in rows} <= cells
 
@@ -184,6 +187,15 @@ def test_the_table_of_blocks_says_what_the_rows_say():
         accuracy, share = (float(row[n]) for n in ("accuracy", "correct_share_above_chance"))
         heads = f"{float(row['induction_heads']):.1f}"
         assert line[1:] == [f"{100 * accuracy:.2f}", heads, f"{100 * share:.1f}"]
+
+
+def test_the_table_of_rates_says_what_the_rows_say():
+    _, lines = table("Gemma on agnews")
+    rows = {row["lr"]: row for row in rows_of("real_rates")}
+    assert [line[0] for line in lines] == ["Vanilla", *(f"local, {lr}" for lr in RATES)]
+    (vanilla, *_), *trained = [line[1:] for line in lines]
+    assert vanilla == f"{100 * float(rows['']['accuracy']):.2f}"
+    assert trained == [figures_of(rows[lr]) for lr in RATES]
 
 
 def reached(rows, setting, dataset):
