@@ -43,7 +43,10 @@ class ModelPair:
         self.layers = list(attention_layers(base))
         self.heads = backbone(base).config.num_attention_heads
         if tuned is not None:
-            shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (base, tuned)]
+            shapes = [
+                {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+                for model in (base, tuned)  # a head may be tied in one of them only
+            ]
             if shapes[0] != shapes[1]:
                 names = {n for n, s in shapes[0].items() if shapes[1].get(n) != s}
                 raise UserError(

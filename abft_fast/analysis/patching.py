@@ -14,22 +14,56 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from abft_fast.analysis.last_row import LastRow, run_rows
+from abft_fast.analysis.last_row import LastRow, run_prompt, run_rows
+from abft_fast.core.autocast import product_dtype
 from abft_fast.core.backbone import backbone, must_run_alone, output_projections, prepare
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import UserError
+from abft_fast.models.preflight import relative_error, tolerance
 
 
-def check_can_patch(model: PreTrainedModel, longest: int) -> None:
-    """Refuse a model whose earlier keys depend on more than the tokens before them.
+@torch.no_grad()
+def check_can_patch(
+    model: PreTrainedModel,
+    prompts: Sequence[EncodedPrompt],
+    label_ids: Sequence[int],
+    what: str = "output",
+    attention: str = "auto",
+) -> None:
+    """Refuse a model in which a head's output at the last row cannot be replaced alone.
+
+    The test: with its own outputs in no head and in all heads the model must be as it is. For
+    `pattern` and `values` the outputs must be attention times values, which a gate or a norm behind
+    them changes.
+
+    Args:
+        model: a decoder with LM head.
+        prompts: what is to be patched; the shortest one is tested.
+        label_ids: the label words' tokens.
+        what: see `replacement`.
+        attention: which attention runs.
 
     Raises:
-        UserError: the model is such a one.
+        UserError: keys depend on more than the tokens before them, or the test fails.
     """
-    if must_run_alone(prepare(model), longest):
+    inner = prepare(model)
+    family = backbone(model).config.model_type
+    if must_run_alone(inner, max(map(len, prompts))):
         raise UserError(
-            f"{backbone(model).config.model_type}: keys depend on the whole prompt (layers without "
-            "attention, or RoPE that depends on length), so its last row cannot be patched alone"
+            f"{family}: keys depend on the whole prompt (layers without attention, or RoPE that "
+            "depends on length), so its last row cannot be patched alone"
+        )
+    prompt = min(prompts, key=len)
+    row = run_prompt(model, prompt, label_ids, attention)
+    none_and_all = torch.tensor([False, True]).expand(*row.outputs.shape[:2], 2).movedim(-1, 0)
+    logits = patched_logits(model, prompt, row, row.outputs, none_and_all, label_ids, attention)
+    made = replacement(row, row, "output" if what == "output" else "pattern")
+    allowed = tolerance(inner, product_dtype(row.outputs))
+    same_logits = relative_error(logits, row.logits.expand_as(logits)) <= allowed
+    if not (same_logits and relative_error(made.flatten(1), row.outputs.flatten(1)) <= allowed):
+        raise UserError(
+            f"{family}: something changes what heads read before the output projection, so "
+            f"{what} cannot be patched"
         )
 
 

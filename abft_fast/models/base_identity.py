@@ -131,13 +131,13 @@ def compare_bases(trained_on: dict[str, Any], now: dict[str, Any], what: str) ->
         if not before or not after:
             continue
         distances += [_distance(before[name], after[name]) for name in before.keys() & after.keys()]
-        if before.keys().isdisjoint(after) or not max(distances) <= tolerance:
+        if before.keys().isdisjoint(after) or not all(d <= tolerance for d in distances):
             other = "its files have" if model == known else f"{model} has"
             raise UserError(
                 f"{what} was trained on {known}, and {other} other weights: use the model that it "
                 "was trained on"
             )
-    if model == known or known is None or (distances and max(distances) <= _ROUNDING):
+    if model == known or known is None or (distances and all(d <= _ROUNDING for d in distances)):
         return []
     if distances:
         return [f"{what} was trained on {known}; {model} has its weights, rounded otherwise"]

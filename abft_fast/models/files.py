@@ -99,6 +99,23 @@ def is_whole_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file()
 
 
+def refuse_biases(folder: Path, instead: str) -> None:
+    """Refuse an adapter that trained biases; PEFT keeps those in the base's own parameters.
+
+    Args:
+        folder: a whole adapter's.
+        instead: what to do instead, for the message.
+
+    Raises:
+        UserError: the adapter did.
+    """
+    bias = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("bias") or "none"
+    if bias != "none":
+        raise UserError(
+            f"adapter {folder} has biases of the base's layers (bias={bias}): {instead}"
+        )
+
+
 def check_adapter(folder: Path) -> None:
     """Make sure that a folder holds an adapter that changes weights, with whole files.
 

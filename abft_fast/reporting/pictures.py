@@ -91,7 +91,7 @@ def _over_steps(
 
 
 def _by_layer(run: RunData) -> Figure:
-    figure, axes = _panel("layer", "attention (%), mean of heads")
+    figure, axes = _panel("layer with attention", "attention (%), mean of heads")
     names = {"all labels": "label_mass", "correct ones": "correct_mass"}
     for side, dash in _SIDES.items():
         if side not in run.sides:

@@ -25,7 +25,7 @@ from abft_fast.core.blocks import Away
 from abft_fast.core.label_logits import set_label_rows
 from abft_fast.errors import UnsupportedModel, UserError
 from abft_fast.models import trainable
-from abft_fast.models.files import ADAPTER_WEIGHTS, check_adapter
+from abft_fast.models.files import ADAPTER_WEIGHTS, check_adapter, refuse_biases
 from abft_fast.models.loading import files_name
 from abft_fast.models.shapes import SYNTHETIC
 from abft_fast.models.synthetic import is_quantized, quantization, skeleton
@@ -187,10 +187,11 @@ class StreamedModel:
         """Put a trained adapter on the layers; it stays in memory.
 
         Raises:
-            UserError: as `trainable.load_adapter`, or the adapter changes what is outside the
-                layers.
+            UserError: as `trainable.load_adapter`, or the adapter changes biases or what is outside
+                the layers.
         """
         check_adapter(folder)
+        refuse_biases(folder, "use it without --stream")
         with safe_open(folder / ADAPTER_WEIGHTS, framework="np") as file:
             names = list(file.keys())
         own = f"base_model.model.{self._layers_name}."

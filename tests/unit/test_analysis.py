@@ -184,6 +184,12 @@ def test_models_of_other_shapes_are_no_pair():
         ModelPair(tiny_model("llama"), tiny_model("llama", num_hidden_layers=3))
 
 
+def test_a_head_that_is_tied_in_one_model_only_is_no_other_shape():
+    tied, untied = (tiny_model("llama", tie_word_embeddings=tie) for tie in (True, False))
+    ModelPair(tied, untied)
+    ModelPair(untied, tied)
+
+
 @pytest.mark.parametrize("count", [1, 10, 40, 100])
 def test_no_query_is_drawn_twice(count):
     """A query that is asked twice must not be in both halves of the prompts, nor count twice."""

@@ -249,7 +249,25 @@ def test_the_head_that_carries_the_gain_is_first():
 
 def test_models_whose_keys_depend_on_the_whole_prompt_are_refused():
     with pytest.raises(UserError, match="cannot be patched alone"):
-        check_can_patch(tiny_hybrid(["linear_attention", "full_attention"] * 2), 20)
+        model = tiny_hybrid(["linear_attention", "full_attention"] * 2)
+        check_can_patch(model, prompts(20).prompts, LABELS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_patched(family):
+    for what in ("output", "pattern", "values"):
+        check_can_patch(tiny_model(family), prompts(12, 15).prompts, LABELS, what)
+
+
+def test_a_norm_behind_attention_times_values_is_seen():
+    model = tiny_model("bitnet", num_key_value_heads=2)
+    check_can_patch(model, prompts(12).prompts, LABELS)
+    for what in ("pattern", "values"):
+        with pytest.raises(UserError, match=f"bitnet: .* {what} cannot be patched"):
+            check_can_patch(model, prompts(12).prompts, LABELS, what)
+    with pytest.raises(UserError, match=r"diffllama: .* output cannot be patched"):
+        model = tiny_model("diffllama", num_key_value_heads=2)
+        check_can_patch(model, prompts(12).prompts, LABELS)
 
 
 def test_log_odds_are_of_one_label_against_all_others():

@@ -93,6 +93,15 @@ def test_another_base_of_the_same_shape_is_refused(change, bits, copied, tmp_pat
         compare_bases(before, described(other, bits=bits), "adapter a")
 
 
+def test_numbers_that_are_none_are_no_base():
+    known = described("builtin")
+    for kind in ("vectors", "matrices"):
+        name, numbers = next(reversed(known[kind].items()))
+        broken = {**known, kind: {**known[kind], name: f"nan {numbers.split(' ', 1)[1]}"}}
+        with pytest.raises(UserError, match="other weights"):
+            compare_bases(known, broken, "adapter a")
+
+
 def test_another_family_is_refused():
     bases = [describe_base(tiny_model(family), family) for family in ("llama", "gpt2")]
     with pytest.raises(UserError, match="was trained on llama, and gpt2 has other weights"):

@@ -6,14 +6,17 @@ from collections import Counter
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from abft_fast import pack
+from abft_fast.commands.analyze.attention import attention
 from abft_fast.core.blocks import BlockBoundary
 from abft_fast.core.packed_forward import PackedForward
 from abft_fast.errors import RunError, UnsupportedModel, UserError
 from abft_fast.models import loading, trainable
-from abft_fast.options import TrainConfig
+from abft_fast.options import AttentionConfig, TrainConfig
 from abft_fast.options.resolve import resolve
+from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.states import HiddenStates
 from tests.families.test_families import tiny_hybrid
@@ -279,6 +282,20 @@ def test_hidden_states_return_as_they_were(folder, resumable, dtype, tmp_path):
 
 def streamed_model(path):
     return StreamedModel(path, loading.read_config(path), torch.device("cpu"), torch.float32, None)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_keeps_in_the_base_are_refused(bias, tmp_path):
+    """They would be read from the base's files when streamed, and stay where an adapter is off."""
+    config = LoraConfig(target_modules=["q_proj"], bias=bias, task_type="CAUSAL_LM")
+    get_peft_model(
+        loading.load("builtin", torch.device("cpu"), torch.float32), config
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"bias={bias}.*without --stream"):
+        streamed_model("builtin").load_adapter(tmp_path, print)
+    analysis = resolve(AttentionConfig, {"adapter": tmp_path, "prompts": 2, "device": "cpu"})
+    with pytest.raises(UserError, match=f"bias={bias}.*merge.*--tuned"):
+        attention(analysis, Progress())
 
 
 def test_prompts_that_must_run_alone_are_refused(tmp_path):

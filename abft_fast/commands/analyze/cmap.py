@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from abft_fast.analysis.cmap import Effects, Patcher, Way, curve_ways, halves, ways_of
-from abft_fast.analysis.patching import check_can_patch
 from abft_fast.commands.analyze import pictures
 from abft_fast.commands.analyze.models import AnalysisSession
 from abft_fast.commands.analyze.results import Results
@@ -27,7 +26,7 @@ def cmap(config: CmapConfig, progress: Progress) -> Results:
     session = AnalysisSession(config, progress)
     pair = session.pair()
     session.check_attention(session.encoded.prompts)
-    check_can_patch(session.model, session.longest)
+    session.check_can_patch(session.encoded.prompts, config.what)
     pair.keep_label_rows(session.encoder.label_ids)
     patcher = Patcher(
         pair, config.what, config.reverse, config.attention_backend, session.accelerator.autocast

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from abft_fast.analysis.dcm import Case, MaskLearning
 from abft_fast.analysis.desiderata import DESIDERATA
 from abft_fast.analysis.last_row import LastRow, run_prompt
-from abft_fast.analysis.patching import check_can_patch
 from abft_fast.commands.analyze import pictures
 from abft_fast.commands.analyze.models import AnalysisSession
 from abft_fast.commands.analyze.results import Results
@@ -65,7 +64,7 @@ def dcm(config: DcmConfig, progress: Progress) -> Results:
     sources = [each.source for some in pairs.values() for each in some]
     prompts = [*session.encoded.prompts, *sources]
     session.check_attention(prompts)
-    check_can_patch(session.model, max(map(len, prompts)))
+    session.check_can_patch(prompts)
     pair.keep_label_rows(session.encoder.label_ids)
     sides = session.sides(pair)
     learning = MaskLearning(

@@ -12,14 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abft_fast.analysis.pair import ModelPair
+from abft_fast.analysis.patching import check_can_patch
 from abft_fast.commands import adapter_origin
 from abft_fast.commands.session import ModelOnDevice, PromptSession
+from abft_fast.core.packing import EncodedPrompt
 from abft_fast.data import Boxes, Dataset
 from abft_fast.evaluation.call import Call
 from abft_fast.evaluation.entity_tracking import EntityTracking
 from abft_fast.evaluation.staicc_tests import StaiccTest
 from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
+from abft_fast.models.files import refuse_biases
 from abft_fast.models.merging import changes_of, untie
 from abft_fast.options import (
     AnalyzeOptions,
@@ -92,6 +95,8 @@ class ComparedModels(MovableModel):
         Raises:
             UserError: a model cannot be loaded, or the two do not fit each other.
         """
+        for folder in self.config.adapter_folders:  # PEFT would leave biases where it is off
+            refuse_biases(folder, "`abft-fast merge` it and give the result by --tuned")
         self.load()
         if self.config.adapter is not None:
             self.load_adapter(self.config.adapter)
@@ -134,11 +139,6 @@ class DrawnPrompts(PromptSession):
         self.drawn, self.encoded = self._draw()
         self.show_data(self.encoded.prompts)
 
-    @property
-    def longest(self) -> int:
-        """Return the tokens of the longest prompt."""
-        return max(map(len, self.encoded.prompts))
-
     def _draw(self) -> tuple[Call, EncodedPrompts]:
         call = call_of_test(self.config, self.dataset)
         is_asked_once = isinstance(self.dataset, Boxes)
@@ -158,6 +158,16 @@ class AnalysisSession(DrawnPrompts, ComparedModels):
         super().__init__(config, progress)
         for line in adapter_origin.differences(config):
             progress.say(line)
+
+    def check_can_patch(self, prompts: Sequence[EncodedPrompt], what: str = "output") -> None:
+        """Refuse a model whose heads cannot be patched; see `analysis.patching`.
+
+        Raises:
+            UserError: the model is such a one.
+        """
+        label_ids, backend = self.encoder.label_ids, self.config.attention_backend
+        with self.accelerator.autocast():
+            check_can_patch(self.model, prompts, label_ids, what, backend)
 
 
 class PlaneSession(DrawnPrompts, MovableModel):

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from abft_fast.analysis.patching import check_can_patch
 from abft_fast.analysis.path import PathEffects, path_effects, permuted
 from abft_fast.commands.analyze import pictures
 from abft_fast.commands.analyze.models import AnalysisSession
@@ -40,7 +39,7 @@ def path(config: PathConfig, progress: Progress) -> Results:
     cases = _cases(session)
     pair = session.pair()
     session.check_attention(session.encoded.prompts)
-    check_can_patch(session.model, session.longest)
+    session.check_can_patch(session.encoded.prompts, "paths")
     pair.keep_label_rows(session.encoder.label_ids)
     sides = session.sides(pair)
     tokens = sum(len(case.prompt) for case in cases)

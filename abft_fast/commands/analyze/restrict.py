@@ -10,7 +10,6 @@ from torch import Tensor
 from abft_fast.analysis.cmap import Effects, Head, Patcher, Way, curve_ways, halves, ways_of
 from abft_fast.analysis.effects import is_right, log_odds
 from abft_fast.analysis.pair import ModelPair, moved
-from abft_fast.analysis.patching import check_can_patch
 from abft_fast.analysis.restrict import check_changes, check_heads, restricted
 from abft_fast.commands.analyze import pictures
 from abft_fast.commands.analyze.cmap import refuse_no_gain, rows_of, summary
@@ -60,7 +59,7 @@ def _ranking(
 ) -> list[Head]:
     """Return all heads, those first that carry most of the gain when they are patched alone."""
     pair = ModelPair(session.model, changes=changes)
-    check_can_patch(session.model, session.longest)
+    session.check_can_patch(session.encoded.prompts)
     patcher = Patcher(
         pair, attention=session.config.attention_backend, autocast=session.accelerator.autocast
     )
