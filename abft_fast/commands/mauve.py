@@ -76,6 +76,8 @@ def generate(
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
+                min_p=0.0,
+                repetition_penalty=1.0,
                 max_new_tokens=_NEW_TOKENS,
                 pad_token_id=tokenizer.eos_token_id or 0,
             )

@@ -66,7 +66,9 @@ def metadata_folder(path: Path) -> Path:
     """
     status = path.stat()
     identity = [
-        str(path.resolve()), status.st_size, status.st_mtime_ns, transformers.__version__, _LAYOUT,
+        str(path.resolve()), status.st_size, status.st_mtime_ns,
+        status.st_ino, status.st_ctime_ns,  # `cp -p` keeps the times of what it copies
+        transformers.__version__, _LAYOUT,
     ]  # fmt: skip
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "abft-fast" / "gguf"
     folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Models in GGUF files: the same weights, one line where a file cannot be read."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -140,6 +141,18 @@ def test_it_is_parsed_once(tmp_path, cache):
     assert {entry.name for entry in (cache / "abft-fast/gguf").iterdir()} == {
         folder.name, metadata_folder(path).name,
     }  # fmt: skip
+
+
+def test_another_file_of_the_same_size_and_time_is_parsed(tmp_path, cache):
+    path, other = tmp_path / "m.gguf", tmp_path / "other.gguf"
+    write(path, "qwen2")
+    before = metadata_folder(path), sha256(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    other.write_bytes(content)
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+    assert metadata_folder(path) != before[0] and sha256(path) != before[1]
 
 
 def test_a_folder_that_another_process_has_just_made_stays(tmp_path, cache, monkeypatch):

@@ -21,6 +21,7 @@ from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import UserError
 from abft_fast.options import ShowConfig
 from abft_fast.prompts.template import BoxTemplate
+from abft_fast.prompts.text_tokens import TextTokens
 from abft_fast.runtime.progress import Progress
 
 _TEMPLATE = Path(__file__).with_name("show.html.jinja")
@@ -74,7 +75,8 @@ class ShowSession(PromptSession, ComparedModels):
         return encoded.prompts[0]
 
     def _of_text(self) -> EncodedPrompt:
-        ids = self.encoder.tokenizer(self.config.text, verbose=False)["input_ids"]
+        text = self.config.text or ""
+        [(ids, _)] = TextTokens(self.encoder.tokenizer, [text]).with_offsets([text])
         if not ids:
             raise UserError("--text is empty: give a prompt")
         self.encoder.check_vocabulary(ids, "--text")
