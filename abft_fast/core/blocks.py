@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 from abft_fast.core.behavior import LayerResults
 from abft_fast.errors import UnsupportedModel
 
+_SCALE = 2.0**12
+"""Of a block's loss in float16, where small gradients are 0: a GradScaler scales it too late."""
+
 
 class BlockGradients:
     """The gradients of one packed forward, found block by block.
@@ -31,6 +34,7 @@ class BlockGradients:
         self._results = results
         self._grad_enabled = torch.is_grad_enabled()
         self._keep_graph = False
+        self._is_float16 = False
         self._parameters: list[nn.Parameter] = []  # of the block that runs
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []  # of the blocks before
 
@@ -43,7 +47,9 @@ class BlockGradients:
             self.finish_block()
             self._parameters = []
             torch.set_grad_enabled(self._grad_enabled)
-        self._parameters += [p for p in layer.parameters() if p.requires_grad]
+        parameters = list(layer.parameters())
+        self._parameters += [p for p in parameters if p.requires_grad]
+        self._is_float16 |= any(p.dtype == torch.float16 for p in parameters)
         return begins
 
     def finish_layer(self, index: int) -> None:
@@ -59,10 +65,15 @@ class BlockGradients:
         if not layers or not parameters or self._keep_graph:
             return
         loss = self._results.mean_loss(layers)
-        with torch.autocast(loss.device.type, enabled=False):
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        pairs = zip(parameters, gradients, strict=True)
-        self._gradients += [(p, gradient) for p, gradient in pairs if gradient is not None]
+        kind = loss.device.type
+        casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        is_scaled = casts or self._is_float16
+        with torch.autocast(kind, enabled=False):
+            gradients = torch.autograd.grad(
+                loss * _SCALE if is_scaled else loss, parameters, allow_unused=True
+            )
+        found = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+        self._gradients += [(p, g / _SCALE if is_scaled else g) for p, g in found.items()]
         self._results.drop_graphs()
 
     def attach(self, loss: Tensor) -> Tensor:

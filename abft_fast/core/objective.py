@@ -10,11 +10,23 @@ from abft_kernels import check_options
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from abft_fast.core.backbone import attention_layers, must_run_alone, prepare
+from abft_fast.core.backbone import (
+    attention_layers,
+    decoder_layers,
+    must_run_alone,
+    prepare,
+    query_key_projections,
+)
 from abft_fast.core.behavior import AttentionBehavior, mean_over_batches
 from abft_fast.core.packed_forward import PackedForward
 from abft_fast.core.packing import PackedPrompts, pack
 from abft_fast.core.run_packed import run_packed
+
+_NO_GRADIENT = (
+    "the loss has no gradient though the model has trainable parameters: with gradient "
+    'checkpointing pass gradient_checkpointing_kwargs={"use_reentrant": False}; '
+    "otherwise train W_Q or W_K"
+)
 
 
 def attention_behavior_loss(
@@ -32,7 +44,8 @@ def attention_behavior_loss(
     """Run the decoder once, without its LM head, and return the loss of all its last rows.
 
     The first call routes the model's attention through this library; the model is otherwise
-    unchanged and still generates.
+    unchanged and still generates. Autocast is the caller's: what `accelerator.prepare(model)` sets
+    up does not reach the decoder, so with mixed precision call this under `accelerator.autocast()`.
 
     Args:
         model: a transformers decoder, with or without LM head, quantized or not, LoRA or not.
@@ -60,8 +73,8 @@ def attention_behavior_loss(
         ValueError: an option is malformed, a token id is outside the vocabulary (checked on a CPU
             only), the model's attention does not reach this library (`UnsupportedModel`), or the
             attention asked for cannot run.
-        RuntimeError: a parameter is trained but the loss has no gradient, as under reentrant
-            checkpointing.
+        RuntimeError: a parameter is trained but its loss has no gradient, as under reentrant
+            checkpointing of all layers or some.
     """
     check_options(penalty, reward, objective=objective, hold=hold)
     block = block_size(gradient)
@@ -81,6 +94,7 @@ def attention_behavior_loss(
     for batch in batches:
         forward = PackedForward(batch, options, attention, block, stop_after=last)
         run_packed(inner, forward)
+        _check_checkpointed(model, inner, forward)
         behaviors.append(forward.behavior())
     behavior = mean_over_batches(behaviors)
     if (
@@ -88,12 +102,34 @@ def attention_behavior_loss(
         and not behavior.loss.requires_grad
         and any(p.requires_grad for p in model.parameters())
     ):
-        raise RuntimeError(
-            "the loss has no gradient though the model has trainable parameters: with gradient "
-            'checkpointing pass gradient_checkpointing_kwargs={"use_reentrant": False}; '
-            "otherwise train W_Q or W_K"
-        )
+        raise RuntimeError(_NO_GRADIENT)
     return behavior
+
+
+def _check_checkpointed(
+    model: PreTrainedModel, inner: PreTrainedModel, forward: PackedForward
+) -> None:
+    """Refuse layers that train W_Q or W_K, but whose reentrant checkpoint loses their loss's graph.
+
+    Raises:
+        RuntimeError: there is such a layer.
+    """
+    if not torch.is_grad_enabled():
+        return
+    with_graph = forward.results.with_graph()
+    without = [
+        index
+        for index, layer in enumerate(decoder_layers(inner))
+        if layer.training and getattr(layer, "gradient_checkpointing", False)
+        if index in forward.results and index not in with_graph
+    ]
+    if without and any(
+        parameter.requires_grad
+        for projection in query_key_projections(model)
+        if projection.layer in without
+        for parameter in projection.module.parameters()
+    ):
+        raise RuntimeError(_NO_GRADIENT)
 
 
 def block_size(gradient: str | int) -> int | None:

@@ -27,13 +27,18 @@ def run_packed(model: PreTrainedModel, forward: PackedForward, **kwargs: Any) ->
     Raises:
         ValueError: a token id is outside the vocabulary (checked on a CPU only), or the model
             cannot keep these prompts apart.
-        UnsupportedModel: a layer's attention did not reach this library.
+        UnsupportedModel: a layer's attention did not reach this library, or weights are offloaded.
     """
     inner = prepare(model)
     alone = len(forward.packed) == 1 and forward.prefix is None
     if not alone and must_run_alone(inner, forward.context):
         raise ValueError(f"{inner.config.model_type}: prompts must be run one at a time")
     embedding = inner.get_input_embeddings().weight
+    if embedding.is_meta and forward.entering is None:
+        raise UnsupportedModel(
+            f"{inner.config.model_type}: weights are offloaded, and packed prompts need them on a "
+            "device: load the model without offloading"
+        )
     packed = forward.on(embedding.device if forward.entering is None else forward.entering.device)
     inputs = {"input_ids": packed.input_ids[None]}
     if forward.entering is not None:  # the embedding may be away, too

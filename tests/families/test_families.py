@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from bitsandbytes.functional import dequantize_4bit
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -19,6 +20,7 @@ from abft_fast.core.backbone import (
     query_key_projections,
 )
 from abft_fast.core.label_logits import label_logits
+from abft_fast.errors import UnsupportedModel
 from abft_fast.models.preflight import check_attention
 from abft_fast.models.trainable import enable_checkpointing, train_lora, trained_parameters
 from tests.tiny_models import FAMILIES, tiny_longrope, tiny_model
@@ -276,6 +278,45 @@ def test_gradients_of_blocks_are_gradients():
     once = tiny_model("llama")
     attention_behavior_loss(once, packed).loss.backward()
     torch.testing.assert_close(grads[0], 8 * once.model.layers[3].self_attn.q_proj.weight.grad)
+
+
+@pytest.mark.parametrize("gradient", ["full", 2])
+def test_reentrant_checkpointing_of_some_layers_is_refused(gradient):
+    model = tiny_model("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    decoder_layers(backbone(model))[-1].gradient_checkpointing = False
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        attention_behavior_loss(model, pack(make_prompts()), gradient=gradient)
+    for parameter in decoder_layers(backbone(model))[0].parameters():
+        parameter.requires_grad_(False)  # then this layer alone has nothing to lose
+    model.gradient_checkpointing_disable()
+    decoder_layers(backbone(model))[0].gradient_checkpointing = True
+    attention_behavior_loss(model, pack(make_prompts()), gradient=gradient).loss.backward()
+
+
+@pytest.mark.parametrize("gradient", ["full", "local", 2])
+def test_small_gradients_in_float16_are_not_lost(gradient):
+    """A GradScaler scales the loss, and a block's gradients are found before it does."""
+    prompts, scale, found = make_prompts(), 2.0**14, []
+    for dtype in (torch.float32, torch.float16):
+        model = tiny_model("llama")
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.float16):
+            behavior = attention_behavior_loss(
+                model, pack(prompts), gradient=gradient, head_filter=False,
+                penalty=1e-5, reward=2e-5,
+            )  # fmt: skip
+        (behavior.loss * scale).backward()
+        projections = query_key_projections(model)
+        found.append({p.name: p.module.weight.grad for p in projections})
+    for name, expected in found[0].items():
+        error = (found[1][name] - expected).norm() / expected.norm()
+        assert error < 0.04, (name, error)  # 2 % of the whole gradient are the forward's rounding
+
+
+def test_an_offloaded_model_is_refused():
+    model = cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModel, match="llama: weights are offloaded"):
+        attention_behavior_loss(model, pack(make_prompts()))
 
 
 def test_reentrant_checkpointing_is_refused():
