@@ -61,7 +61,7 @@ def measure(phase, case) -> None:
 def planned(case, config, prompts):
     """The plan of `abft-fast plan --stream` for these prompts."""
     from abft_fast.memory.plan import GPU_RESERVE
-    from abft_fast.memory.streamed import Prompts, Stored, plan_streamed
+    from abft_fast.memory.streamed import PromptTokens, Stored, plan_streamed
     from abft_fast.models.synthetic import skeleton
     from abft_fast.runtime.token_budget import tokens_at_once
     from abft_fast.streaming.model import weights_to_read
@@ -74,7 +74,7 @@ def planned(case, config, prompts):
     weights = [Stored(each, *[item * each.numbers] * 2) for each in wanted]
     tokens = case.prompts * case.length
     batch = min(tokens, tokens_at_once(config.token_budget, ARITHMETIC.device_type))
-    data = Prompts(case.length, STEPS * tokens, tests=0, batch=batch, turn=tokens, turns=STEPS)
+    data = PromptTokens(case.length, STEPS * tokens, tests=0, batch=batch, turn=tokens, turns=STEPS)
     limit = int(case.cap_gb * 1e9) - GPU_RESERVE if case.cap_gb else 10**12
     return plan_streamed(case.config, config, ARITHMETIC, weights, data, limit)
 
