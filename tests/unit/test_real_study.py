@@ -191,11 +191,28 @@ def test_the_table_of_blocks_says_what_the_rows_say():
 
 def test_the_table_of_rates_says_what_the_rows_say():
     _, lines = table("Gemma on agnews")
-    rows = {row["lr"]: row for row in rows_of("real_rates")}
+    rows = {row["lr"]: row for row in rows_of("real_rates") if row["dataset"] == "agnews"}
     assert [line[0] for line in lines] == ["Vanilla", *(f"local, {lr}" for lr in RATES)]
     (vanilla, *_), *trained = [line[1:] for line in lines]
     assert vanilla == f"{100 * float(rows['']['accuracy']):.2f}"
     assert trained == [figures_of(rows[lr]) for lr in RATES]
+
+
+def test_the_table_of_local_says_what_the_rows_say():
+    titles, (vanilla, local, full) = table("Gemma, seed 0")
+    datasets = titles[::2]
+    found = {
+        (row["setting_name"], row["dataset"]): row
+        for row in rows_of("real_study")
+        if "gemma" in row["model"] and row["mixed_precision"] == "no" and row["seed"] in ("", "0")
+    }
+    locally = {r["dataset"]: r for r in rows_of("real_rates") if r["dataset"] != "agnews"}
+    assert set(locally) == set(datasets)
+    assert vanilla[1::2] == [
+        f"{100 * float(found['vanilla', d]['accuracy']):.2f}" for d in datasets
+    ]
+    assert local[1:] == [text for d in datasets for text in figures_of(locally[d])]
+    assert full[1:] == [text for d in datasets for text in figures_of(found["ABFT", d])]
 
 
 def reached(rows, setting, dataset):
