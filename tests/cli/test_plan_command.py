@@ -1,7 +1,5 @@
 """`abft-fast plan`, and what `train` makes of it."""
 
-import re
-
 import pytest
 import torch
 
@@ -24,11 +22,15 @@ def test_a_plan_needs_no_weights_and_no_network():
 
 
 @pytest.mark.parametrize(
-    "more",
-    [[], ["--training-datasets", "own.csv,more.csv"], ["--stream", "--gradient", "local"]],
-    ids=["", "two files", "streamed"],
+    ("more", "said"),
+    [
+        ([], "own"),
+        (["--training-datasets", "own.csv,more.csv"], "own.csv, more.csv"),
+        (["--stream", "--gradient", "local"], "own"),
+    ],
+    ids=["one file", "two files", "streamed"],
 )
-def test_words_that_are_single_tokens_in_the_models_own_tokenizer(tmp_path, more):
+def test_words_that_are_single_tokens_in_the_models_own_tokenizer(tmp_path, more, said):
     """A known shape is planned with the built-in tokenizer, which has fewer words."""
     rows = "".join(f"text {i},{'spam' if i % 2 else 'refund'}\n" for i in range(40))
     for name in ("own.csv", "more.csv"):
@@ -38,7 +40,7 @@ def test_words_that_are_single_tokens_in_the_models_own_tokenizer(tmp_path, more
         *more, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert re.search("training prompts of own.*, k=4", result.stdout)
+    assert f"training prompts of {said}, k=4" in result.stdout
 
 
 def test_a_gpu_that_is_not_there_is_not_planned_for():
