@@ -19,6 +19,8 @@ QUICK = [
     "--epochs", "2", "--device", "cpu",
 ]  # fmt: skip
 
+FEW_QUERIES = ["--test-samples", "64"]  # of 512, where figures are only compared
+
 # A server imports once what a command takes ten seconds to import, and forks a process a command.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from abft_fast.data.dataset import Dataset, Example, Prompt
 from abft_fast.errors import UserError
@@ -32,8 +33,6 @@ OBJECTS = (
 )  # fmt: skip
 """Nouns that may be in a box; a run uses those that its tokenizer makes one token of."""
 
-_TEST_PROMPTS = 512
-
 
 @dataclass(frozen=True)
 class Boxes(Dataset):
@@ -41,7 +40,12 @@ class Boxes(Dataset):
 
     The label words are the objects. Which of them may answer differs from prompt to prompt: those
     in the prompt.
+
+    Attributes:
+        queries: the number of test prompts.
     """
+
+    queries: int = 512
 
     @classmethod
     def of(cls, name: str) -> Boxes:
@@ -93,15 +97,19 @@ class Boxes(Dataset):
         untested = (prompt for prompt in drawn if prompt not in tested)
         return [next(untested) for _ in range(count)]
 
+    def with_queries(self, count: int) -> Self:
+        """Return the dataset with the first `count` of its test prompts, or with all."""
+        return replace(self, queries=min(count, self.queries))
+
     def test_prompts(self, k: int) -> list[Prompt]:
-        """Return 512 prompts, the same in every call.
+        """Return as many prompts as there are queries, the same in every call.
 
         Raises:
             UserError: as `check_test`.
         """
         self.check_test(k)
         drawn = self._draw(f"{self.name}-test")
-        return [next(drawn) for _ in range(_TEST_PROMPTS)]
+        return [next(drawn) for _ in range(self.queries)]
 
     def _draw(self, seed: str) -> Iterator[Prompt]:
         """Draw prompts without end; letters, objects and the box that is asked for are random."""

@@ -72,6 +72,17 @@ class Dataset:
         kept = tuple(each for each in self.training if text_key(each.text) not in keys)
         return replace(self, training=kept)
 
+    def with_queries(self, count: int) -> Self:
+        """Return the dataset with `count` of its test queries, always the same ones, or with all.
+
+        They are drawn at random, as a file may be sorted by its labels.
+        """
+        return replace(self, test=tuple(self.test[i] for i in self._drawn_queries(count)))
+
+    def _drawn_queries(self, count: int) -> list[int]:
+        everything = range(len(self.test))
+        return sorted(random.Random(0).sample(everything, min(count, len(everything))))
+
     def place_of(self, example: Example) -> str:
         """Return where an example is, for a message."""
         return f"{self.name}, the text {example.text[:60]!r}"

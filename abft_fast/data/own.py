@@ -45,6 +45,11 @@ class OwnDataset(Dataset):
         rows = tuple(row for each, row in pairs if text_key(each.text) not in keys)
         return replace(super().without(keys), training_rows=rows)
 
+    def with_queries(self, count: int) -> Self:
+        """Return the dataset with `count` of its test queries, as `Dataset.with_queries` does."""
+        rows = tuple(self.test_rows[i] for i in self._drawn_queries(count))
+        return replace(super().with_queries(count), test_rows=rows)
+
     def place_of(self, example: Example) -> str:
         """Return the file and the row of an example."""
         for path, examples, rows in (

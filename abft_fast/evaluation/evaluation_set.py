@@ -64,6 +64,8 @@ class EvaluationSet:
 
     def __init__(self, options: Options, dataset: Dataset, encoder: PromptEncoder, test_type: str):
         self.dataset, self.test_type = dataset.name, test_type
+        if options.test_samples is not None:
+            dataset = dataset.with_queries(options.test_samples)
         form = options.prompt_form
         self._test: Test
         if test_type == "LabelFollowing":

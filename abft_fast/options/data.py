@@ -168,6 +168,12 @@ class ScoringOptions(ModelOptions):
         description="Test on all 8 datasets of the paper; --dataset is the in-domain one "
         "(paper, Table 2).",
     )
+    test_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Number of test queries, drawn at random but always the same ones, where a "
+        "dataset has more. StaICC has 512, and asks each twice. Unset: all.",
+    )
     calibration: CalibrationType = Field(
         "none", description="How to calibrate the predictions of a test, as StaICC does it."
     )

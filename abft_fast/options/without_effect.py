@@ -27,7 +27,7 @@ class Rule:
     is_idle: Callable[[Any], bool]
 
 
-_TESTS = ("test_type", "generalization_test", "calibration", "calibration_samples")
+_TESTS = ("test_type", "generalization_test", "calibration", "calibration_samples", "test_samples")
 _CONTROL = ("adaptation", "p_factor", "pid_p", "pid_i", "pid_d")
 
 EVALUATION = (

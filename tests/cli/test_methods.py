@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from abft_fast import builtin_model_path
-from tests.command_line import QUICK, abft_fast
+from tests.command_line import FEW_QUERIES, QUICK, abft_fast
 
 pytestmark = pytest.mark.cli
 
@@ -21,20 +21,15 @@ def rows_of(folder):
 def test_e2e_learns_the_labels(tmp_path):
     folder = tmp_path / "run"
     result = abft_fast(
-        "train",
-        *QUICK,
-        "--method",
-        "e2e",
-        "--epochs",
-        4,
-        "--no-eval-before",
-        "--output-dir",
-        folder,
-    )
+        "train", *QUICK, *FEW_QUERIES, "--method", "e2e", "--epochs", 4, "--no-eval-before",
+        "--output-dir", folder,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     losses = [row["loss"] for row in rows_of(folder)]
     assert losses[-1] < losses[0] - 0.1
     assert set(json.loads((folder / "evaluation.json").read_text())) == {"after"}
+    tested = json.loads((folder / "details-after.json").read_text())
+    assert len(tested["labels"]) == 2 * int(FEW_QUERIES[1])  # each query is asked twice
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert yaml.safe_load((folder / "config.yaml").read_text())["method"] == "E2E"
     trained = json.loads((folder / "environment.json").read_text())["trained_parameters"]
@@ -44,8 +39,8 @@ def test_e2e_learns_the_labels(tmp_path):
 def test_a_trained_head_is_evaluated_as_the_run_found(tmp_path):
     folder, output = tmp_path / "run", tmp_path / "metrics.json"
     result = abft_fast(
-        "train", *QUICK, "--method", "E2E", "--train-head", "--epochs", 1, "--no-eval-before",
-        "--output-dir", folder,
+        "train", *QUICK, *FEW_QUERIES, "--method", "E2E", "--train-head", "--epochs", 1,
+        "--no-eval-before", "--output-dir", folder,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     with safe_open(folder / "adapter" / "adapter_model.safetensors", framework="pt") as adapter:
@@ -54,8 +49,9 @@ def test_a_trained_head_is_evaluated_as_the_run_found(tmp_path):
     moved = (head - base.lm_head.weight).abs().amax(1) > 0
     assert moved.any() and head.dtype == torch.float32
     result = abft_fast(
-        "eval", "--dataset", "trec", "--k", 2, "--adapter", folder / "adapter", "--output", output
-    )
+        "eval", "--dataset", "trec", "--k", 2, *FEW_QUERIES, "--adapter", folder / "adapter",
+        "--output", output,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     expected = json.loads((folder / "evaluation.json").read_text())["after"]
     assert json.loads(output.read_text()) == expected

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.close import close
-from tests.command_line import QUICK, abft_fast
+from tests.command_line import FEW_QUERIES, QUICK, abft_fast
 from tests.several_processes import (
     LONG,
     SMALL,
@@ -22,7 +22,7 @@ from tests.several_processes import (
 pytestmark = pytest.mark.cli
 
 CALIBRATION = ["--calibration", "contextual", "--calibration-samples", 16]
-OPTIONS = [*QUICK, *CALIBRATION, "--lr", "1e-3"]
+OPTIONS = [*QUICK, *FEW_QUERIES, *CALIBRATION, "--lr", "1e-3"]
 OPTIONS += ["--train-samples", 33]  # the last pseudo-batch has 2 prompts
 
 
@@ -70,7 +70,7 @@ def test_eval_of_two_processes(two, tmp_path):
     output = tmp_path / "metrics.json"
     result = launch(
         TORCHRUN, "-m", "abft_fast", "eval", "--dataset", "trec", "--k", 2, "--device", "cpu",
-        "--adapter", two[0] / "adapter", "--output", output, *CALIBRATION,
+        "--adapter", two[0] / "adapter", "--output", output, *FEW_QUERIES, *CALIBRATION,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("accuracy (%)") == 1

@@ -8,12 +8,12 @@ import time
 import pytest
 
 from tests.close import close
-from tests.command_line import QUICK, abft_fast, environment, start
+from tests.command_line import FEW_QUERIES, QUICK, abft_fast, environment, start
 from tests.several_processes import TORCHRUN, adapter_error, kill_one, launch, metrics, said
 
 pytestmark = pytest.mark.cli
 
-OPTIONS = [*QUICK, "--gradient", "local", "--pseudo-batch-size", "16", "--stream"]
+OPTIONS = [*QUICK, *FEW_QUERIES, "--gradient", "local", "--pseudo-batch-size", "16", "--stream"]
 OPTIONS += ["--train-samples", "33"]  # the last pseudo-batch has 2 prompts
 ADAPTER = "adapter/adapter_model.safetensors"
 THREE, FOUR = ([count if part == "2" else part for part in TORCHRUN] for count in "34")
@@ -96,6 +96,7 @@ def test_three_processes_share_the_prompts(one, shared, tmp_path):
     result = launch(
         TORCHRUN, "-m", "abft_fast", "eval", "--dataset", "trec", "--k", "2", "--device", "cpu",
         "--stream", "--adapter", folder / "adapter", "--output", output, "--token-budget", 400,
+        *FEW_QUERIES,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     expected = json.loads((folder / "evaluation.json").read_text())["after"]["trec"]

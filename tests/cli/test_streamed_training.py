@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from abft_fast.builtin import builtin_model_path
 from tests.close import close
-from tests.command_line import QUICK, abft_fast, start
+from tests.command_line import FEW_QUERIES, QUICK, abft_fast, start
 
 pytestmark = pytest.mark.cli
 
-OPTIONS = [*QUICK, "--gradient", "2", "--pseudo-batch-size", "16"]
+OPTIONS = [*QUICK, *FEW_QUERIES, "--gradient", "2", "--pseudo-batch-size", "16"]
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
@@ -115,7 +115,7 @@ def test_a_streamed_adapter_is_evaluated_by_eval(way, streamed, tmp_path):
     output = tmp_path / "out.json"
     result = abft_fast(
         "eval", "--dataset", "trec", "--k", "2", "--device", "cpu", "--adapter",
-        folder / "adapter", "--output", output, *way,
+        folder / "adapter", "--output", output, *FEW_QUERIES, *way,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     expected = read(folder, "evaluation.json")["after"]["trec"]

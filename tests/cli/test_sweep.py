@@ -26,7 +26,7 @@ options:
   device: cpu
 grid:
   method:
-    - vanilla: {method: vanilla, k: 0, test_type: [[Normal, UnseenLabel]]}
+    - vanilla: {method: vanilla, k: 0, test_type: [[Normal, UnseenLabel]], test_samples: 64}
     - ABFT
 settings:
   w/o PID: {adaptation: none}

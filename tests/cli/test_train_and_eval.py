@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from abft_fast import builtin_model_path
 from abft_fast.errors import UserError
 from abft_fast.models.loading import load, read_tokenizer
-from tests.command_line import QUICK, abft_fast
+from tests.command_line import FEW_QUERIES, QUICK, abft_fast
 
 pytestmark = pytest.mark.cli
 
@@ -159,7 +159,7 @@ def test_zero_shot_evaluation(tmp_path):
 def test_full_weights_are_an_adapter_for_plain_peft(tmp_path):
     folder = tmp_path / "full"
     result = abft_fast(
-        "train", *QUICK, "--trainable", "full", "--epochs", 1, "--no-eval-before",
+        "train", *QUICK, *FEW_QUERIES, "--trainable", "full", "--epochs", 1, "--no-eval-before",
         "--output-dir", folder,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -174,8 +174,9 @@ def test_full_weights_are_an_adapter_for_plain_peft(tmp_path):
     }
     output = tmp_path / "metrics.json"
     result = abft_fast(
-        "eval", "--dataset", "trec", "--k", 2, "--adapter", folder / "adapter", "--output", output
-    )
+        "eval", "--dataset", "trec", "--k", 2, *FEW_QUERIES, "--adapter", folder / "adapter",
+        "--output", output,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     expected = json.loads((folder / "evaluation.json").read_text())["after"]
     assert json.loads(output.read_text()) == expected
@@ -196,8 +197,9 @@ def test_a_quantized_base_is_trained_and_evaluated(bits, layer, tmp_path):
     """Its weights stay as they were quantized; the log says what attention ran on."""
     folder = tmp_path / "run"
     result = abft_fast(
-        "train", *QUICK, "--quantized", "--bits", bits, "--gradient", "2", "--output-dir", folder
-    )
+        "train", *QUICK, *FEW_QUERIES, "--quantized", "--bits", bits, "--gradient", "2",
+        "--output-dir", folder,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["gradient_norm"] > 0 and row["induction_heads"] > 0 for row in rows)
@@ -207,7 +209,7 @@ def test_a_quantized_base_is_trained_and_evaluated(bits, layer, tmp_path):
     output = tmp_path / "metrics.json"
     again = abft_fast(
         "eval", "--dataset", "trec", "--k", 2, "--quantized", "--bits", bits,
-        "--adapter", folder / "adapter", "--output", output, "--device", "cpu",
+        "--adapter", folder / "adapter", "--output", output, "--device", "cpu", *FEW_QUERIES,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     after = json.loads((folder / "evaluation.json").read_text())["after"]["trec"]

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.unit
 TOKENIZER = loading.read_tokenizer("builtin")
 TRAINING = {
     "dataset": "boxes3", "device": "cpu", "train_samples": 16, "pseudo_batch_size": 8, "epochs": 1,
-    "save_steps": 1, "no_report": True,
+    "save_steps": 1, "no_report": True, "test_samples": 24,
 }  # fmt: skip
 
 
@@ -88,6 +88,13 @@ def test_training_prompts_are_drawn_by_the_seed_and_are_never_tested(monkeypatch
     monkeypatch.setattr(boxes.string, "ascii_uppercase", "ABCD")  # 432 prompts, most are tested
     tested = set(few.test_prompts(3))
     assert len(tested) > 200 and not tested & set(few.training_prompts(3, 200, 0))
+
+
+def test_some_of_the_test_prompts():
+    dataset, _ = fitted("boxes3")
+    few = dataset.with_queries(20)
+    assert few.test_prompts(3) == dataset.test_prompts(3)[:20]
+    assert dataset.with_queries(600) == dataset
 
 
 def test_objects_are_single_tokens_of_the_model():
@@ -203,17 +210,16 @@ def test_names():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("boxes") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boxes, "_TEST_PROMPTS", 24)
-        config = resolve(TrainConfig, {**TRAINING, "output_dir": folder})
-        yield train(config, RunFolder.reserve(config), Progress())
+    config = resolve(TrainConfig, {**TRAINING, "output_dir": folder})
+    return train(config, RunFolder.reserve(config), Progress())
 
 
 def test_eval_finds_what_the_run_found(run):
     rows = run.metrics()
     assert [row["step"] for row in rows] == [1, 2] and all(row["loss"] > 0 for row in rows)
-    config = {"dataset": "boxes3", "device": "cpu", "adapter": str(run.folder / "adapter")}
-    metrics, attention = evaluate(resolve(EvalConfig, config), Progress())
+    options = {"dataset": "boxes3", "device": "cpu", "test_samples": 24}
+    config = resolve(EvalConfig, {**options, "adapter": str(run.folder / "adapter")})
+    metrics, attention = evaluate(config, Progress())
     assert metrics == run.evaluation["after"] and attention == run.attention["after"]
     details = run.details("after")
     assert details["label_words"] == ["box 1", "box 2", "box 3"]
@@ -263,7 +269,7 @@ def test_analyses_score_the_objects_of_each_prompt(run, tmp_path):
     rows = table(cmap.cmap(resolve(CmapConfig, config), Progress()))
 
     dataset, encoder = fitted("boxes3")
-    prompts = [dataset.test_prompts(3)[i] for i in draw_queries(range(24), 6)]
+    prompts = [dataset.test_prompts(3)[i] for i in draw_queries(range(512), 6)]
     model = loading.load("builtin", torch.device("cpu"), torch.float32)
     encoded = encoder.encode(prompts)
     with torch.no_grad():

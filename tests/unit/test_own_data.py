@@ -92,6 +92,17 @@ def test_a_split_is_that_of_its_seed_in_every_process(reviews):
     assert load(split_seed=1).test_rows != load().test_rows
 
 
+def test_some_of_the_test_queries(reviews):
+    dataset = load(test_share=0.5)
+    few = dataset.with_queries(5)
+    rows = dict(zip(dataset.test_rows, dataset.test, strict=True))
+    assert len(few.test) == 5 < len(dataset.test)
+    assert few.test == tuple(rows[row] for row in few.test_rows)
+    assert few.test not in (dataset.test[:5], dataset.test[-5:])  # a file may be sorted
+    assert (few.training, few) == (dataset.training, load(test_share=0.5).with_queries(5))
+    assert dataset.with_queries(1000) == dataset
+
+
 def test_a_test_file_leaves_all_rows_to_train_on(reviews):
     write("held out.csv", [("unseen", "1"), ("text 3", "0")])
     dataset = load(test_file="held out.csv")
