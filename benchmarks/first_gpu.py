@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
+BEGAN = time.monotonic()
 ROOT = Path(__file__).parents[1]
 PHASES = {  # seconds
     "correctness": 90, "bandwidth": 60, "fused": 60, "steps": 150, "large": 150, "streamed": 60,
@@ -40,13 +42,13 @@ def main() -> int:
     record.RESULTS, record.COMMIT = options.results, options.commit
     names = list(PHASES)
     chosen = names[names.index(options.first) :]
-    return run.run({name: PHASES[name] for name in chosen}, options.budget)
+    return run.run({name: PHASES[name] for name in chosen}, options.budget, BEGAN)
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="folder of the rows")
-    parser.add_argument("--budget", type=seconds, default=500, help="seconds of all phases")
+    parser.add_argument("--budget", type=seconds, default=500, help="seconds of the run")
     parser.add_argument(
         "--from", dest="first", choices=PHASES, default="correctness", help="begin with this phase"
     )

@@ -99,7 +99,10 @@ class Layer:
         self.label_positions = inside
         self.positions = (self.bounds[:-1, None] + inside).flatten().int()
         self.offsets = torch.arange(self.rows + 1, dtype=torch.int32, device=DEVICE) * count
-        self.correct = torch.arange(count, device=DEVICE).repeat(self.rows) % 2 == 0
+        is_correct = torch.arange(count) % 2 == 0
+        self.correct = is_correct.to(DEVICE).repeat(self.rows)
+        # Numbers, as a mask of bools would make the host wait for the GPU.
+        self.right, self.wrong = (m.nonzero()[:, 0].to(DEVICE) for m in (is_correct, ~is_correct))
         group = query_heads // key_heads
         last = self.last_query.unflatten(1, (key_heads, group))[:, ::8, 0]
         self.key.unflatten(0, (self.rows, -1))[:, inside, ::8] += 2 * last[:, None]
@@ -199,9 +202,8 @@ class Layer:
     def loss_of_rows(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """The same from the last rows' probabilities, (prompts, Hq, n)."""
         on_labels = alpha[..., self.label_positions]
-        correct = self.correct[: len(self.label_positions)]
-        loss = FACTORS["penalty"] * on_labels[..., ~correct].sum(-1)
-        loss = loss + FACTORS["reward"] * (1 - on_labels[..., correct]).sum(-1)
+        loss = FACTORS["penalty"] * on_labels[..., self.wrong].sum(-1)
+        loss = loss + FACTORS["reward"] * (1 - on_labels[..., self.right]).sum(-1)
         k = len(self.label_positions)
         is_induction = on_labels.sum(-1) > k / (k + math.log(self.length))
         return torch.where(is_induction, loss, 0.0), is_induction

@@ -88,6 +88,9 @@ class Phase:
         if self.is_over:
             self._add(what, "not begun: no time was left", "", "cut")
             return
+        if not record.gpu_answers():
+            self._add(what, "not begun: the GPU does not answer any more", "", "cut")
+            return
         try:
             run()
             if record.GPU:

@@ -16,23 +16,25 @@ import torch
 from benchmarks import record
 from benchmarks.on_gpu.phase import Phase, Verdict, missing
 
-GRACE = 60  # seconds after the budget; what hangs longer is ended
+GRACE = 30  # seconds after the budget; what hangs longer is ended
 LEAST = 60  # seconds that are worth a new process
 _FAILED = "FIRST_GPU_FAILED"  # set for the process that goes on after a failure
 
 
-def run(seconds: Mapping[str, float], budget: float) -> int:
+def run(seconds: Mapping[str, float], budget: float, began: float) -> int:
     """The exit code: 1 if something was wrong.
 
     Args:
         seconds: of each phase, in proportion; what one does not use is the later ones'.
-        budget: seconds of all phases together.
+        budget: seconds of the process.
+        began: when the process did, by `time.monotonic`; imports have taken time since.
     """
     sys.stdout.reconfigure(line_buffering=True)
+    started, verdicts = time.monotonic(), []
+    budget = max(budget - (started - began), 0.0)
     faulthandler.dump_traceback_later(budget + GRACE, exit=True)
     torch.manual_seed(record.SEED)
     print("  ".join(f"{name} {value}" for name, value in record.where().items()))
-    started, verdicts = time.monotonic(), []
     needed = [0.0 if missing(name) else share for name, share in seconds.items()]
     ends = itertools.accumulate(needed)
     for name, end in zip(seconds, ends, strict=True):

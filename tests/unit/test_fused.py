@@ -14,6 +14,7 @@ from abft_kernels import (
     reference,
 )
 from abft_kernels import fused as fused_module
+from abft_kernels.attention.inputs import gpu_obstacle
 from abft_kernels.attention.registry import FLASH_ATTENTIONS, attention_forward
 from abft_kernels.attention.separate import visible_keys
 from abft_kernels.types import Prompts, Scores
@@ -423,3 +424,24 @@ def test_standalone_and_fused_agree_on_a_layer():
         penalty=0.5, reward=1.0,
     )  # fmt: skip
     torch.testing.assert_close(tuple(fused_result), tuple(alone), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "obstacle"),
+    [
+        ((7, 5), 64, "compute capability 8.0"),
+        ((8, 0), 200, None),
+        ((8, 6), 192, None),
+        ((8, 9), 200, "193 to 224"),  # torch's check_requires_grad_and_head_dim_gt192...
+        ((8, 9), 256, None),
+        ((9, 0), 224, None),
+        ((12, 0), 224, "193 to 224"),
+        ((9, 0), 264, "up to 256"),
+    ],
+)
+def test_what_flash_attention_of_a_gpu_takes(capability, head_dim, obstacle, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with FakeTensorMode():
+        q = torch.empty(3, 2, head_dim, dtype=torch.bfloat16, device="cuda")
+        found = gpu_obstacle(q)
+    assert found is None if obstacle is None else obstacle in found

@@ -19,8 +19,15 @@ def gpu_obstacle(q: Tensor) -> str | None:
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] > 256:
         return f"it takes head dimensions up to 256, not {q.shape[-1]}"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
+    return _obstacle_of(torch.cuda.get_device_capability(q.device), q.shape[-1])
+
+
+def _obstacle_of(capability: tuple[int, int], head_dim: int) -> str | None:
+    if capability < (8, 0):
         return "it needs compute capability 8.0"
+    has_little_shared_memory = (8, 6) <= capability <= (8, 9) or capability >= (12, 0)
+    if has_little_shared_memory and 192 < head_dim <= 224:
+        return f"its backward on this GPU takes no head dimensions of 193 to 224, as {head_dim}"
     return None
 
 
