@@ -125,8 +125,11 @@ def main(folder):
             if is_main():
                 torch.save(trained, folder / f"{name}.pt")
         errors = fail_on_one_process()
+        group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        timeouts = processes.gather(group.options._timeout.total_seconds())
         if is_main():
             (folder / "errors.json").write_text(json.dumps(errors))
+            (folder / "timeouts.json").write_text(json.dumps(timeouts))
 
 
 if __name__ == "__main__":

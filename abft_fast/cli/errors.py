@@ -37,7 +37,10 @@ def report(error: BaseException, *, traceback: bool) -> int:
     if isinstance(error, ProcessEnded | FailedApart):
         launch.exit_at_once(message, code)
     if not launch.is_main() and isinstance(error, _SAME_EVERYWHERE):
-        launch.exit_after_main(code, seconds=0 if code == INTERRUPTED else 10)
+        is_interrupted = code == INTERRUPTED
+        launch.exit_after_main(
+            code, seconds=0 if is_interrupted else 10, line="" if is_interrupted else message
+        )
     if message:
         print(f"abft-fast: {message}", file=sys.stderr)
     return code

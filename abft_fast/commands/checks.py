@@ -140,8 +140,10 @@ def check_merge(config: MergeConfig) -> None:
     """Check the adapters, the model folder and the output folder of a merge.
 
     Raises:
-        UserError: one of them cannot be used.
+        UserError: one of them cannot be used, or a launcher started several processes.
     """
+    if launch.process_count() > 1:
+        raise UserError("merge runs in one process: start it without a launcher")
     check_output_folder(config.output_dir, new=True)
     for folder, _ in config.adapters:
         if is_whole_model(folder):

@@ -19,7 +19,7 @@ from abft_fast.commands.evaluate import (
 from abft_fast.commands.report import report_of_training
 from abft_fast.commands.session import Session, check_same_data
 from abft_fast.core.packing import EncodedPrompt
-from abft_fast.errors import Interrupted, UserError
+from abft_fast.errors import FailedApart, Interrupted, UserError
 from abft_fast.evaluation.details import describe_test
 from abft_fast.evaluation.evaluation_set import EvaluationSet, Outcome
 from abft_fast.evaluation.last_rows import mean_last_row
@@ -78,8 +78,9 @@ def train(config: TrainConfig, run: RunFolder, progress: Progress) -> RunFolder:
                 raise
             line = f"interrupted; continue with `{run.resume_command(config)}`"
             raise Interrupted(line) from None
-        except UserError:  # also of weights that are read after the folder was made
-            run.discard()
+        except (UserError, FailedApart) as error:  # also of weights read after the folder was made
+            if isinstance(error, UserError) or isinstance(error.error, UserError):
+                run.discard()
             raise
         finally:
             run.release()

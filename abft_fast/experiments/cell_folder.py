@@ -22,17 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from abft_fast.data.own import sha256
 from abft_fast.errors import UserError
 from abft_fast.experiments.cell import PLACEMENT, Cell
 from abft_fast.options import flag
 from abft_fast.options.resolve import read_yaml, write_yaml
 from abft_fast.runtime.files import write_json
+from abft_fast.training.run_folder import MOVABLE, RunFolder
 
 POLL_SECONDS = 0.1
 """How long to sleep between two looks at a process."""
 
 FINISHED, FAILED, UNFINISHED, WAITING = "finished", "failed", "unfinished", "waiting"
 
+_AGAIN = "run the sweep again, on the files as they are now or were then"
 _STARTED = "started: "  # begins the line before each command's output in output.log
 
 
@@ -90,9 +93,10 @@ class CellFolder:
             UserError: the cell was run with other options, as another version's defaults are.
         """
         options = cell.config.model_dump(mode="json")
+        movable = {*PLACEMENT, *MOVABLE}  # a cell's name has the content of its files
         if (self.folder / "cell.yaml").is_file():
             for name, value in self.options.items():
-                if name in options and name not in PLACEMENT and options[name] != value:
+                if name in options and name not in movable and options[name] != value:
                     raise UserError(
                         f"{self.folder} was run with {name} {value}, but this sweep asks for "
                         f"{options[name]}: choose another --output-dir"
@@ -114,10 +118,12 @@ class CellFolder:
         options = ["--config", str(self.folder / "cell.yaml")]
         if self.labels["command"] == "eval":
             return [*program, "eval", *options, "--output", str(self.metrics)]
-        if (self.run / "config.yaml").is_file():
-            cell = self.options
-            placement = [part for name in sorted(PLACEMENT) for part in (flag(name), cell[name])]
-            return [*program, "train", "--resume", str(self.run), *placement]
+        run = RunFolder(self.run)
+        if run.is_begun:
+            cell, before = self.options, run.options
+            names = sorted(PLACEMENT) + [n for n in MOVABLE if cell[n] != before[n]]
+            anew = [part for name in names for part in (flag(name), cell[name])]
+            return [*program, "train", "--resume", str(self.run), *anew]
         shutil.rmtree(self.run, ignore_errors=True)  # killed before there was anything to resume
         return [*program, "train", *options, "--output-dir", str(self.run)]
 
@@ -126,7 +132,11 @@ class CellFolder:
 
         Args:
             environment: variables to add to this process's own.
+
+        Raises:
+            UserError: a data file has changed since the sweep was planned.
         """
+        self._check_data()
         command = self.command()
         (self.folder / "status.json").unlink(missing_ok=True)
         with (self.folder / "output.log").open("ab") as log:
@@ -144,10 +154,37 @@ class CellFolder:
 
     def finish(self, exit_code: int, seconds: float) -> Outcome:
         """Write status.json after the process ended, and return the outcome."""
-        outcome = Outcome(FINISHED) if exit_code == 0 else Outcome(FAILED, self._error(exit_code))
+        if exit_code != 0:
+            return self._write_status(Outcome(FAILED, self._error(exit_code)), seconds)
+        try:
+            self._check_data_used()
+        except UserError as error:
+            self.metrics.unlink(missing_ok=True)
+            shutil.rmtree(self.run, ignore_errors=True)  # it cannot go on with the right data
+            return self.fail(error)
+        return self._write_status(Outcome(FINISHED), seconds)
+
+    def fail(self, error: UserError) -> Outcome:
+        """Write status.json of a cell that could not start, and return the outcome."""
+        return self._write_status(Outcome(FAILED, str(error)), 0)
+
+    def _write_status(self, outcome: Outcome, seconds: float) -> Outcome:
         content = {"status": outcome.status, "line": outcome.error, "seconds": round(seconds, 1)}
         write_json(self.folder / "status.json", content)
         return outcome
+
+    def _check_data(self) -> None:
+        """Refuse data files whose content is not that of the cell's name."""
+        for place, digest in self.labels.get("data", {}).items():
+            if sha256(Path(place)) != digest:
+                raise UserError(f"{place} has changed since the sweep began: {_AGAIN}")
+
+    def _check_data_used(self) -> None:
+        """Refuse what was computed from other data; they may have changed for a while."""
+        if self.labels["command"] == "eval":
+            self._check_data()
+        elif sorted(RunFolder(self.run).data.values()) != sorted(self.labels["data"].values()):
+            raise UserError(f"the data had changed when the run began: {_AGAIN}")
 
     def _error(self, exit_code: int) -> str:
         """Return the line that says why the process failed.

@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+from abft_fast.errors import UserError
 from abft_fast.experiments.cell_folder import POLL_SECONDS, CellEnded, CellFolder, end
 from abft_fast.options import SweepConfig
 from abft_fast.runtime.launch import signals_as_interrupt
@@ -30,8 +31,13 @@ def run_here(config: SweepConfig, folders: list[Path], on_end: CellEnded) -> Non
         try:
             while waiting or running:
                 while waiting and free_slots:
-                    cell, environment = waiting.pop(), free_slots.pop(0)
-                    process = cell.start(environment)
+                    cell, environment = waiting.pop(), free_slots[0]
+                    try:
+                        process = cell.start(environment)
+                    except UserError as error:
+                        on_end(cell.folder.name, cell.fail(error), 0)
+                        continue
+                    free_slots.remove(environment)
                     running[process] = cell, environment, time.monotonic()
                 time.sleep(POLL_SECONDS)
                 for process in list(running):

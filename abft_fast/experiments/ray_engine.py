@@ -89,12 +89,14 @@ def _run_cell(folder: str, working_directory: str) -> tuple[str, str]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(working_directory)
     cell, started = CellFolder(Path(folder)), time.monotonic()
-    process = cell.start({})
+    try:
+        process = cell.start({})
+    except UserError as error:
+        return cell.fail(error)
     try:
         while (exit_code := process.poll()) is None:
             time.sleep(POLL_SECONDS)  # SIGINT would not interrupt process.wait()
     except BaseException:
         end([process])
         raise
-    status, error = cell.finish(exit_code, time.monotonic() - started)
-    return status, error
+    return cell.finish(exit_code, time.monotonic() - started)

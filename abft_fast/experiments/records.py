@@ -133,7 +133,7 @@ def _read_cell(folder: Path) -> Record:
     elif cell.metrics.is_file():
         after = json.loads(cell.metrics.read_text(encoding="utf-8"))
         measured = {"evaluation": {"after": after}}
-    measured["data"] = about.get("data", {})
+    measured["data"] = measured.get("data") or about.get("data", {})
     return Record(
         folder,
         about["method"],

@@ -120,16 +120,19 @@ def leave_on_sigterm() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def exit_after_main(code: int, seconds: float) -> NoReturn:
+def exit_after_main(code: int, seconds: float, line: str) -> NoReturn:
     """Exit after the main process, which prints the error.
 
     A launcher ends every process as soon as the first one ends, so this process waits for `seconds`
-    or for the launcher's signal.
+    or for the launcher's signal. Where no signal comes, the error is this process's own, and it
+    prints the line.
     """
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(code))
     time.sleep(seconds)
+    if line:
+        print(f"abft-fast: process {rank()}: {line}", file=sys.stderr, flush=True)
     os._exit(code)
 
 

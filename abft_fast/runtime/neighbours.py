@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from abft_fast.runtime import launch
-from abft_fast.runtime.processes import waiting_for_others
+from abft_fast.runtime.processes import TIMEOUT, waiting_for_others
 
 ON_THE_WAY = 2
 """Most tensors that the next process has not taken yet; more would fill the memory."""
@@ -36,9 +35,8 @@ class Neighbours:
         self.place = self._rank % size
         self.is_first = self.place == 0
         self.is_last = self.place == size - 1
-        # gloo takes tensors of the host's memory, and sees at once that a process has ended; a
-        # turn may take long.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        # gloo takes tensors of the host's memory, and sees at once that a process has ended.
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self._barrier: dist.Work | None = None
 

@@ -27,6 +27,8 @@ from abft_fast.runtime.batching import balanced_shares
 from abft_fast.runtime.token_budget import is_out_of_memory
 
 T = TypeVar("T")
+TIMEOUT = timedelta(days=7)
+"""How long a process waits for others: they may work for hours, and a dead one ends all of them."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def running(cpu: bool) -> Iterator[None]:
     if launch.process_count() > 1:
         launch.leave_on_sigterm()
     try:
-        PartialState(cpu=cpu)
+        PartialState(cpu=cpu, timeout=TIMEOUT)
         if count() > 1:  # the first collective shows a wrong setup
             dist.all_gather_object([None] * count(), None)
     except (RuntimeError, ValueError) as error:
@@ -149,9 +151,9 @@ def apart(groups: Sequence[Sequence[int]]) -> Iterator[None]:
     are_several = count() > 1
     own = next(group for group in groups if rank() in group)
     handle = None
-    if len(own) > 1:  # a step takes long
+    if len(own) > 1:
         handle, _ = dist.new_subgroups_by_enumeration(
-            [list(group) for group in groups], timeout=timedelta(days=7)
+            [list(group) for group in groups], timeout=TIMEOUT
         )
     token = _peers.set(_Peers(len(own), list(own).index(rank()), handle))
     try:

@@ -17,6 +17,7 @@ from abft_fast.runtime import processes
 from abft_fast.runtime.files import atomic_folder
 from abft_fast.runtime.tensor_file import with_prefix
 from abft_fast.streaming.stages import Stage
+from abft_fast.streaming.states import HIDDEN_STATES
 from abft_fast.streaming.trained_blocks import TrainedBlocks, checkpoint_errors
 
 BLOCK, STEP = "block", "step"
@@ -136,11 +137,14 @@ class WalkCheckpoint:
         for stage in stages:
             stage.check_restored()
 
-    def remove(self) -> None:
-        """Remove all checkpoints: a run with an adapter is done."""
-        for unit in (BLOCK, STEP):
-            for folder in self._folder.glob(f"{unit}-*"):
-                shutil.rmtree(folder)
-
     def _state(self, number: int) -> Path:
         return self._folder / f"{self._unit}-{number:06d}" / f"state-{self._rank}"
+
+
+def remove_saved_walk(folder: Path) -> None:
+    """Remove what walks have saved among checkpoints: a run with an adapter is done."""
+    for unit in (BLOCK, STEP):
+        for state in folder.glob(f"{unit}-*"):
+            shutil.rmtree(state)
+    for file in folder.glob(HIDDEN_STATES):
+        file.unlink()

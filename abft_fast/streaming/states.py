@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abft_fast.errors import UserError
+from abft_fast.errors import RunError, UserError
 from abft_fast.runtime.tensor_file import with_prefix
+
+HIDDEN_STATES = "hidden-*.bin"
+"""The files that keep hidden states, in their folder."""
 
 
 class HiddenStates:
@@ -52,14 +55,24 @@ class HiddenStates:
         return self._folder is not None
 
     def read(self, part: int) -> Tensor:
-        """Return a part's hidden states that enter the block, (T, width)."""
+        """Return a part's hidden states that enter the block, (T, width).
+
+        Raises:
+            RunError: their file is gone or cut short.
+        """
         if self._folder is None:
             return self._entering[part]
         start, end = self._starts[part : part + 2]
         states = torch.empty(end - start, self._width, dtype=self._dtype)
-        file = self._file(self._side, start * self._width * states.itemsize)
-        if file.readinto(states.view(torch.uint8).numpy().data) != states.nbytes:
-            raise EOFError(f"{self._path(self._side)} ends early")
+        path, read = self._path(self._side), 0
+        if self._side in self._files or path.exists():
+            file = self._file(self._side, start * self._width * states.itemsize)
+            read = file.readinto(states.view(torch.uint8).numpy().data)
+        if read != states.nbytes:
+            raise RunError(
+                f"{path}, the hidden states between two blocks, is gone or cut short: delete "
+                f"{self._folder} to start the walk again"
+            )
         return states
 
     def write(self, part: int, states: Tensor) -> None:
@@ -134,4 +147,4 @@ class HiddenStates:
 
     def _path(self, side: int) -> Path:
         assert self._folder is not None
-        return self._folder / f"hidden-{side}.bin"
+        return self._folder / HIDDEN_STATES.replace("*", str(side))

@@ -92,10 +92,10 @@ class RunFolder:
         check_free(folder, run._busy)
         if folder.is_dir() and (content := _content(folder)):
             if not config.overwrite:
-                raise UserError(
-                    f"output folder {folder} is not empty: choose another --output-dir, "
-                    f"pass --overwrite, or continue it with --resume {shlex.quote(str(folder))}"
-                )
+                ways = "choose another --output-dir, or pass --overwrite"
+                if run.is_begun:
+                    ways += f", or continue it with --resume {shlex.quote(str(folder))}"
+                raise UserError(f"output folder {folder} is not empty: {ways}")
             foreign = sorted(p.name for p in content if final_name(p.name) not in _ENTRIES)
             if foreign:
                 raise UserError(
@@ -195,9 +195,9 @@ class RunFolder:
                 entry.unlink()
         about = {**environment, "trained_parameters": trained_parameters, "data": dict(files)}
         try:
-            write_yaml(config, self.folder / "config.yaml")
             write_json(self._environment, about)
-        except OSError:  # a run without these files could not be continued
+            write_yaml(config, self.folder / "config.yaml")  # last: it makes the folder a run
+        except BaseException:  # Ctrl-C, too: a run without these files could not be continued
             shutil.rmtree(self.folder)
             raise
         self.is_created = True
@@ -345,6 +345,8 @@ class RunFolder:
         """Append a step's row to metrics.jsonl."""
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # as checkpoints are: none is on the disk before its row
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of metrics.jsonl, without a row that a crash cut short."""

@@ -107,6 +107,8 @@ def test_several_processes_are_refused(folder, monkeypatch):
     result = predict(folder, "--output", "out.csv")
     assert result.returncode == 2
     assert "predict runs in one process" in result.stderr
+    merged = abft_fast("merge", "--adapter", folder, "--output-dir", folder / "merged")
+    assert merged.returncode == 2 and "merge runs in one process" in merged.stderr
 
 
 # A small process in between, as Linux counts the memory of the process that starts another.

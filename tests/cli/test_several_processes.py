@@ -113,11 +113,28 @@ def test_all_processes_must_read_the_same_data(tmp_path):
     assert not list(tmp_path.glob("*/runs"))
 
 
+def test_a_process_that_fails_alone_says_why(tmp_path):
+    """Before the processes have found each other, as on a machine that lacks the file."""
+    for rank, content in enumerate(("text,label\n" + "good,yes\nbad,no\n" * 10, None)):
+        folder = tmp_path / str(rank)
+        folder.mkdir()
+        if content is not None:
+            (folder / "own.csv").write_text(content)
+    code = "import os; os.chdir(os.environ['RANK']); from abft_fast.cli import main; main()"
+    (tmp_path / "apart.py").write_text(code)
+    options = ["train", "--dataset", "own.csv", "--device", "cpu"]
+    result = launch(TORCHRUN, "apart.py", *options, cwd=tmp_path)
+    assert result.returncode != 0
+    (line,) = [line for line in said(result.stderr) if "own.csv" in line]
+    assert line.startswith("abft-fast: process 1: own.csv cannot be read")
+
+
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worker")
     result = launch(TORCHRUN, "-m", "tests.several_processes", folder)
     assert result.returncode == 0, result.stderr
+    assert (folder / "timeouts.json").read_text() == json.dumps([7 * 24 * 3600.0] * 2)
     return folder
 
 

@@ -105,8 +105,12 @@ def test_killed_and_resumed(streamed, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (folder / ADAPTER).read_bytes() == (streamed[0] / ADAPTER).read_bytes()
     assert read(folder, "evaluation.json") == read(streamed[0], "evaluation.json")
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "block-000001" / "state-0").mkdir(parents=True)
+    (checkpoints / "hidden-0.bin").write_bytes(b"left where it was killed behind the adapter")
     again = abft_fast("train", "--resume", folder)
     assert again.returncode == 0, again.stderr
+    assert not list(checkpoints.iterdir())
 
 
 @pytest.mark.parametrize("way", [[], ["--stream"]])

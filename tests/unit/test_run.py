@@ -176,3 +176,25 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     (tmp_path / "step-000001" / "state.safetensors").write_bytes(b"short")
     with pytest.raises(RunError, match="cannot be read"):
         checkpoint.restore(tmp_path, trained, optimizer, controller)
+
+
+@pytest.mark.parametrize("name", ["write_yaml", "write_json"])
+def test_a_run_that_ends_while_it_is_made_leaves_nothing(name, tmp_path, monkeypatch):
+    def end(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"abft_fast.training.run_folder.{name}", end)
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder(tmp_path / "run").create(resolve(TrainConfig, {}), 0, {}, {})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_whose_run_was_killed_while_it_was_made(tmp_path):
+    """Without config.yaml nothing can be continued, so --resume is no advice."""
+    (tmp_path / "environment.json").write_text("{}")
+    config = resolve(TrainConfig, {"output_dir": tmp_path})
+    with pytest.raises(UserError, match="not empty: choose another --output-dir, or pass --over"):
+        RunFolder.reserve(config)
+    RunFolder(tmp_path).create(resolve(TrainConfig, {"overwrite": True}), 0, {}, {})
+    with pytest.raises(UserError, match="or continue it with --resume"):
+        RunFolder.reserve(config)

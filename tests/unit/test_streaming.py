@@ -280,6 +280,23 @@ def test_hidden_states_return_as_they_were(folder, resumable, dtype, tmp_path):
         assert not list((tmp_path / folder).iterdir())
 
 
+@pytest.mark.parametrize("size", [None, 0, 20])
+def test_a_damaged_file_of_hidden_states_is_named(size, tmp_path):
+    states = HiddenStates([3], tmp_path)
+    states.write(0, torch.randn(3, 4))
+    states.swap()
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes() or torch.randn(3, 4).numpy().tobytes()
+    path.unlink()
+    if size is not None:
+        path.write_bytes(content[:size])
+    resumed = HiddenStates([3], tmp_path)
+    resumed.restore({}, states.save()[1])
+    with pytest.raises(RunError, match=f"{path}.* is gone or cut short: delete {tmp_path}"):
+        resumed.read(0)
+    assert path.exists() == (size is not None)
+
+
 def streamed_model(path):
     return StreamedModel(path, loading.read_config(path), torch.device("cpu"), torch.float32, None)
 

@@ -20,7 +20,7 @@ from abft_fast.models.base_identity import base_of_adapter
 from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.runtime import processes
 from abft_fast.runtime.progress import Progress
-from abft_fast.streaming.checkpoint import BLOCK, STEP, WalkCheckpoint
+from abft_fast.streaming.checkpoint import BLOCK, STEP, WalkCheckpoint, remove_saved_walk
 from abft_fast.streaming.model import StreamedModel
 from abft_fast.streaming.pipeline import PipelinedWalk, pipeline_length
 from abft_fast.streaming.stages import AttentionCheck, BaseIdentity, Evaluating, StageInTurns
@@ -41,7 +41,9 @@ def train_streamed(config: TrainConfig, run: RunFolder, progress: Progress) -> N
     with processes.fail_together():
         session, prompts, tests = prepare_data(config, run, progress)
     is_done = config.resume is not None and run.artifact.is_dir()
-    if not processes.from_main(is_done):
+    if processes.from_main(is_done):
+        processes.run_on_main(remove_saved_walk, run.checkpoints)  # it may have ended before that
+    else:
         StreamedTraining(session, run, prompts, tests, length).run()
 
 
@@ -230,4 +232,4 @@ class StreamedTraining:
         self._checkpoint.trained.put_back(self._streamed, self._walk.blocks)
         save_result(session.config, run, self._streamed.model)
         self._walk.remove_files()
-        self._checkpoint.remove()
+        remove_saved_walk(run.checkpoints)
