@@ -138,7 +138,8 @@ DATA = [
              "t.yaml, row 3: labels 'good' and 'bad' have the same word, 'fine'"),
     template("label-word-of-several-tokens", "labels: {good: positive, bad: positively}\n",
              "label words are several tokens", "'positively'",
-             "no help is in --label-token first and --prompt-form staicc; use another model"),
+             "--label-token first and --prompt-form staicc would not help; "
+             "use other words by --template or another model"),
     template("template-key", "label_prefx: 'x: '\n", "t.yaml, row 1: there is no key 'label_prefx'",
              "did you mean 'label_prefix'?"),
     template("template-list", "- labels\n", "t.yaml, row 1: the file must be a mapping"),
@@ -376,7 +377,7 @@ PREDICTION = [
     predict("predict-template", {}, "none.yaml does not exist", options="--template none.yaml"),
     predict("predict-option", {}, "No such option: --k", options="--k 3"),
     predict("prediction-column", {"queries.csv": "text,prediction\na,b\n"},
-            "the output has a column 'prediction' too: rename it"),
+            "has a column 'prediction', which the output adds: rename it"),
     predict("query-too-long", {"queries.csv": QUERIES["queries.csv"] + f"19,{LONG}\n"},
             "queries.csv, row 4", "--on-long-prompt drop", after_progress=True),
     predict("demonstrations-too-long", {"demos.csv": DEMONSTRATIONS["demos.csv"] + f"{LONG},bad\n"},
@@ -388,7 +389,8 @@ PREDICTION = [
 ]  # fmt: skip
 
 FULL_DISK = [
-    BadInput("train-full-disk", f"{QUICK} --output-dir run", ("run/config.yaml: File too large",),
+    BadInput("train-full-disk", f"{QUICK} --output-dir run",
+             ("run/environment.json: File too large",),
              largest_file=100, exit_code=1, after_progress=True),
     BadInput("merge-full-disk", "merge --adapter adapter --output-dir merged",
              ("merged: File too large",), made=("adapter",), largest_file=300_000, exit_code=1,

@@ -47,8 +47,9 @@ from abft_fast.runtime.progress import Progress
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    rich_markup_mode=None,  # its table would leave 18 of 80 columns to the text
     help="Attention Behavior Fine-Tuning of language models.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
 

@@ -62,8 +62,8 @@ def show_data(
 def labels_alike(labels: Sequence[str]) -> list[str]:
     """Return a line that names labels which may be one, such as `1` and `1.0`, or `yes` and `Yes`.
 
-    Labels are alike if they are the same number, or the same but for case, spaces between words
-    and forms of a character.
+    Labels are alike if they are the same number, truth being 1, or the same but for case, spaces
+    between words and forms of a character.
     """
     alike: dict[float | str, list[str]] = {}
     for label in labels:
@@ -75,10 +75,11 @@ def labels_alike(labels: Sequence[str]) -> list[str]:
 
 
 def _essence(label: str) -> float | str:
+    folded = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
     try:
-        return float(label)
+        return float({"false": "0", "true": "1"}.get(folded, folded))
     except ValueError:
-        return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        return folded
 
 
 def special_token_line(count: int, place: str, token: str) -> str:

@@ -99,7 +99,11 @@ def notes_on_data(
     """Say how long the longest training prompt is."""
     names = config.training_dataset_names
     several = names != [config.dataset] and names
-    tokenizer = ", by the built-in model's tokenizer, which makes many" if is_known else ""
+    tokenizer = (
+        " by the built-in model's tokenizer, which makes more than the model's own"
+        if is_known
+        else ""
+    )
     return [
         f"longest of {len(prompts)} training prompts of "
         f"{', '.join(names) if several else dataset.name}, k={config.k}: "

@@ -66,7 +66,7 @@ def predict(
             said = done
     if special:
         progress.say(special_token_line(len(special), *special[0]))
-    left = f", {dropped:,} beyond the model's context left empty" if dropped else ""
+    left = f", {dropped:,} longer than the model's context, without a prediction" if dropped else ""
     progress.say(f"{done:,} rows labelled{left}{labeller.cost}")
 
 

@@ -122,7 +122,8 @@ def read_queries(config: PredictConfig, label_words: Sequence[str]) -> Iterator[
         for column in written:
             if column in row.cells:
                 raise UserError(
-                    f"{row.place()}: the output has a column {column!r} too: rename it in the input"
+                    f"{config.input or 'standard input'} has a column {column!r}, which the output "
+                    "adds: rename it in the input"
                 )
         yield row, row.text(config.text_column)
 

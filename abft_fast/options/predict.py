@@ -52,7 +52,7 @@ class PredictConfig(PromptOptions, ColumnOptions):
         if value is None or str(value) == "-":
             return None
         if value.suffix.lower() not in (".csv", ".jsonl"):
-            raise ValueError("use a name that ends in .csv or .jsonl")
+            raise ValueError("use a name that ends in .csv or .jsonl, or `-` for standard output")
         return value
 
     @model_validator(mode="after")

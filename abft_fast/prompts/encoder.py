@@ -315,13 +315,15 @@ class PromptEncoder:
         now = {"form": self.template.form, "label_token": self._labels.label_token}
         other = {"label_token": "first", "form": "staicc"}.items() - now.items()
         tried = " and ".join(self._setting(*pair) for pair in sorted(other, reverse=True))
-        without_help = f"no help is in {tried}; " if tried else ""
+        without_help = f"{tried} would not help; " if tried else ""
         return f"{without_help}use {self._another_model()}"
 
     def _another_model(self) -> str:
         if self.dataset in NAMES:
             return "another model"
-        return "another model or other words" + (" by --template" if self._name_flags else "")
+        if self._name_flags:
+            return "other words by --template or another model"
+        return "another model or other words"
 
     def _setting(self, argument: str, *values: str) -> str:
         """Name an argument and its values as the caller gives them."""

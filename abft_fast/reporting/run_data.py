@@ -111,7 +111,9 @@ def read_run(folder: Path) -> list[RunData]:
     """
     run = RunFolder(folder)
     if not run.is_begun:
-        raise UserError(f"{folder} holds no run of abft-fast train: name a run folder")
+        raise UserError(
+            f"{folder} holds no run of abft-fast train: name a run folder, or several (runs/*)"
+        )
     try:
         environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         test_type = run.options["test_type"]

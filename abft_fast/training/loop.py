@@ -222,9 +222,14 @@ def check_first_step(config: TrainConfig, norm: float, heads: float) -> None:
         RunError: the first step has no induction head, or no gradient.
     """
     if heads == 0 and config.head_filter and METHODS[config.method].uses_penalty:
+        words = (
+            "other label words by --template, such as negative and positive for 0 and 1, "
+            if config.data_are_own
+            else ""
+        )
         raise RunError(
             "the first pseudo-batch has no induction head, so the loss is 0: try "
-            "--no-head-filter, more demonstrations (--k), or another model"
+            f"{words}more demonstrations (--k), another model, or --no-head-filter"
         )
     if norm == 0:
         raise RunError("the gradient is 0 at step 1: nothing would be learnt")

@@ -56,6 +56,12 @@ def test_help_in_any_encoding(encoding, folder):
     assert "--penalty" in result.stdout.decode(encoding)
 
 
+def test_help_cuts_nothing_in_80_columns(folder):
+    lines = in_shell("train --help", folder, COLUMNS="80").stdout.decode().splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) < 300
+    assert "(`synthetic:llama3-70b:4`: of its first four layers)" in " ".join(map(str.strip, lines))
+
+
 def test_predictions_are_utf8_in_any_locale(folder):
     result = in_shell(PREDICT, folder, PYTHONIOENCODING="latin-1")
     assert result.returncode == 0

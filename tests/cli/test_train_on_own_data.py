@@ -133,7 +133,7 @@ def test_a_mistake_is_said_before_torch_is_imported(verb, tmp_path):
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        (("very good", "very bad"), [], "use another model or other words by --template"),
+        (("very good", "very bad"), [], "use other words by --template or another model"),
         (("good", "bad"), ["--split-seed", "x"], "--split-seed x"),
     ],
     ids=["words of several tokens", "seed"],

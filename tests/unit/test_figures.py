@@ -70,6 +70,29 @@ def test_models_and_calibration_samples_are_not_mixed(tmp_path):
     assert len({row["setting"] for row in rows if row["seed"]}) == 2
 
 
+def test_a_figure_without_its_subject_is_refused(tmp_path):
+    make_run(tmp_path / "runs/normal")
+    with pytest.raises(UserError, match="a finished test with --test-type UnseenLabel"):
+        figure("unseen", tmp_path / "runs", tmp_path / "out")
+    make_run(tmp_path / "runs/unseen", test_type="UnseenLabel")
+    rows, _ = figure("unseen", tmp_path / "runs", tmp_path / "out")
+    assert {row["test_type"] for row in rows} == {"Normal", "UnseenLabel"}
+
+
+def test_names_have_no_folders_and_no_options_that_are_newer_than_a_run(tmp_path):
+    (tmp_path / "r.csv").write_text("text,label\ngood,yes\nbad,no\n")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text("input_prefix: 'Text: '\n")
+        files = {"dataset": str(tmp_path / "r.csv"), "template": str(tmp_path / f"{name}.yaml")}
+        folder = make_run(tmp_path / "runs" / name, **files)
+    lines = (folder / "config.yaml").read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(("seen_labels_only:", "objective:"))]
+    assert len(older) == len(lines) - 2
+    (folder / "config.yaml").write_text("".join(older))
+    rows, _ = figure("data", tmp_path / "runs", tmp_path / "out")
+    assert {row["setting"] for row in rows} == {"ABFT, template=a.yaml", "ABFT, template=b.yaml"}
+
+
 @pytest.fixture
 def runs(tmp_path):
     """Two datasets, two methods, two seeds."""

@@ -305,7 +305,8 @@ def test_a_delimiter_is_an_option(reviews):
         (["1", "1.0", "0", "-0", "2"], "'1' and '1.0'; '0' and '-0'"),
         (["yes", "Yes ", "no", "\uff2e\uff2f"], "'yes' and 'Yes '; 'no' and '\uff2e\uff2f'"),
         (["a b", "a  b", "c"], "'a b' and 'a  b'"),
-        (["1", "10", "true", "0x1"], None),
+        (["1", "true", "False", "0"], "'1' and 'true'; 'False' and '0'"),  # JSON's may be mixed
+        (["1", "10", "0x1", "yes"], None),
     ],
 )
 def test_labels_that_may_be_one_are_named(labels, groups):

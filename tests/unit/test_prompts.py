@@ -139,7 +139,7 @@ def test_labels_that_cannot_be_told_are_refused(tokens, words, options, message)
             (),
             ("good", "goods"),
             {},
-            r"\): no help is in label_token='first' and form='staicc'; use another model",
+            r"\): label_token='first' and form='staicc' would not help; use another model",
         ),
     ],
 )

@@ -311,3 +311,14 @@ def test_layers_that_a_model_does_not_have_are_named(trainable):
 def test_layers_are_read_from_words_and_yaml():
     for given, expected in (("3, 0-1", [0, 1, 3]), (2, [2]), (None, None)):
         assert resolve(TrainConfig, {"layers": given}).layer_indices == expected
+
+
+def test_a_first_step_without_heads_names_what_the_user_can_change(tmp_path):
+    (tmp_path / "r.csv").write_text("text,label\ngood,1\nbad,0\n")
+    for dataset, words in (("subj", None), (str(tmp_path / "r.csv"), "label words by --template")):
+        config = resolve(TrainConfig, {"dataset": dataset})
+        with pytest.raises(RunError, match="no induction head") as error:
+            check_first_step(config, 1.0, 0.0)
+        line = str(error.value)
+        assert "--no-head-filter" in line
+        assert words in line if words else "--template" not in line

@@ -48,7 +48,8 @@ def unseen(records: Sequence[Record], metric: str) -> list[Row]:
     """Return scores with demonstrations of any label, and with none of the query's (Fig. 2)."""
     wanted = ("Normal", "UnseenLabel")
     kept = [record for record in records if record.options.get("test_type", "Normal") in wanted]
-    return _scores(kept, metric, ("test_type",))
+    rows = _scores(kept, metric, ("test_type",))
+    return rows if any(row["test_type"] == "UnseenLabel" for row in rows) else []
 
 
 ROWS: dict[str, Callable[[Sequence[Record], str], list[Row]]] = {
@@ -86,7 +87,7 @@ _WANTED = {
     "heads": "training steps",
     "losses": "training steps with attention_loss, which older runs lack",
     "factors": "a finished test of ABFT",
-    "unseen": "a finished test with --test-type Normal or UnseenLabel",
+    "unseen": "a finished test with --test-type UnseenLabel",
 }
 
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Sequence
 from abft_fast.experiments.cell import WITHOUT_RESULT
 from abft_fast.experiments.own_data import fixed_data_options
 from abft_fast.experiments.records import Record
+from abft_fast.options import TrainConfig
+from abft_fast.training.run_folder import MOVABLE
 
 _NEVER = WITHOUT_RESULT | {"dataset", "seed", "output_dir", "generalization_test"}
 """Options that are a panel or a band of a figure, or change no result."""
@@ -31,13 +33,23 @@ def setting_names(records: Sequence[Record], without: Collection[str] = ()) -> l
     for name, record in zip(names, records, strict=True):
         same = [other for own, other in zip(names, records, strict=True) if own == name]
         differing = [
-            f"{option}={_model(record) if option == 'model' else value}"
-            for option, value in record.options.items()
-            if option not in skipped and len({str(other.options.get(option)) for other in same}) > 1
+            f"{option}={_shown(record, option)}"
+            for option in record.options
+            if option not in skipped and len({str(_value(other, option)) for other in same}) > 1
         ]
         full.append(", ".join([name, *differing]))
     return full
 
 
-def _model(record: Record) -> str:
-    return record.labels.get("model") or str(record.options["model"]).rstrip("/").split("/")[-1]
+def _value(record: Record, option: str) -> object:
+    """Return an option's value: its default where the option did not exist yet."""
+    field = TrainConfig.model_fields.get(option)
+    return record.options.get(option, None if field is None else field.default)
+
+
+def _shown(record: Record, option: str) -> object:
+    """Return an option's value as a figure has it: of a path, the last part."""
+    if option == "model" and "model" in record.labels:
+        return record.labels["model"]
+    value = record.options[option]
+    return value.rstrip("/").split("/")[-1] if option in ("model", *MOVABLE) and value else value
