@@ -37,10 +37,9 @@ def report(error: BaseException, *, traceback: bool) -> int:
     if isinstance(error, ProcessEnded | FailedApart):
         launch.exit_at_once(message, code)
     if not launch.is_main() and isinstance(error, _SAME_EVERYWHERE):
-        is_interrupted = code == INTERRUPTED
-        launch.exit_after_main(
-            code, seconds=0 if is_interrupted else 10, line="" if is_interrupted else message
-        )
+        if code == INTERRUPTED:
+            launch.exit_after_main(code, seconds=0)
+        launch.exit_after_main(code, seconds=10, line=message)
     if message:
         print(f"abft-fast: {message}", file=sys.stderr)
     return code

@@ -120,7 +120,7 @@ def leave_on_sigterm() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def exit_after_main(code: int, seconds: float, line: str) -> NoReturn:
+def exit_after_main(code: int, seconds: float, line: str = "") -> NoReturn:
     """Exit after the main process, which prints the error.
 
     A launcher ends every process as soon as the first one ends, so this process waits for `seconds`

@@ -117,9 +117,15 @@ def test_the_table_of_bfloat16_says_what_the_rows_say():
     assert len(lines) == 4
 
 
-def test_the_table_out_of_domain_says_what_the_rows_say(accuracies):
-    rows = {(r["method"], r["evaluated_on"]): r["accuracy"] for r in rows_of("real_out_of_domain")}
-    (*datasets, _), lines = table("Trained on SST2")
+@pytest.mark.parametrize("trained_on", ["SST2", "TREC"])
+def test_the_tables_out_of_domain_say_what_the_rows_say(trained_on, accuracies):
+    rows = {
+        (r["method"], r["evaluated_on"]): r["accuracy"]
+        for r in rows_of("real_out_of_domain")
+        if r["dataset"] == trained_on.lower()
+    }
+    (*datasets, _), lines = table(f"Trained on {trained_on}")
+    assert datasets[0] == trained_on.lower() and len(lines) == 3
     for method, *cells, mean in lines:
         if method == "Vanilla":
             assert cells == [accuracies["vanilla", dataset] for dataset in datasets]
