@@ -144,7 +144,7 @@ def print_streamed_plan(model: str, plan: StreamedPlan, speeds: Speeds, notes: l
     for name, size in (
         *((f"device: {name}", size) for name, size in plan.device.items()),
         (f"device: a packed batch of {plan.batch:,} tokens", adds),
-        ("device: or a weight that is being quantized", plan.reading),
+        ("device: or a weight that is being quantized", plan.quantizing),
         (f"device at most{each}", plan.device_peak),
         (states, plan.states),
         ("host: a weight that is being read", plan.host_reading),

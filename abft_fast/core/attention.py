@@ -68,7 +68,7 @@ def packed_attention(
         **kwargs: what else transformers hands over for an ordinary batch.
 
     Returns:
-        (1, T, H, D), and the attention weights where an ordinary batch asks for them.
+        (1, T, Hq, D), and the attention weights where an ordinary batch asks for them.
 
     Raises:
         UnsupportedModel: the layer is windowed but its window did not arrive.

@@ -14,6 +14,10 @@ def attention_rows(queries: LastQueries, key: Tensor) -> Tensor:
 
     The arithmetic is float32 or wider, as in the loss, even under autocast. Sinks take their part
     of the softmax and have no column.
+
+    Args:
+        queries: (R, Hq, D), of one layer.
+        key: (n, Hkv, D), of that layer.
     """
     query = queries.query
     dtype = torch.promote_types(query.dtype, torch.float32)

@@ -18,7 +18,7 @@ from abft_fast.core.behavior import LayerResults
 from abft_fast.errors import UnsupportedModel
 
 _SCALE = 2.0**12
-"""Of a block's loss in float16, where small gradients are 0: a GradScaler scales it too late."""
+"""Factor of a float16 block's loss: small gradients would be 0; a GradScaler acts too late."""
 
 
 class BlockGradients:
@@ -53,7 +53,7 @@ class BlockGradients:
         return begins
 
     def finish_layer(self, index: int) -> None:
-        """Finish the block if this layer is its last one; nothing needs a graph before the next."""
+        """Finish the block after its last layer; turn gradients off until the next block begins."""
         if (index + 1) % self.size == 0 and not self._keep_graph:
             self.finish_block()
             torch.set_grad_enabled(False)
@@ -101,7 +101,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 class Away:
-    """Stands for the forward of a decoder layer whose weights are not in memory.
+    """Stands for the forward of a decoder layer that is not to run now.
 
     The model's own forward runs: before the layers that are to run, hidden states pass by; after
     them the forward ends. See `PackedForward.layers_to_run`.

@@ -67,7 +67,7 @@ def attention_behavior_loss(
             it; a float or a 0-d tensor.
 
     Returns:
-        AttentionBehavior; `layers` counts the layers that have attention.
+        AttentionBehavior; its dimension `layers` has only layers with attention.
 
     Raises:
         ValueError: an option is malformed, a token id is outside the vocabulary (checked on a CPU

@@ -64,7 +64,7 @@ class PackedForward:
         stop_after: layer whose attention ends the forward; None runs the forward to its end.
         keep: where it is given, each layer's keys and values are stored in it.
         queries: where it is given, the queries of each layer's last rows are stored in it.
-        prefix: keys and values that an earlier forward kept of the beginning of all these prompts.
+        prefix: keys and values of the prompts' common beginning, from an earlier forward's `keep`.
             Positions of `packed` continue after the prefix; the batch has no labels, and no loss is
             computed.
         layers_to_run: the layers that run, where the others are away; None for all layers.
@@ -72,6 +72,8 @@ class PackedForward:
             where they are the embedding's.
         leaving: (1, T, width) hidden states after the last layer of `layers_to_run`, where it is
             not the model's last; stored by the next layer.
+        longest: tokens of the longest prompt of `packed`.
+        context: the same with the prefix's tokens.
         results: losses and masses by layer, stored by the attention function.
         attentions: which attention ran, stored by the attention function: (attention, backend of
             the loss) -> why no faster attention ran.
@@ -92,7 +94,7 @@ class PackedForward:
 
     def __post_init__(self) -> None:
         self.longest = self.packed.longest
-        self.context = self.longest  # keys of the longest prompt's last row
+        self.context = self.longest
         if self.prefix is not None:
             key, _ = next(iter(self.prefix.values()))
             self.context += len(key)
@@ -130,7 +132,7 @@ class PackedForward:
     def pass_by(self, index: int, hidden_states: Tensor) -> Tensor:
         """Return what a layer that is away hands on; the next layer ends the forward."""
         if self.layers_to_run is None or index in self.layers_to_run:
-            raise RuntimeError(f"layer {index} is to run, but its weights are away")
+            raise RuntimeError(f"layer {index} is to run, but its forward is replaced")
         if index == self.layers_to_run.stop:
             self.leaving = hidden_states.detach().to(product_dtype(hidden_states))
             raise LossComplete
@@ -151,7 +153,10 @@ class PackedForward:
             self._blocks.finish_layer(index)
 
     def behavior(self) -> AttentionBehavior:
-        """Return the results of all layers, on the first layer's device."""
+        """Return the results of all layers, on the first layer's device.
+
+        Call it once: it frees the graphs of the losses.
+        """
         if self._blocks is not None:
             self._blocks.finish_block()
         loss = self.results.mean_loss()

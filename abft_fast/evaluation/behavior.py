@@ -34,21 +34,20 @@ class BehaviorMean:
 
     Attributes:
         prompts: how many there are.
-        shares: how many of them the correct share is a mean of.
-        heads: sum over prompts of their induction heads.
-        share: sum over prompts of their correct shares above chance.
+        share_prompts: how many of them the correct share is a mean of.
+        heads_sum: sum over prompts of their induction heads.
+        share_sum: sum over prompts of their correct shares above chance.
         wrong_mass: sum over induction heads of their attention on wrong labels.
-        missing_mass: sum over induction heads and correct labels of the attention that is not
-            there.
+        missing_mass: sum of 1 - alpha over induction heads and correct labels.
         by_layer: sums over prompts and the layer's heads: label mass, correct mass, induction
             heads; (3, layers).
         heads_a_layer: query heads of a layer.
     """
 
     prompts: int = 0
-    shares: int = 0
-    heads: float = 0.0
-    share: float = 0.0
+    share_prompts: int = 0
+    heads_sum: float = 0.0
+    share_sum: float = 0.0
     wrong_mass: float = 0.0
     missing_mass: float = 0.0
     by_layer: list[list[float]] = field(default_factory=list)
@@ -79,9 +78,9 @@ class BehaviorMean:
         self.join(
             BehaviorMean(
                 prompts=len(packed),
-                shares=round(sums[2]),
-                heads=sums[0],
-                share=sums[1],
+                share_prompts=round(sums[2]),
+                heads_sum=sums[0],
+                share_sum=sums[1],
                 wrong_mass=sums[3],
                 missing_mass=sums[4],
                 by_layer=[sums[5 + i * count : 5 + (i + 1) * count] for i in range(3)],
@@ -92,9 +91,9 @@ class BehaviorMean:
     def join(self, other: BehaviorMean) -> None:
         """Add the prompts of another mean."""
         self.prompts += other.prompts
-        self.shares += other.shares
-        self.heads += other.heads
-        self.share += other.share
+        self.share_prompts += other.share_prompts
+        self.heads_sum += other.heads_sum
+        self.share_sum += other.share_sum
         self.wrong_mass += other.wrong_mass
         self.missing_mass += other.missing_mass
         if not self.by_layer:
@@ -107,10 +106,10 @@ class BehaviorMean:
 
     def result(self) -> Behavior:
         """Return the mean so far."""
-        share = self.share / self.shares if self.shares else None
+        share = self.share_sum / self.share_prompts if self.share_prompts else None
         layers = self.layers()["label_mass"]
         mass = sum(layers) / len(layers) if layers else 0.0
-        return Behavior(self.heads / max(self.prompts, 1), share, mass)
+        return Behavior(self.heads_sum / max(self.prompts, 1), share, mass)
 
     def layers(self) -> dict[str, list[float]]:
         """Return means by layer.

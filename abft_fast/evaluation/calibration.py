@@ -63,14 +63,14 @@ class Calibration:
         if learnt_from is not None:
             remaining = iter(learnt_from)
             trained = self._train(lambda prompt, label_space: next(remaining))
-        for call in predictions:
-            kept = [row for row in call if row]
+        for rows in predictions:
+            kept = [row for row in rows if row]
             if learnt_from is not None:
                 kept = [trained(row, None, None) for row in kept]
             elif self._kind == "batch":  # Zhou et al. 2024
                 kept = standard_calibration.batch_calibration(kept)
             calibrated = iter(kept)
-            yield [next(calibrated) if row else row for row in call]
+            yield [next(calibrated) if row else row for row in rows]
 
     def _train(self, feedforward: Callable) -> standard_calibration.calibration:
         made = _TRAINED[self._kind](list(self._triplet.template.label_words))

@@ -21,7 +21,7 @@ from abft_fast.options import Options
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 
 Predict = Callable[[EncodedPrompts, bool], tuple[Tensor, BehaviorMean]]
-"""Logits of what may answer, (prompts, answers), and, where asked for, what heads do."""
+"""Return answers' logits, (prompts, answers), and what heads do if the flag asks for it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Outcome:
     Attributes:
         metrics: metrics by name; None where one is undefined.
         behavior: what the heads did on prompts whose query has a label.
-        queries: the number of each prompt's query, in the test's first part.
+        queries: the number of each prompt's query, in the test's first call.
         labels: its true label, an index of its answers.
         probabilities: what was predicted for them, after calibration; empty for a prompt left out.
     """
@@ -95,7 +95,7 @@ class EvaluationSet:
 
     @property
     def prompts(self) -> list[EncodedPrompt]:
-        """Return the prompts of the test itself, or of its first part where it has several."""
+        """Return the prompts of the test's first call."""
         return self.encoded[0].prompts
 
     @property

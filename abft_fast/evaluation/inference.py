@@ -42,7 +42,7 @@ def predict_labels(
 
     Returns:
         Logits of what may answer, (prompts, answers), on the CPU in float32, and the heads'
-        behavior, of no prompt where heads were not observed.
+        behavior, an empty mean without `behavior`.
 
     Raises:
         FloatingPointError: a label's logit is not finite.

@@ -103,7 +103,7 @@ class PromptWriter(dataset_interface.prompt_writter):
 def install(
     experimentor: single_experimentor, test: Sequence[Example], draws: int
 ) -> single_experimentor:
-    """Give an experimentor that has no test examples these, as many draws, and our writer."""
+    """Give an experimentor its test examples, `draws` demonstration draws, and our writer."""
     triplet = experimentor.triplet_dataset
     triplet.test = triplet.part("test", test)
     experimentor.prompt_former = PromptWriter(triplet, experimentor.prompt_former.pseudo_prompt)

@@ -28,11 +28,11 @@ _MOST_DRAWS = 10**7  # 2 minutes
 
 
 @dataclass
-class _Part:
-    """An experimentor, and the names of its results."""
+class _Experiment:
+    """An experimentor, and what names its results."""
 
     experimentor: single_experimentor
-    names: Callable[[dict], dict[str, float]]
+    named_results: Callable[[dict], dict[str, float]]
     calls: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class _Part:
             results, _ = made.auto_run(inference, batched_inference=True)
         return {
             name: value if math.isfinite(value) else None
-            for name, value in self.names(results).items()
+            for name, value in self.named_results(results).items()
         }
 
 
@@ -62,14 +62,14 @@ class StaiccTest:
         answer_words: the names of the answers.
     """
 
-    def __init__(self, triplet: Triplet, parts: Sequence[_Part]):
+    def __init__(self, triplet: Triplet, experiments: Sequence[_Experiment]):
         self.triplet = triplet
-        self._parts = parts
-        self.calls = [call for part in parts for call in part.calls]
+        self._experiments = experiments
+        self.calls = [call for each in experiments for call in each.calls]
         self.answer_words = triplet.template.label_words
 
-    @classmethod
-    def of(cls, test_type: str, dataset: Dataset, k: int, form: str = "ours") -> StaiccTest:
+    @staticmethod
+    def of(test_type: str, dataset: Dataset, k: int, form: str = "ours") -> StaiccTest:
         """Draw the prompts of a test.
 
         Args:
@@ -83,7 +83,7 @@ class StaiccTest:
         """
         dataset.check_test(k)
         with quiet():
-            return _MAKERS[test_type](cls, dataset, k, form)
+            return _MAKERS[test_type](dataset, k, form)
 
     def score(self, predictions: Iterable[Probabilities]) -> dict[str, float | None]:
         """Return StaICC's metrics by name, given each call's predictions; None where undefined."""
@@ -92,7 +92,9 @@ class StaiccTest:
         def replay(prompt: Prompt, label_space: Sequence[str]) -> list[list[float]]:
             return [list(row) for row in next(remaining)]
 
-        return {name: value for part in self._parts for name, value in part.run(replay).items()}
+        return {
+            name: value for each in self._experiments for name, value in each.run(replay).items()
+        }
 
 
 def _made(
@@ -101,16 +103,14 @@ def _made(
     return kind(triplet_dataset=triplet, k=k, **options)
 
 
-def _normal(
-    cls: type[StaiccTest], dataset: Dataset, k: int, form: str, *, unseen: bool = False
-) -> StaiccTest:
+def _normal(dataset: Dataset, k: int, form: str, *, unseen: bool = False) -> StaiccTest:
     triplet = Triplet(dataset, form)
     made = _made(single_experimentor, triplet, k, metrics=METRICS)
     install(made, dataset.test, 2 * len(dataset.test))
     if unseen:
         _check_unseen(dataset, k)
         made.set_out_of_domain_mode()
-    return cls(triplet, [_Part(made, dict)])
+    return StaiccTest(triplet, [_Experiment(made, dict)])
 
 
 def _check_unseen(dataset: Dataset, k: int) -> None:
@@ -133,7 +133,7 @@ def _check_unseen(dataset: Dataset, k: int) -> None:
         )
 
 
-def _gler(cls: type[StaiccTest], dataset: Dataset, k: int, form: str) -> StaiccTest:
+def _gler(dataset: Dataset, k: int, form: str) -> StaiccTest:
     _check_demonstrations("GLER", k)
     triplet = Triplet(dataset, form)
     made = _made(
@@ -150,10 +150,12 @@ def _gler(cls: type[StaiccTest], dataset: Dataset, k: int, form: str) -> StaiccT
                 named[f"{metric}_at_{percent}_percent_wrong"] = value
         return named
 
-    return cls(triplet, [_Part(install(made, dataset.test, 2 * len(dataset.test)), names)])
+    return StaiccTest(
+        triplet, [_Experiment(install(made, dataset.test, 2 * len(dataset.test)), names)]
+    )
 
 
-def _template_sensitivity(cls: type[StaiccTest], dataset: Dataset, k: int, form: str) -> StaiccTest:
+def _template_sensitivity(dataset: Dataset, k: int, form: str) -> StaiccTest:
     if dataset.alternate_template is None:
         raise UserError(
             f"TempSensitivity: {dataset.name} has no alternate templates; use another --test-type"
@@ -163,12 +165,10 @@ def _template_sensitivity(cls: type[StaiccTest], dataset: Dataset, k: int, form:
     made = _made(
         experimentor.template_sensitivity_experimentor, triplet, k, metrics=_consistency(len(test))
     )
-    return cls(triplet, [_Part(install(made, test, len(test)), _sensitivity)])
+    return StaiccTest(triplet, [_Experiment(install(made, test, len(test)), _sensitivity)])
 
 
-def _demonstration_sensitivity(
-    cls: type[StaiccTest], dataset: Dataset, k: int, form: str
-) -> StaiccTest:
+def _demonstration_sensitivity(dataset: Dataset, k: int, form: str) -> StaiccTest:
     _check_demonstrations("DemoSensitivity", k)
     triplet = Triplet(dataset, form)
     test = dataset.test[: 2 * len(dataset.test) // _SAMPLES_A_QUERY]
@@ -184,12 +184,15 @@ def _demonstration_sensitivity(
         metrics=_consistency(len(test)),
         sensitivity_test=_SAMPLES_A_QUERY,
     )
-    return cls(triplet, [_Part(install(made, test, 2 * len(dataset.test)), _sensitivity)])
+    return StaiccTest(
+        triplet, [_Experiment(install(made, test, 2 * len(dataset.test)), _sensitivity)]
+    )
 
 
-def _triplet_bias(cls: type[StaiccTest], dataset: Dataset, k: int, form: str) -> StaiccTest:
+def _triplet_bias(dataset: Dataset, k: int, form: str) -> StaiccTest:
     triplet = Triplet(dataset, form)
     parts = []
+    # A triplet for each: StaICC's experimentors and `install` change theirs.
     for bias in ("contextual", "domain"):
         metrics = {
             "entropy": _kept(functional.bias_mean_entropy_metric),
@@ -210,10 +213,10 @@ def _triplet_bias(cls: type[StaiccTest], dataset: Dataset, k: int, form: str) ->
         words = zip(triplet.template.label_words, results["distribution"], strict=True)
         return named | {f"{bias}_distribution_{word}": value for word, value in words}
 
-    return cls(
+    return StaiccTest(
         triplet,
         [
-            _Part(
+            _Experiment(
                 install(made, dataset.test, 2 * len(dataset.test)), functools.partial(names, bias)
             )
             for made, bias in parts
@@ -221,7 +224,7 @@ def _triplet_bias(cls: type[StaiccTest], dataset: Dataset, k: int, form: str) ->
     )
 
 
-_MAKERS: dict[str, Callable[[type[StaiccTest], Dataset, int, str], StaiccTest]] = {
+_MAKERS: dict[str, Callable[[Dataset, int, str], StaiccTest]] = {
     "Normal": _normal,
     "UnseenLabel": functools.partial(_normal, unseen=True),
     "GLER": _gler,

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from abft_fast.options import EvalConfig, TrainConfig
-from abft_fast.training.run_folder import MOVABLE
+from abft_fast.training.run_folder import MOVABLE, OF_THIS_CALL
 
 VANILLA = "vanilla"
 
@@ -17,7 +17,7 @@ CALIBRATIONS = {
 }  # fmt: skip
 """The methods that only evaluate, and the value of `calibration` that each stands for."""
 
-PLACEMENT = frozenset({"device", "device_map"})
+PLACEMENT = frozenset(OF_THIS_CALL)
 """Options that say where a cell runs. The name of a cell does not depend on them."""
 
 WITHOUT_RESULT = PLACEMENT | {

@@ -67,7 +67,7 @@ class CellFolder:
         return self.folder / "metrics.json"
 
     @property
-    def labels(self) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
         """The content of labels.json: `command`, `method`, `title`, `labels` and `data`."""
         return json.loads((self.folder / "labels.json").read_text(encoding="utf-8"))
 
@@ -116,7 +116,7 @@ class CellFolder:
         """Return the command that starts the cell, or resumes it."""
         program = [sys.executable, "-m", "abft_fast"]
         options = ["--config", str(self.folder / "cell.yaml")]
-        if self.labels["command"] == "eval":
+        if self.about["command"] == "eval":
             return [*program, "eval", *options, "--output", str(self.metrics)]
         run = RunFolder(self.run)
         if run.is_begun:
@@ -124,7 +124,6 @@ class CellFolder:
             names = sorted(PLACEMENT) + [n for n in MOVABLE if cell[n] != before[n]]
             anew = [part for name in names for part in (flag(name), cell[name])]
             return [*program, "train", "--resume", str(self.run), *anew]
-        shutil.rmtree(self.run, ignore_errors=True)  # killed before there was anything to resume
         return [*program, "train", *options, "--output-dir", str(self.run)]
 
     def start(self, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -137,6 +136,8 @@ class CellFolder:
             UserError: a data file has changed since the sweep was planned.
         """
         self._check_data()
+        if not RunFolder(self.run).is_begun:
+            shutil.rmtree(self.run, ignore_errors=True)  # killed before it could be resumed
         command = self.command()
         (self.folder / "status.json").unlink(missing_ok=True)
         with (self.folder / "output.log").open("ab") as log:
@@ -175,15 +176,15 @@ class CellFolder:
 
     def _check_data(self) -> None:
         """Refuse data files whose content is not that of the cell's name."""
-        for place, digest in self.labels.get("data", {}).items():
+        for place, digest in self.about.get("data", {}).items():
             if sha256(Path(place)) != digest:
                 raise UserError(f"{place} has changed since the sweep began: {_AGAIN}")
 
     def _check_data_used(self) -> None:
         """Refuse what was computed from other data; they may have changed for a while."""
-        if self.labels["command"] == "eval":
+        if self.about["command"] == "eval":
             self._check_data()
-        elif sorted(RunFolder(self.run).data.values()) != sorted(self.labels["data"].values()):
+        elif sorted(RunFolder(self.run).data.values()) != sorted(self.about["data"].values()):
             raise UserError(f"the data had changed when the run began: {_AGAIN}")
 
     def _error(self, exit_code: int) -> str:

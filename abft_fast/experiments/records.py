@@ -126,7 +126,7 @@ def _read(reader: Callable[[Path], Record], folder: Path) -> Record:
 
 def _read_cell(folder: Path) -> Record:
     cell = CellFolder(folder)
-    about, outcome = cell.labels, cell.outcome
+    about, outcome = cell.about, cell.outcome
     measured: dict[str, Any] = {}
     if about["command"] == "train":
         measured = _measured_in_training(cell.run)

@@ -25,7 +25,7 @@ from abft_fast.models.synthetic import skeleton
 from abft_fast.options import TrainConfig
 from abft_fast.training.methods import example_prompt, method_loss
 
-_ADAM_STATES = 2
+ADAM_STATES = 2
 _FEWEST_LAYERS = 4
 _FEWEST_TOKENS = 2048  # below this, memory that does not grow with tokens sets the peak
 _LABEL_IDS = [0, 1]
@@ -54,7 +54,7 @@ def static_memory(
         frozen=bytes_of([*others, *model.buffers()]),
         trained=size,
         gradients=size,
-        optimizer=_ADAM_STATES * size,
+        optimizer=ADAM_STATES * size,
         parameters=sum(p.numel() for p in trained),
     )
 
@@ -95,11 +95,11 @@ def step_memory(
     lines = []
     for name in peaks[0][0]:
         at_depth = [
-            _line(depths, [peak[name] for peak in of_count], depth)
+            _extrapolate(depths, [peak[name] for peak in of_count], depth)
             for of_count in zip(*peaks, strict=True)
         ]
         slope = (at_depth[1] - at_depth[0]) / (tokens[1] - tokens[0])
-        lines.append(Line(fixed=_line(tokens, at_depth, 0), a_token=slope))
+        lines.append(Line(fixed=_extrapolate(tokens, at_depth, 0), a_token=slope))
     return StepMemory(tuple(lines))
 
 
@@ -159,8 +159,8 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
-def _line(at: Sequence[float], values: Sequence[float], to: float) -> float:
-    """Extrapolate to `to` from one or two points."""
+def _extrapolate(at: Sequence[float], values: Sequence[float], to: float) -> float:
+    """Extrapolate linearly to `to`; a single point is at `to`."""
     if len(at) == 1:
         return values[0]
     return values[0] + (values[1] - values[0]) * (to - at[0]) / (at[1] - at[0])

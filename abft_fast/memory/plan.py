@@ -74,6 +74,7 @@ def what_to_change(
             for flow in flows:
                 if plan.fits(flow):
                     return f"try {options}{flow.options}"
+    # Nothing fits. The last candidate takes least memory, so the advice is about that one.
     if plan.static.total > limit:
         what = "weights and optimizer alone take"
         size = f"{plan.static.total / 1e9:.1f} GB" + (" with --quantized" if options else "")

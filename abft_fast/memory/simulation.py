@@ -163,7 +163,7 @@ def peak_memory(run: Callable[[], object], device_type: str) -> dict[str, int]:
     """Return the most bytes that `run` adds at once on fake tensors.
 
     Each operation that takes memory inside itself has a peak of its own, by its name: the peaks of
-    unlike operations grow unlike with the size of the input. TENSORS is the peak without them.
+    unlike operations grow at different rates with the input. TENSORS is the peak without them.
 
     Args:
         run: what is counted.

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from abft_fast.core.backbone import decoder_layers, prepare
 from abft_fast.core.objective import block_size
-from abft_fast.memory.measure import step_memory, trainable_without_memory
+from abft_fast.memory.measure import ADAM_STATES, step_memory, trainable_without_memory
 from abft_fast.memory.simulation import bytes_of
 from abft_fast.memory.types import Arithmetic, Flow, StepMemory
 from abft_fast.models.shapes import with_layers
@@ -22,7 +22,6 @@ from abft_fast.runtime.neighbours import ON_THE_WAY
 from abft_fast.streaming.model import WeightToRead
 from abft_fast.streaming.pipeline import block_shares
 
-_ADAM_STATES = 2
 _COPIES_TO_QUANTIZE = 2.5  # in float32, that bitsandbytes' NF4 holds on a CPU at most
 
 
@@ -77,7 +76,7 @@ class StreamedPlan:
     Attributes:
         processes: of all pipelines; 1 without one.
         device: bytes on the device all the time that the largest block is there, by part.
-        reading: bytes on the device that one weight takes while it is quantized.
+        quantizing: bytes on the device that one weight takes while it is quantized.
         step: bytes that a packed batch adds.
         batch: tokens of the largest packed batch; on a GPU halved until it fits.
         limit: available bytes of the device; a CPU's device is its host.
@@ -93,7 +92,7 @@ class StreamedPlan:
 
     processes: int
     device: dict[str, int]
-    reading: int
+    quantizing: int
     step: StepMemory
     batch: int
     limit: int
@@ -107,14 +106,14 @@ class StreamedPlan:
     filling: float
 
     @property
-    def weights(self) -> int:
+    def resident(self) -> int:
         """Return the bytes on the device without a batch."""
         return sum(self.device.values())
 
     @property
     def device_peak(self) -> float:
         """Return the most bytes on the device."""
-        return self.weights + max(self.reading, self.step.at(self.batch))
+        return self.resident + max(self.quantizing, self.step.at(self.batch))
 
     @property
     def host_peak(self) -> int:
@@ -147,7 +146,7 @@ def plan_streamed(
     weights: Sequence[Stored],
     prompts: PromptTokens,
     limit: int,
-    length: int = 1,
+    pipeline_size: int = 1,
     pipelines: int = 1,
 ) -> StreamedPlan:
     """Plan `train --stream` with these options.
@@ -159,7 +158,7 @@ def plan_streamed(
         weights: what is read, by `streaming.model.weights_to_read`.
         prompts: tokens of the prompts.
         limit: available bytes of a device.
-        length: processes of a pipeline; 1 without one.
+        pipeline_size: processes of a pipeline; 1 without one.
         pipelines: that share the prompts of every step.
 
     Raises:
@@ -171,8 +170,8 @@ def plan_streamed(
     item = arithmetic.dtype.itemsize
     width = shape.get_text_config(decoder=True).hidden_size
     handed_on = prompts.turn * width * item
-    device = _on_device(shape, config, arithmetic, size, length)
-    if length > 1:
+    device = _on_device(shape, config, arithmetic, size, pipeline_size)
+    if pipeline_size > 1:
         device["hidden states that enter and leave a block"] = 2 * handed_on
     wanted = [each.weight for each in weights]
     outside = sum(each.numbers for each in wanted if each.layer is None)
@@ -207,13 +206,13 @@ def plan_streamed(
     read_by_pipeline = sum(each.in_file for each in weights if each.weight.layer is not None)
     tokens = prompts.steps + prompts.tests
     states = min(blocks - 1, 2) * tokens * width * item
-    if length > 1:
+    if pipeline_size > 1:
         states = (ON_THE_WAY + 1) * handed_on
         ahead = []
     return StreamedPlan(
-        processes=length * pipelines,
+        processes=pipeline_size * pipelines,
         device=device,
-        reading=reading,
+        quantizing=reading,
         step=step,
         batch=batch,
         limit=limit,
@@ -223,11 +222,11 @@ def plan_streamed(
         + largest.as_read
         + (in_model if largest.as_read != in_model else 0),
         host_ahead=max(ahead[1:], default=0) if on_gpu else 0,
-        read=pipelines * (read_by_pipeline + length * read_by_each),
-        copied=pipelines * item * (in_layers + length * outside) if on_gpu else 0,
+        read=pipelines * (read_by_pipeline + pipeline_size * read_by_each),
+        copied=pipelines * item * (in_layers + pipeline_size * outside) if on_gpu else 0,
         # Forward: 2 a weight and token. Backward: again 2 for the layers that a loss crosses.
         operations=2.0 * inside * (tokens + prompts.steps * (size - 1) / size),
-        filling=1 + (length - 1) / prompts.turns,
+        filling=1 + (pipeline_size - 1) / prompts.turns,
     )
 
 
@@ -236,7 +235,7 @@ def _on_device(
     config: TrainConfig,
     arithmetic: Arithmetic,
     size: int,
-    length: int,
+    pipeline_size: int,
 ) -> dict[str, int]:
     """Return the bytes of a process's blocks and their optimizer, one's gradients, all LoRA.
 
@@ -248,8 +247,8 @@ def _on_device(
     trained, frozen = ([bytes_of(_tensors(b, kind)) for b in blocks] for kind in (True, False))
     at_once = [range(i, i + 1) for i in range(len(blocks))]
     whose, of = "a block's", "of a block"
-    if length > 1:
-        at_once = block_shares(len(blocks), length)
+    if pipeline_size > 1:
+        at_once = block_shares(len(blocks), pipeline_size)
         of = f"of {max(map(len, at_once))} blocks"
         whose = f"a process's {max(map(len, at_once))} blocks'"
 
@@ -263,7 +262,7 @@ def _on_device(
             sum(trained) if is_lora else most(trained)
         ),
         "a block's gradients": max(trained),
-        f"Adam's moments {of}": _ADAM_STATES * most(trained),
+        f"Adam's moments {of}": ADAM_STATES * most(trained),
     }
 
 

@@ -40,7 +40,7 @@ class Flow:
 
     @property
     def options(self) -> str:
-        """Return the options of the command line that choose this flow."""
+        """Return the options that choose this flow; for `EVALUATION`, its name."""
         if self == EVALUATION:
             return "evaluation"
         option = f"--gradient {self.gradient}"

@@ -121,7 +121,7 @@ class WalkCheckpoint:
     def restoring(
         self, number: int, stages: Sequence[Stage]
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
-        """Give the stages their state back; yield what was saved besides it: tensors and facts.
+        """Yield the saved tensors and facts; after the body, give the stages their state back.
 
         Raises:
             RunError: a file is damaged.

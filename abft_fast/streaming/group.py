@@ -36,10 +36,10 @@ class PromptGroup:
 
     Args:
         prompts: in the order in which their hidden states lie end to end.
-        shared: whether each of several processes that have a block computes some of the prompts.
+        shared: whether processes that hold the same block divide the prompts.
 
     Attributes:
-        prompts: the same prompts, for the embedding's rows after `settle`.
+        prompts: the same; after `settle`, their ids are rows of the embedding.
         lengths: tokens of each prompt.
         own: places of the prompts that this process computes, after `settle`.
         own_tokens: of these prompts.
@@ -156,7 +156,7 @@ class PromptGroup:
         return self._states.read(self._number)
 
     def behavior(self) -> BehaviorMean:
-        """Return what the heads of all layers did; of no prompt where they were not observed."""
+        """Return what the heads of all layers did; an empty mean if they were not observed."""
         mean = BehaviorMean()
         if self.masses:
             masses = [torch.cat([self.masses[key] for key in self._keys(name)]) for name in _FIELDS]

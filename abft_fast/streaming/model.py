@@ -35,10 +35,10 @@ from abft_fast.streaming.random_weights import RandomWeights
 from abft_fast.streaming.weights import StoredWeights
 
 
-class _Place(NamedTuple):
+class _Slot(NamedTuple):
     """A parameter of the model, or a buffer, that is read from the files."""
 
-    name: str  # in the files, whatever wraps its module later
+    name: str  # in the files; PEFT may wrap the module later
     module: nn.Module
     own_name: str
     empty: Tensor  # without memory
@@ -76,13 +76,13 @@ def weights_to_read(
             rows = len(tokens | label_ids if is_tied else tokens)
         elif module is head:
             rows = 0 if is_tied else len(label_ids)
-        for place in _places_of(name, module):
-            if rows == 0 or (module is embedding and place.own_name != "weight"):
+        for slot in _slots_of(name, module):
+            if rows == 0 or (module is embedding and slot.own_name != "weight"):
                 continue
-            shape = place.empty.shape
-            count = place.empty.numel() if rows is None else rows * shape[1:].numel()
+            shape = slot.empty.shape
+            count = slot.empty.numel() if rows is None else rows * shape[1:].numel()
             matrix = len(shape) > 1 and rows is None
-            yield WeightToRead(place.name, inside.get(module), count, rows, matrix)
+            yield WeightToRead(slot.name, inside.get(module), count, rows, matrix)
 
 
 def _is_tied(model: PreTrainedModel, head_name: str) -> bool:
@@ -105,7 +105,7 @@ class StreamedModel:
         weights: the model's files.
         layers: number of decoder layers.
         width: numbers of a token's hidden state.
-        embedded: tokens whose rows the embedding has, ascending; prompts name them by place.
+        embedded: tokens whose rows the embedding has, ascending; prompts index this list.
 
     Raises:
         UserError: a family whose prompts must run alone, or weights that cannot be streamed.
@@ -145,14 +145,14 @@ class StreamedModel:
         embedding = self.model.get_input_embeddings()
         names = {module: name for name, module in self.model.named_modules()}
         self._layers_name = names[self._layers]
-        self._embedding = next(iter(_places_of(names[embedding], embedding)))
-        self._places = [
-            list(_places(f"{self._layers_name}.{index}", layer))
+        self._embedding = next(iter(_slots_of(names[embedding], embedding)))
+        self._slots = [
+            list(_slots(f"{self._layers_name}.{index}", layer))
             for index, layer in enumerate(self._layers)
         ]
         self._ahead: dict[str, Tensor] = {}
         self._trained: dict[int, list[Projection]] = {}
-        self.pass_by(range(self.layers))
+        self.skip_layers(range(self.layers))
 
     def check_length(self, longest: int) -> None:
         """Refuse prompts so long that this family cannot pack them.
@@ -209,14 +209,14 @@ class StreamedModel:
     @contextmanager
     def _without_memory(self) -> Iterator[None]:
         """Let PEFT see weights on the CPU, where it puts an adapter: they have one number each."""
-        places = [p for each in self._places for p in each if isinstance(p.empty, nn.Parameter)]
-        for place in places:
-            setattr(place.module, place.own_name, _one_number(place))
+        slots = [p for each in self._slots for p in each if isinstance(p.empty, nn.Parameter)]
+        for slot in slots:
+            setattr(slot.module, slot.own_name, _one_number(slot))
         try:
             yield
         finally:
-            for place in places:
-                setattr(place.module, place.own_name, place.empty)
+            for slot in slots:
+                setattr(slot.module, slot.own_name, slot.empty)
 
     def read_outside(self, tokens: Iterable[int], label_ids: Sequence[int]) -> None:
         """Read what is outside the layers; call it before `set_trained` and `load_adapter`.
@@ -230,7 +230,7 @@ class StreamedModel:
         names = {module: name for name, module in self.model.named_modules()}
         for module in self.model.modules():
             if module not in inside and module is not embedding and module is not head:
-                self._fill(_places_of(names[module], module))
+                self._fill(_slots_of(names[module], module))
                 self._make_buffers(module)
         is_tied = _is_tied(self.model, names[head])
         self.read_embedding({*tokens, *(label_ids if is_tied else ())})
@@ -238,12 +238,11 @@ class StreamedModel:
         if not label_ids:
             return
         if is_tied:
-            places = [self.embedded.index(token) for token in label_ids]
-            of_labels = {"weight": embedding.weight.detach()[places]}
+            rows = [self.embedded.index(token) for token in label_ids]
+            of_labels = {"weight": embedding.weight.detach()[rows]}
         else:
             of_labels = {
-                place.own_name: self._read(place, label_ids)
-                for place in _places_of(names[head], head)
+                slot.own_name: self._read(slot, label_ids) for slot in _slots_of(names[head], head)
             }
         set_label_rows(self.model, label_ids, of_labels)
 
@@ -268,8 +267,8 @@ class StreamedModel:
         """
         if self.device.type != "cuda":
             return False
-        places = [[place for index in block for place in self._places[index]] for block in blocks]
-        sizes = (sum(p.empty.numel() * self._dtype_of(p).itemsize for p in each) for each in places)
+        slots = [[slot for index in block for slot in self._slots[index]] for block in blocks]
+        sizes = (sum(p.empty.numel() * self._dtype_of(p).itemsize for p in each) for each in slots)
         needed = 2 * max(sizes) * launch.local_process_count()
         return free_memory(torch.device("cpu")) > needed
 
@@ -281,10 +280,10 @@ class StreamedModel:
             stop: set to end the reading after the tensor that is being read.
         """
         read = {}
-        for place in (place for index in block for place in self._places[index]):
+        for slot in (slot for index in block for slot in self._slots[index]):
             if stop.is_set():
                 break
-            read[place.name] = self.weights.read(place.name).to(self._dtype_of(place))
+            read[slot.name] = self.weights.read(slot.name).to(self._dtype_of(slot))
         return read
 
     def bring(self, block: range, ahead: dict[str, Tensor] | None = None) -> None:
@@ -297,7 +296,7 @@ class StreamedModel:
         self._ahead = ahead or {}
         for index in block:
             layer = self._layers[index]
-            self._fill(self._places[index])
+            self._fill(self._slots[index])
             for module in layer.modules():
                 self._make_buffers(module)
                 for parameter in module.parameters(recurse=False):  # of adapters
@@ -305,39 +304,39 @@ class StreamedModel:
                         parameter.data = parameter.data.to(self.device)
             for projection in self._trained.get(index, []):
                 trainable.train_weight(projection)
-        self.run_layers(block)
+        self.enable_layers(block)
 
-    def run_layers(self, block: range) -> None:
-        """Let the layers of a block run, whose weights are in memory."""
+    def enable_layers(self, block: range) -> None:
+        """Let forwards run the layers of a block, whose weights are in memory."""
         for index in block:
             del self._layers[index].forward
 
-    def pass_by(self, block: range) -> None:
-        """Let hidden states pass the layers of a block by; its weights stay in memory."""
+    def skip_layers(self, block: range) -> None:
+        """Let forwards skip the layers of a block; its weights stay in memory."""
         for index in block:
             self._layers[index].forward = Away(index)
 
     def drop(self, block: range) -> None:
-        """Drop the weights of a block; hidden states pass its layers by."""
-        self.pass_by(block)
+        """Drop the weights of a block; forwards skip its layers."""
+        self.skip_layers(block)
         for index in block:
-            for place in self._places[index]:
-                setattr(place.module, place.own_name, place.empty)
-                _drop_quantized(place.module)
+            for slot in self._slots[index]:
+                setattr(slot.module, slot.own_name, slot.empty)
+                _drop_quantized(slot.module)
 
     def parameters_of(self, index: int) -> Iterator[tuple[str, nn.Module, str]]:
         """Yield a layer's own parameters: name in the layer, module, name in the module."""
-        for place in self._places[index]:
-            name = place.name.removeprefix(f"{self._layers_name}.{index}.")
-            if isinstance(place.empty, nn.Parameter):
-                yield name, place.module, place.own_name
+        for slot in self._slots[index]:
+            name = slot.name.removeprefix(f"{self._layers_name}.{index}.")
+            if isinstance(slot.empty, nn.Parameter):
+                yield name, slot.module, slot.own_name
 
     def vectors_of(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Yield the vectors of a layer, as norms', from the files; they are small."""
-        for place in self._places[index]:
-            if place.empty.ndim == 1:
-                name = place.name.removeprefix(f"{self._layers_name}.{index}.")
-                yield name, self.weights.read(place.name)
+        for slot in self._slots[index]:
+            if slot.empty.ndim == 1:
+                name = slot.name.removeprefix(f"{self._layers_name}.{index}.")
+                yield name, self.weights.read(slot.name)
 
     def trained_parameters(self, block: range) -> dict[str, nn.Parameter]:
         """Return the parameters of a block that are trained, by their names in the model."""
@@ -355,36 +354,36 @@ class StreamedModel:
         """Return the modules of a block whose own weights are trained, by name."""
         return {p.name: p.module for index in block for p in self._trained.get(index, [])}
 
-    def _fill(self, places: Iterable[_Place]) -> None:
-        for place in places:
-            if is_quantized(place.module) and place.own_name == "weight":
-                tensor = self._read_to(torch.device("cpu"), place)
-                new = _unquantized(place.empty, tensor).to(self.device)  # and quantize it
+    def _fill(self, slots: Iterable[_Slot]) -> None:
+        for slot in slots:
+            if is_quantized(slot.module) and slot.own_name == "weight":
+                tensor = self._read_to(torch.device("cpu"), slot)
+                new = _unquantized(slot.empty, tensor).to(self.device)  # and quantize it
             else:
-                new = self._read(place)  # of a buffer that the files hold
-                if isinstance(place.empty, nn.Parameter):
+                new = self._read(slot)
+                if isinstance(slot.empty, nn.Parameter):  # else a buffer that the files hold
                     new = nn.Parameter(new, requires_grad=False)
-            setattr(place.module, place.own_name, new)
+            setattr(slot.module, slot.own_name, new)
 
-    def _read(self, place: _Place, rows: Sequence[int] | None = None) -> Tensor:
-        return self._read_to(self.device, place, rows)
+    def _read(self, slot: _Slot, rows: Sequence[int] | None = None) -> Tensor:
+        return self._read_to(self.device, slot, rows)
 
     def _read_to(
-        self, device: torch.device, place: _Place, rows: Sequence[int] | None = None
+        self, device: torch.device, slot: _Slot, rows: Sequence[int] | None = None
     ) -> Tensor:
-        tensor = self._ahead.pop(place.name, None)
+        tensor = self._ahead.pop(slot.name, None)
         if tensor is None:
-            tensor = self.weights.read(place.name, rows)
-        shape = place.empty.shape if rows is None else (len(rows), *place.empty.shape[1:])
+            tensor = self.weights.read(slot.name, rows)
+        shape = slot.empty.shape if rows is None else (len(rows), *slot.empty.shape[1:])
         if tensor.shape != shape:
             raise UserError(
-                f"model {self.name}: {place.name} has the shape {tuple(tensor.shape)} in the "
+                f"model {self.name}: {slot.name} has the shape {tuple(tensor.shape)} in the "
                 f"files and {tuple(shape)} by config.json, which is of another model"
             )
-        return tensor.to(device, self._dtype_of(place))
+        return tensor.to(device, self._dtype_of(slot))
 
-    def _dtype_of(self, place: _Place) -> torch.dtype:
-        dtype = place.empty.dtype
+    def _dtype_of(self, slot: _Slot) -> torch.dtype:
+        dtype = slot.empty.dtype
         return dtype if dtype.is_floating_point else self.model.dtype
 
     def _make_buffers(self, module: nn.Module) -> None:
@@ -402,26 +401,26 @@ class StreamedModel:
             setattr(module, name, parameter)
 
 
-def _places(prefix: str, layer: nn.Module) -> Iterator[_Place]:
+def _slots(prefix: str, layer: nn.Module) -> Iterator[_Slot]:
     for name, module in layer.named_modules():
-        yield from _places_of(f"{prefix}.{name}" if name else prefix, module)
+        yield from _slots_of(f"{prefix}.{name}" if name else prefix, module)
 
 
-def _places_of(name: str, module: nn.Module) -> Iterator[_Place]:
+def _slots_of(name: str, module: nn.Module) -> Iterator[_Slot]:
     for own_name, parameter in module.named_parameters(recurse=False):
-        yield _Place(f"{name}.{own_name}", module, own_name, parameter)
+        yield _Slot(f"{name}.{own_name}", module, own_name, parameter)
     for own_name, buffer in module.named_buffers(recurse=False):
         if own_name not in module._non_persistent_buffers_set:
-            yield _Place(f"{name}.{own_name}", module, own_name, buffer)
+            yield _Slot(f"{name}.{own_name}", module, own_name, buffer)
 
 
-def _one_number(place: _Place) -> nn.Parameter:
+def _one_number(slot: _Slot) -> nn.Parameter:
     """Return a weight of the right shape and dtype, all of whose numbers are one number."""
-    quantized = is_quantized(place.module) and place.own_name == "weight"
-    dtype = torch.uint8 if quantized else place.empty.dtype
-    one = torch.zeros(1, dtype=dtype).expand(place.empty.shape)
+    quantized = is_quantized(slot.module) and slot.own_name == "weight"
+    dtype = torch.uint8 if quantized else slot.empty.dtype
+    one = torch.zeros(1, dtype=dtype).expand(slot.empty.shape)
     if quantized:
-        return _unquantized(place.empty, one)
+        return _unquantized(slot.empty, one)
     return nn.Parameter(one, requires_grad=False)
 
 

@@ -32,27 +32,27 @@ def block_shares(blocks: int, processes: int) -> list[range]:
     return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
-def pipeline_length(wanted: int | None, processes: int) -> int:
+def size_of_pipelines(wanted: int | None, processes: int) -> int:
     """Return how many processes form a pipeline: those wanted, or all; one alone forms its own.
 
     Raises:
         UserError: the processes do not form whole pipelines of that size.
     """
-    length = processes if wanted is None or processes == 1 else wanted
-    if processes % length:
+    size = processes if wanted is None or processes == 1 else wanted
+    if processes % size:
         raise UserError(
-            f"--pipeline-size {length}: {processes} processes do not form pipelines of {length}: "
-            f"start a multiple of {length}"
+            f"--pipeline-size {size}: {processes} processes do not form pipelines of {size}: "
+            f"start a multiple of {size}"
         )
-    return length
+    return size
 
 
 class PipelinedWalk(Walk):
     """Hold consecutive blocks for the whole walk; take the turns of every stage on all of them.
 
     No gradient leaves a block. So a process hands the hidden states of a turn to the next process,
-    and takes the next turn while that one works. From the turn on that has reached the last
-    process, all of them work. Every number is that of a walk of one process. Where there are more
+    and takes the next turn while that one works. Once a turn has reached the last process, all
+    processes work. Every number is that of a walk of one process. Where there are more
     processes than a pipeline has, several pipelines share the prompts of every turn, and the
     processes that hold the same blocks sum their gradients.
 
@@ -60,8 +60,9 @@ class PipelinedWalk(Walk):
         streamed: the model.
         stages: what is done on each block, in order.
         size: layers of a block.
-        checkpoint: where each block's weights are written after the walk; None writes nothing.
-        length: processes of a pipeline. Their ranks are consecutive.
+        checkpoint: where states are saved after training steps, and blocks' weights after the walk;
+            None saves nothing.
+        pipeline_size: processes of a pipeline. Their ranks are consecutive.
 
     Raises:
         UserError: there are fewer blocks than processes of a pipeline.
@@ -73,12 +74,12 @@ class PipelinedWalk(Walk):
         stages: Sequence[StageInTurns],
         size: int,
         checkpoint: WalkCheckpoint | None,
-        length: int,
+        pipeline_size: int,
     ):
         super().__init__(streamed, stages, size, None, checkpoint, streamed.device)
-        self._in_turns, self._length = stages, length
-        self._neighbours = Neighbours(length, streamed.width, streamed.model.dtype)
-        self._own = block_shares(len(self.blocks), length)[self._neighbours.place]
+        self._in_turns, self._pipeline_size = stages, pipeline_size
+        self._neighbours = Neighbours(pipeline_size, streamed.width, streamed.model.dtype)
+        self._own = block_shares(len(self.blocks), pipeline_size)[self._neighbours.place]
         self._saved = 0  # the step of the newest state
 
     def run(self, progress: Progress, title: str) -> None:
@@ -90,7 +91,9 @@ class PipelinedWalk(Walk):
         """
         saved = 0 if self._checkpoint is None else self._checkpoint.newest()
         tokens = [_count_tokens(turn) for stage in self._in_turns for turn in stage.turns]
-        same_blocks = [range(i, processes.count(), self._length) for i in range(self._length)]
+        same_blocks = [
+            range(i, processes.count(), self._pipeline_size) for i in range(self._pipeline_size)
+        ]
         with processes.apart(same_blocks):
             self._settle()
             self._bring_all()
@@ -139,7 +142,7 @@ class PipelinedWalk(Walk):
     def _bring_all(self) -> None:
         for number in self._own:
             self.streamed.bring(self.blocks[number])
-            self.streamed.pass_by(self.blocks[number])
+            self.streamed.skip_layers(self.blocks[number])
         if not self._neighbours.is_first:
             self.streamed.drop_embedding()
 
@@ -148,11 +151,11 @@ class PipelinedWalk(Walk):
             self._on(number, do)
 
     def _on(self, number: int, do: Callable[..., None], *arguments: object) -> None:
-        """Do something on a block, while hidden states pass all others by."""
+        """Do something on a block, while forwards skip all others."""
         block = self.blocks[number]
-        self.streamed.run_layers(block)
+        self.streamed.enable_layers(block)
         do(block, *arguments)
-        self.streamed.pass_by(block)
+        self.streamed.skip_layers(block)
 
     def _take(self, stage: StageInTurns, turn: int, groups: Sequence[PromptGroup]) -> None:
         handed_on = [group for group in groups if group.own]
@@ -177,13 +180,13 @@ class PipelinedWalk(Walk):
 
     def _shares(self, group: PromptGroup) -> Sequence[Sequence[int]]:
         """Return each process's places: those of its pipeline, which it computes on its blocks."""
-        of_pipelines = group.shares(processes.count() // self._length)
-        return [of_pipelines[rank // self._length] for rank in range(processes.count())]
+        of_pipelines = group.shares(processes.count() // self._pipeline_size)
+        return [of_pipelines[rank // self._pipeline_size] for rank in range(processes.count())]
 
     def _join_facts(self, of_processes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Join what processes found, in order of their blocks; all pipelines found the same."""
         joined = of_processes[0]
-        for facts in of_processes[1 : self._length]:
+        for facts in of_processes[1 : self._pipeline_size]:
             for name, found in facts.items():
                 before = joined[name]
                 joined[name] = before + found if isinstance(found, list) else {**before, **found}

@@ -21,12 +21,12 @@ HIDDEN_STATES = "hidden-*.bin"
 
 
 class HiddenStates:
-    """Hidden states of parts of all prompts: those that enter a block, and those that leave it.
+    """Hidden states of all groups of prompts: those that enter a block, and those that leave it.
 
-    A part is read and written as a whole. What was written enters the next block after `turn`.
+    A group is read and written as a whole. What was written enters the next block after `swap`.
 
     Args:
-        tokens: of each part.
+        tokens: of each group.
         folder: whose disk keeps them in two files; None keeps the states in memory.
         device: whose memory keeps them.
         resumable: whether another process may go on from the files; otherwise they have no names,
@@ -54,15 +54,15 @@ class HiddenStates:
         """Return whether the states are in files."""
         return self._folder is not None
 
-    def read(self, part: int) -> Tensor:
-        """Return a part's hidden states that enter the block, (T, width).
+    def read(self, group: int) -> Tensor:
+        """Return a group's hidden states that enter the block, (T, width).
 
         Raises:
             RunError: their file is gone or cut short.
         """
         if self._folder is None:
-            return self._entering[part]
-        start, end = self._starts[part : part + 2]
+            return self._entering[group]
+        start, end = self._starts[group : group + 2]
         states = torch.empty(end - start, self._width, dtype=self._dtype)
         path, read = self._path(self._side), 0
         if self._side in self._files or path.exists():
@@ -75,13 +75,13 @@ class HiddenStates:
             )
         return states
 
-    def write(self, part: int, states: Tensor) -> None:
-        """Keep the hidden states of a part that leave the block, (T, width)."""
+    def write(self, group: int, states: Tensor) -> None:
+        """Keep the hidden states of a group that leave the block, (T, width)."""
         if self._folder is None:
-            self._leaving[part] = states
+            self._leaving[group] = states
             return
         self._width, self._dtype = states.shape[1], states.dtype
-        file = self._file(1 - self._side, self._starts[part] * self._width * states.itemsize)
+        file = self._file(1 - self._side, self._starts[group] * self._width * states.itemsize)
         file.write(states.contiguous().view(torch.uint8).numpy().data)
 
     def swap(self) -> None:
@@ -96,12 +96,12 @@ class HiddenStates:
     def save(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Return what a checkpoint needs besides the files: tensors, and facts for JSON."""
         facts = {"side": self._side, "width": self._width, "dtype": str(self._dtype).split(".")[1]}
-        return {f"hidden.{part}": states for part, states in self._entering.items()}, facts
+        return {f"hidden.{group}": states for group, states in self._entering.items()}, facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict) -> None:
         """Go on from what `save` returned."""
         hidden = with_prefix(tensors, "hidden.")
-        self._entering = {int(part): states for part, states in hidden.items()}
+        self._entering = {int(group): states for group, states in hidden.items()}
         self._side, self._width = facts["side"], facts["width"]
         self._dtype = getattr(torch, facts["dtype"])
 
@@ -133,8 +133,8 @@ class HiddenStates:
             for side in (0, 1):
                 self._path(side).unlink(missing_ok=True)
 
-    def _file(self, side: int, place: int) -> Any:
-        """Return a side's file at a place, in bytes; make it if it is not there."""
+    def _file(self, side: int, offset: int) -> Any:
+        """Return a side's file at a byte offset; make it if it is not there."""
         if side not in self._files:
             path = self._path(side)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ class HiddenStates:
                 self._files[side] = path.open("r+b" if path.exists() else "x+b")
             else:
                 self._files[side] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115
-        self._files[side].seek(place)
+        self._files[side].seek(offset)
         return self._files[side]
 
     def _path(self, side: int) -> Path:

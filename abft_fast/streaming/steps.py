@@ -49,7 +49,7 @@ class TrainingSteps(StageInTurns):
 
     Args:
         streamed: the model.
-        training: what `loop.train_step` takes, with this stage's loss.
+        training: what `loop.train_step` takes; this stage sets its `loss` and `is_part`.
     """
 
     waits_for_others = True

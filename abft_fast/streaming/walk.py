@@ -130,7 +130,7 @@ class Walk:
             self._save(self._checkpoint, number)
 
     def _save(self, checkpoint: WalkCheckpoint, number: int) -> None:
-        """Save the state after a block, if one is due; files hold one block's states only."""
+        """Save the state if one is due, or if files hold it, which later blocks overwrite."""
         if checkpoint.is_due(number) or self._states.on_disk:
             tensors, hidden = self._states.save()
             with processes.fail_together():

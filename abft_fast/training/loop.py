@@ -117,8 +117,8 @@ def train_step(
     """
     started = time.perf_counter()
     penalty = state.controller.penalty
-    loss, heads = _pseudo_batch_gradient(training, state, batch)
-    behavior = heads.result()
+    loss, mean = _pseudo_batch_gradient(training, state, batch)
+    behavior = mean.result()
     gradients = [p.grad for p in state.trained.values() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients).item()
     check_finite(training.config, step, loss, norm)
@@ -134,7 +134,7 @@ def train_step(
         "penalty": penalty,
         "induction_heads": behavior.induction_heads,
         "correct_share_above_chance": behavior.correct_share_above_chance,
-        "attention_loss": heads.attention_loss(training.config.penalty, training.config.reward),
+        "attention_loss": mean.attention_loss(training.config.penalty, training.config.reward),
         "gradient_norm": norm,
         "learning_rate": training.config.lr,
         "tokens_per_second": sum(map(len, batch)) / seconds,
@@ -178,9 +178,9 @@ def backward(
         with fast_float32_linear():
             with accelerator.autocast():
                 result = loss_of(model, prompts, packed, config, penalty)
-            share = result.loss * (len(prompts) / (pseudo_batch or len(batch)))
-            accelerator.backward(share)
-        loss += share.detach().to(loss.device)
+            weighted = result.loss * (len(prompts) / (pseudo_batch or len(batch)))
+            accelerator.backward(weighted)
+        loss += weighted.detach().to(loss.device)
         found.append((result._replace(loss=result.loss.detach()), packed))
     behavior = BehaviorMean()
     for each in found:  # only now is a GPU awaited

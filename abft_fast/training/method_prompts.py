@@ -13,20 +13,22 @@ from abft_fast.training.label_words import encode_with_drawn_labels
 from abft_fast.training.picl import intrinsic_tasks, paragraphs
 
 
-def attention_behavior(
+def without_targets(
     config: TrainConfig, dataset: Dataset, encoder: PromptEncoder
 ) -> EncodedPrompts:
     """Return prompts of the training datasets, with their label positions and no target."""
     return _of_all_datasets(config, dataset, encoder, _encode)
 
 
-def with_labels(config: TrainConfig, dataset: Dataset, encoder: PromptEncoder) -> EncodedPrompts:
+def with_label_targets(
+    config: TrainConfig, dataset: Dataset, encoder: PromptEncoder
+) -> EncodedPrompts:
     """Return prompts of the training datasets whose target is the query's label.
 
     MetaICL's only target is the label of the query, given the whole concatenation, as in its paper
     (Min et al. 2022, section 3.1).
     """
-    return _of_all_datasets(config, dataset, encoder, _encode_with_labels)
+    return _of_all_datasets(config, dataset, encoder, _encode_with_targets)
 
 
 def plain_text(config: TrainConfig, _: Dataset, encoder: PromptEncoder) -> EncodedPrompts:
@@ -110,7 +112,7 @@ def _encode(
     return encode_with_drawn_labels(config, dataset, encoder, prompts)
 
 
-def _encode_with_labels(
+def _encode_with_targets(
     config: TrainConfig, dataset: Dataset, encoder: PromptEncoder, count: int
 ) -> EncodedPrompts:
     encoded = _encode(config, dataset, encoder, count)

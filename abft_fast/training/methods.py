@@ -133,11 +133,9 @@ def _label_0(prompt: EncodedPrompt) -> EncodedPrompt:
 
 
 TRAINING_METHODS = {
-    "ABFT": TrainingMethod(
-        method_prompts.attention_behavior, _attention_loss, lambda prompt: prompt
-    ),
-    "E2E": TrainingMethod(method_prompts.with_labels, _output_loss, _label_0),
-    "MetaICL": TrainingMethod(method_prompts.with_labels, _output_loss, _label_0),
+    "ABFT": TrainingMethod(method_prompts.without_targets, _attention_loss, lambda prompt: prompt),
+    "E2E": TrainingMethod(method_prompts.with_label_targets, _output_loss, _label_0),
+    "MetaICL": TrainingMethod(method_prompts.with_label_targets, _output_loss, _label_0),
     "PICL": TrainingMethod(
         method_prompts.plain_text,
         _output_loss,

@@ -47,8 +47,7 @@ class PenaltyController:
     def update(self, heads: float) -> None:
         """Observe step t's induction heads a prompt; change A from t > 2 on (equation 3).
 
-        The hold is its weight times the heads gained or lost since step 1, in parts of those there
-        were: n_t / n_1 - 1.
+        The hold is p (n_t / n_1 - 1): p times the relative change of the heads since step 1.
         """
         self.steps += 1
         if self.steps == 1:

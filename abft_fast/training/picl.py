@@ -52,7 +52,7 @@ def check(texts: Sequence[str], k: int) -> None:
 
 
 def intrinsic_tasks(texts: Sequence[str], k: int, count: int, seed: int) -> list[list[str]]:
-    """Draw paragraphs by seed; put the k most similar others before each, the best one last.
+    """Draw paragraphs by seed; put the k most similar others before each, nearest last.
 
     Raises:
         UserError: as `check`.

@@ -45,7 +45,7 @@ _IN_EVERY_CONFIG = frozenset({
     "trainable", "lora_r", "penalty", "reward", "adaptation", "pid_p", "pid_i", "pid_d",
     "head_filter", "checkpointing", "seed", "save_steps", "no_eval", "tracker",
 })  # fmt: skip
-"""The first program's options: a config.yaml that lacks one is cut short. No new option joins."""
+"""The first release's options: a config.yaml that lacks one is damaged. Never add to it."""
 
 _LATER_DEFAULTS = {
     name: field.default
@@ -58,8 +58,7 @@ _LATER_DEFAULTS = {
 class RunFolder:
     """Read and write the files of one training run.
 
-    A run has `config.yaml`, `environment.json`, `run.log`, `metrics.jsonl`, `evaluation.json`,
-    `attention.json`, `checkpoints/` and `adapter/` (or `model/`).
+    `_ENTRIES` names the files of a run; `config.yaml` makes the folder a run.
 
     Attributes:
         folder: where they are.
@@ -208,7 +207,7 @@ class RunFolder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def hold(self, say: Callable[[str], None]) -> None:
-        """Make the folder if need be, and keep other processes from running in it.
+        """Make and lock the folder; remove files that a killed process left half written.
 
         Args:
             say: prints a line where the folder cannot be locked.
@@ -379,7 +378,7 @@ def _content(folder: Path) -> list[Path]:
 
 
 def _check_place(folder: Path, name: str, recorded: str | None, given: str | None) -> None:
-    """Refuse files of the user that are gone, and a new place of what is no file.
+    """Refuse a file that is gone, and a new path for an option that names no file.
 
     Args:
         folder: the folder of the run to resume.

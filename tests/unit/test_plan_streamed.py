@@ -25,13 +25,15 @@ CPU = Arithmetic("cpu", mixed=False)
 PROMPTS = PromptTokens(longest=60, steps=5000, tests=3000, batch=900, turn=1000, turns=10)
 
 
-def planned(shape, arithmetic=CPU, limit=10**9, length=1, pipelines=1, **options):
+def planned(shape, arithmetic=CPU, limit=10**9, pipeline_size=1, pipelines=1, **options):
     config = resolve(TrainConfig, {"stream": True, "gradient": "local", **options})
     bits = config.bits if config.quantized else None
     model = skeleton(shape, arithmetic.dtype, bits)
     wanted = weights_to_read(model, {1, 2, 3}, {3, 4})
     weights = [Stored(each, 2 * each.numbers, 2 * each.numbers) for each in wanted]
-    return plan_streamed(shape, config, arithmetic, weights, PROMPTS, limit, length, pipelines)
+    return plan_streamed(
+        shape, config, arithmetic, weights, PROMPTS, limit, pipeline_size, pipelines
+    )
 
 
 @pytest.mark.parametrize("is_tied", [False, True], ids=["own-head", "tied"])
@@ -85,7 +87,7 @@ def test_a_process_of_a_pipeline_holds_its_blocks():
     """Six blocks: of four processes two hold two."""
     shape = tiny_config("llama", num_hidden_layers=6)
     gpu = Arithmetic("cuda", mixed=True)
-    one, four = (planned(shape, gpu, length=count, limit=10**10) for count in (1, 4))
+    one, four = (planned(shape, gpu, pipeline_size=count, limit=10**10) for count in (1, 4))
     weights = four.device["a process's 2 blocks' frozen weights"]
     assert weights == 2 * one.device["a block's frozen weights"]
     assert four.device["Adam's moments of 2 blocks"] == 2 * one.device["Adam's moments of a block"]
@@ -101,8 +103,8 @@ def test_a_process_of_a_pipeline_holds_its_blocks():
     filled = one.seconds(speeds)["compute"] / 4 * 1.3  # three of ten turns to fill it
     assert four.seconds(speeds)["compute"] == pytest.approx(filled)
     with pytest.raises(UserError, match="7 processes for 6 blocks"):
-        planned(shape, length=7)
-    twice = planned(shape, gpu, length=4, pipelines=2, limit=10**10)
+        planned(shape, pipeline_size=7)
+    twice = planned(shape, gpu, pipeline_size=4, pipelines=2, limit=10**10)
     assert (twice.processes, twice.device, twice.read) == (8, four.device, 2 * four.read)
     assert twice.seconds(speeds)["copy"] == four.seconds(speeds)["copy"]
     assert twice.seconds(speeds)["compute"] == four.seconds(speeds)["compute"] / 2
@@ -128,9 +130,9 @@ def test_a_batch_is_halved_until_it_fits_on_a_gpu():
     gpu = Arithmetic("cuda", mixed=True)
     whole = planned(shape, gpu)
     assert whole.batch == 900 and whole.fits
-    less = planned(shape, gpu, limit=int(whole.weights + whole.step.at(500)))
+    less = planned(shape, gpu, limit=int(whole.resident + whole.step.at(500)))
     assert less.batch == 450 and less.fits
-    assert not planned(shape, gpu, limit=whole.weights).fits
+    assert not planned(shape, gpu, limit=whole.resident).fits
     cpu = planned(shape)
     together = int(cpu.device_peak + cpu.host_peak)  # its device is its host
     assert planned(shape, limit=together + 1).fits and not planned(shape, limit=together - 1).fits

@@ -25,7 +25,7 @@ from abft_fast.options import PlanConfig
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import tokens_at_once
 from abft_fast.streaming.model import weights_to_read
-from abft_fast.streaming.pipeline import pipeline_length
+from abft_fast.streaming.pipeline import size_of_pipelines
 from abft_fast.streaming.weights import StoredWeights, check_stored_format
 from abft_fast.training.loop import pseudo_batches
 
@@ -42,8 +42,8 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
         UserError: an option, the data or the model does not allow the run, or its memory cannot be
             counted from its config.
     """
-    length = pipeline_length(config.pipeline_size, config.processes)
-    pipelines = config.processes // length
+    pipeline_size = size_of_pipelines(config.pipeline_size, config.processes)
+    pipelines = config.processes // pipeline_size
     shape, is_known, config = shape_of(config)
     prompts, dataset, encoder = training_data(config, shape, is_known)
     show_data(progress, dataset, encoder, [len(prompt) for prompt in prompts])
@@ -69,7 +69,9 @@ def plan_stream(config: PlanConfig, progress: Progress) -> tuple[StreamedPlan, S
     label_ids = {token for test in tests for token in test.label_ids}
     try:
         weights = _weights(config, shape, arithmetic, is_known, tokens, label_ids)
-        planned = plan_streamed(shape, config, arithmetic, weights, data, limit, length, pipelines)
+        planned = plan_streamed(
+            shape, config, arithmetic, weights, data, limit, pipeline_size, pipelines
+        )
     except CannotCount as error:
         raise UserError(
             f"model {config.model}: {error}; `train --stream` counts nothing"

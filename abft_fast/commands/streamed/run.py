@@ -22,7 +22,7 @@ from abft_fast.runtime import processes
 from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.checkpoint import BLOCK, STEP, WalkCheckpoint, remove_saved_walk
 from abft_fast.streaming.model import StreamedModel
-from abft_fast.streaming.pipeline import PipelinedWalk, pipeline_length
+from abft_fast.streaming.pipeline import PipelinedWalk, size_of_pipelines
 from abft_fast.streaming.stages import AttentionCheck, BaseIdentity, Evaluating, StageInTurns
 from abft_fast.streaming.steps import TrainingSteps
 from abft_fast.streaming.walk import Walk
@@ -37,14 +37,16 @@ def train_streamed(config: TrainConfig, run: RunFolder, progress: Progress) -> N
         RunError: training cannot continue.
     """
     check_same_data(config)
-    length = pipeline_length(config.pipeline_size, processes.count()) if config.pipeline else 1
+    pipeline_size = (
+        size_of_pipelines(config.pipeline_size, processes.count()) if config.pipeline else 1
+    )
     with processes.fail_together():
         session, prompts, tests = prepare_data(config, run, progress)
     is_done = config.resume is not None and run.artifact.is_dir()
     if processes.from_main(is_done):
         processes.run_on_main(remove_saved_walk, run.checkpoints)  # it may have ended before that
     else:
-        StreamedTraining(session, run, prompts, tests, length).run()
+        StreamedTraining(session, run, prompts, tests, pipeline_size).run()
 
 
 def evaluate_streamed(
@@ -123,7 +125,7 @@ class StreamedTraining:
         run: its folder.
         prompts: to train on.
         tests: the tests.
-        length: processes of a pipeline; 1 without one.
+        pipeline_size: processes of a pipeline; 1 without one.
 
     Raises:
         UserError: the model cannot be streamed, or the disk has no room for the hidden states.
@@ -135,7 +137,7 @@ class StreamedTraining:
         run: RunFolder,
         prompts: list[EncodedPrompt],
         tests: list[EvaluationSet],
-        length: int = 1,
+        pipeline_size: int = 1,
     ):
         self._session, self._run, config = session, run, session.config
         with processes.fail_together():
@@ -145,7 +147,7 @@ class StreamedTraining:
         base = None if config.resume is None else run.base
         self._identity = BaseIdentity(*place, session.progress, base, f"run {run.folder}")
         check = AttentionCheck(*place, prompts, config.attention_backend, session.progress)
-        sharing = processes.count() // length
+        sharing = processes.count() // pipeline_size
         self._tests = {
             side: Evaluating(*place, tests, session.token_budget, config.attention_backend, sharing)
             for side in config.sides
@@ -158,12 +160,14 @@ class StreamedTraining:
             stages.append(self._tests["after"])
         self._checkpoint = None
         if not config.no_save:
-            unit = STEP if length > 1 else BLOCK
+            unit = STEP if pipeline_size > 1 else BLOCK
             self._checkpoint = WalkCheckpoint(run.checkpoints, config.save_steps, unit)
         size = block_size(config.gradient) or self._streamed.layers
         self._walk: Walk
-        if length > 1:
-            self._walk = PipelinedWalk(self._streamed, stages, size, self._checkpoint, length)
+        if pipeline_size > 1:
+            self._walk = PipelinedWalk(
+                self._streamed, stages, size, self._checkpoint, pipeline_size
+            )
         else:
             states = run.checkpoints if config.stream_states == "disk" else None
             self._walk = Walk(self._streamed, stages, size, states, self._checkpoint)
