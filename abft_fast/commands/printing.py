@@ -112,8 +112,8 @@ def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
         ("Adam's moments", static.optimizer),
     ):
         if size:
-            parts.add_row(name, f"{size / 1e9:.3f}")
-    parts.add_row("together", f"{static.total / 1e9:.3f}")
+            parts.add_row(name, _gigabytes(size))
+    parts.add_row("together", _gigabytes(static.total))
     flows = Table()
     flows.add_column("during a step, with")
     for title in ("GB fixed", "GB a 1,000 tokens", "most tokens at once", "most demonstrations"):
@@ -121,7 +121,7 @@ def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
     for flow, step in plan.steps.items():
         flows.add_row(
             flow.options,
-            f"{step.of_large_batches.fixed / 1e9:.3f}",
+            _gigabytes(step.of_large_batches.fixed),
             f"{step.of_large_batches.a_token / 1e6:.4f}",
             f"{plan.most_tokens(flow):,}",
             f"{plan.most_demonstrations(flow):,}",
@@ -131,6 +131,11 @@ def print_plan(model: str, plan: Plan, notes: list[str]) -> None:
     console.print(flows)
     for note in notes:
         console.print(note, soft_wrap=True)
+
+
+def _gigabytes(size: float) -> str:
+    """Return bytes in GB; a small model's are not 0."""
+    return "< 0.001" if 0 < size < 5e5 else f"{size / 1e9:.3f}"
 
 
 def print_streamed_plan(model: str, plan: StreamedPlan, speeds: Speeds, notes: list[str]) -> None:
@@ -152,7 +157,7 @@ def print_streamed_plan(model: str, plan: StreamedPlan, speeds: Speeds, notes: l
         (f"host at most{each}, beside programs and tokenizer", plan.host_peak),
     ):
         if size:
-            memory.add_row(name, f"{size / 1e9:.3f}")
+            memory.add_row(name, _gigabytes(size))
     work = Table()
     seconds = plan.seconds(speeds)
     for title in ("once a run", "amount", "seconds"):

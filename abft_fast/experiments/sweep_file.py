@@ -19,14 +19,13 @@ An option that takes several values at once (`SEVERAL`) may have a list as one v
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-from abft_fast.errors import UserError
+from abft_fast.errors import UserError, closest
 from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.options.resolve import parse_yaml
 
@@ -180,11 +179,8 @@ def require_known(name: str, names: Iterable[str], kind: str, where: str) -> Non
     """Raise UserError, with the closest name as a hint, unless a name is one of `names`."""
     if name in names:
         return
-    close = difflib.get_close_matches(name, list(names), 1) or difflib.get_close_matches(
-        name.lower(), list(names), 1
-    )
-    hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(names)}"
-    raise UserError(f"{where}: there is no {kind} {name}; {hint}")
+    hint = closest(name, names) or f"; use one of {', '.join(names)}"
+    raise UserError(f"{where}: there is no {kind} {name}{hint}")
 
 
 def _axis(axis: str, entries: Any, where: str = "grid") -> list[Group]:

@@ -134,13 +134,13 @@ def test_overrides_replace_axes_groups_and_settings(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("grids: {}", "the file: there is no part grids; did you mean grid?"),
+        ("grids: {}", "the file: there is no part grids; did you mean 'grid'?"),
         ("options: {k: 1, k: 2}", "k is given twice, line 1"),
-        ("options: {sede: 1}", "options: there is no option sede; did you mean seed?"),
-        ("grid: {datasets: [subj]}", "grid: there is no option datasets; did you mean dataset?"),
+        ("options: {sede: 1}", "options: there is no option sede; did you mean 'seed'?"),
+        ("grid: {datasets: [subj]}", "grid: there is no option datasets; did you mean 'dataset'?"),
         (
             "settings: {a: {head-filtre: 1}}",
-            "settings: a: there is no option head_filtre; did you mean he",
+            "settings: a: there is no option head_filtre; did you mean 'he",
         ),
         ("options: {output_dir: x}", "options: there is no option output_dir"),
         ("options: {k: [1, 2]}", "options: k is a list: put several values under `grid`"),
@@ -154,7 +154,7 @@ def test_overrides_replace_axes_groups_and_settings(tmp_path):
         ("grid: {model: [{a: {k: 1}}]}", "grid: model: a does not set model"),
         ("grid: {model: [{model: gpt2, k: 1}]}", "an entry must be a value, or one name and its"),
         ("grid: {k: [0, 1]}", "k=0: --k 0: input should be greater"),
-        ("grid: {method: [AFBT]}", "--method: there is no method AFBT; did you mean ABFT"),
+        ("grid: {method: [AFBT]}", "--method: there is no method AFBT; did you mean 'ABFT'"),
         ("grid: {method: [vanilla], k: [-1]}", "vanilla k=-1: --k -1"),
         (
             "grid: {model: [{a: {model: gpt2, method: E2E}}], method: [{b: {method: ABFT}}]}",
@@ -228,7 +228,7 @@ def test_the_papers_files_train_nothing_twice(path):
     ("pair", "message"),
     [
         ("seed", "use NAME=VALUE"),
-        ("sede=1", "no option sede; did you mean seed"),
+        ("sede=1", "no option sede; did you mean 'seed'"),
         ("seed=[1", "is not YAML"),
     ],
 )
