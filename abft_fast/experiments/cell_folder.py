@@ -35,7 +35,6 @@ POLL_SECONDS = 0.1
 
 FINISHED, FAILED, UNFINISHED, WAITING = "finished", "failed", "unfinished", "waiting"
 
-_AGAIN = "run the sweep again, on the files as they are now or were then"
 _STARTED = "started: "  # begins the line before each command's output in output.log
 
 
@@ -162,7 +161,7 @@ class CellFolder:
         except UserError as error:
             self.metrics.unlink(missing_ok=True)
             shutil.rmtree(self.run, ignore_errors=True)  # it cannot go on with the right data
-            return self.fail(error)
+            return self._write_status(Outcome(FAILED, str(error)), seconds)
         return self._write_status(Outcome(FINISHED), seconds)
 
     def fail(self, error: UserError) -> Outcome:
@@ -178,14 +177,14 @@ class CellFolder:
         """Refuse data files whose content is not that of the cell's name."""
         for place, digest in self.about.get("data", {}).items():
             if sha256(Path(place)) != digest:
-                raise UserError(f"{place} has changed since the sweep began: {_AGAIN}")
+                raise UserError(f"{place} has changed since the sweep began: run the sweep again")
 
     def _check_data_used(self) -> None:
-        """Refuse what was computed from other data; they may have changed for a while."""
+        """Refuse a result of other data: a file may change after `_check_data`, and back again."""
         if self.about["command"] == "eval":
             self._check_data()
         elif sorted(RunFolder(self.run).data.values()) != sorted(self.about["data"].values()):
-            raise UserError(f"the data had changed when the run began: {_AGAIN}")
+            raise UserError("its data had changed when it began: run the sweep again")
 
     def _error(self, exit_code: int) -> str:
         """Return the line that says why the process failed.

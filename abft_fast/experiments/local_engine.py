@@ -37,7 +37,7 @@ def run_here(config: SweepConfig, folders: list[Path], on_end: CellEnded) -> Non
                     except UserError as error:
                         on_end(cell.folder.name, cell.fail(error), 0)
                         continue
-                    free_slots.remove(environment)
+                    free_slots.pop(0)
                     running[process] = cell, environment, time.monotonic()
                 time.sleep(POLL_SECONDS)
                 for process in list(running):

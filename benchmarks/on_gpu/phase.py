@@ -39,9 +39,9 @@ class Verdict(NamedTuple):
         what: was asked.
         found: in words.
         goal: in words.
-        status: `met`, `missed`, `no goal`, `cut` for want of time, `skipped` for want of a package
-            or of memory, or `FAILED`, where something is wrong. On a CPU what is not wrong has
-            `dry run`: its figures say nothing.
+        status: `met`, `missed`, `no goal`, `cut` for want of time or of a GPU that answers,
+            `skipped` for want of a package or of memory, or `FAILED`, where something is wrong. On
+            a CPU what is not wrong has `dry run`: its figures say nothing.
     """
 
     phase: str

@@ -1,12 +1,16 @@
 """`--stream` in several processes: each has some of the blocks, or a share of the prompts."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from abft_fast.builtin import builtin_model_path
 from tests.close import close
 from tests.command_line import FEW_QUERIES, QUICK, abft_fast, environment, start
 from tests.several_processes import TORCHRUN, adapter_error, kill_one, launch, metrics, said
@@ -119,6 +123,22 @@ def test_one_process_says_what_is_wrong(more, words, tmp_path):
     assert result.returncode != 0
     (line,) = said(result.stderr)
     assert words in line
+
+
+def test_a_mistake_found_in_a_pipeline_leaves_no_folder(tmp_path):
+    """Weights of the first block that are not finite: the main process finds them."""
+    model, folder = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(builtin_model_path(), model)
+    (weights,) = model.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors[min(n for n in tensors if n.endswith("input_layernorm.weight"))][0] = torch.nan
+    save_file(tensors, weights, {"format": "pt"})
+    options = [*OPTIONS, "--pipeline", "--no-eval", "--model", model, "--output-dir", folder]
+    result = launch(TORCHRUN, "-m", "abft_fast", "train", *options)
+    assert result.returncode != 0
+    (line,) = said(result.stderr)
+    assert "not finite" in line
+    assert not folder.exists()
 
 
 def wait_for(process, *paths):

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPTJConfig
 
 from abft_fast.commands import train
+from abft_fast.commands.printing import _gigabytes
 from abft_fast.errors import UnsupportedModel, UserError
 from abft_fast.memory import plan
 from abft_fast.memory.measure import (
@@ -403,3 +404,10 @@ def test_what_nobody_can_count_is_said():
 def test_a_malformed_gpu_is_refused(changes, error):
     with pytest.raises(UserError, match=error):
         resolve(PlanConfig, changes)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0.000"), (1, "< 0.001"), (6e5, "0.001"), (16_098_600_000, "16.099")]
+)
+def test_little_memory_is_not_printed_as_none(size, text):
+    assert _gigabytes(size) == text

@@ -49,7 +49,7 @@ def _value(record: Record, option: str) -> object:
 
 def _shown(record: Record, option: str) -> object:
     """Return an option's value as a figure has it: of a path, the last part."""
-    if option == "model" and "model" in record.labels:
+    if option == "model" and record.labels.get("model"):
         return record.labels["model"]
     value = record.options[option]
     return value.rstrip("/").split("/")[-1] if option in ("model", *MOVABLE) and value else value
