@@ -23,7 +23,7 @@ from abft_fast.core.backbone import backbone, prepare
 from abft_fast.core.language_model_loss import TargetedPrompt, label_target
 from abft_fast.models.shapes import known_shape, with_layers
 from abft_fast.models.synthetic import is_quantized, random_model
-from abft_fast.models.trainable import enable_checkpointing, train_lora, train_weights
+from abft_fast.models.trainable import add_lora, enable_checkpointing, unfreeze_query_key
 from abft_fast.runtime.batching import micro_batches
 from benchmarks import stored
 from benchmarks.exactness import DTYPE, WIDE, assert_exact
@@ -108,7 +108,7 @@ class Step:
             model = stored.load(case.model)
         else:
             model = random_model(case.config, torch.device(DEVICE), DTYPE, case.bits or None)
-        self.model = train_weights(model.eval()) if case.full else train_lora(model.eval(), 16)
+        self.model = unfreeze_query_key(model.eval()) if case.full else add_lora(model.eval(), 16)
         prepare(self.model)  # before any way runs: it keeps gradients through NF4 on a CPU
         for parameter in self.trained:
             if not parameter.any():

@@ -85,15 +85,20 @@ def bench_train_step(case, benchmark, rounds):
         rounds=rounds(10 if GPU else 3),
         setups={name: partial(step.set_up, way) for name, way in ways.items()},
     )
-    tokens = sum(step.lengths)
-    most = step.peaks(ways) if GPU else in_fresh_process(peaks, case)
+    tokens, dtype = sum(step.lengths), next(step.model.parameters()).dtype
+    prompts = len(step.prompts)
+    if GPU:
+        most = step.peaks(ways)
+    else:
+        del step, ways  # two copies of a large model may not fit
+        most = in_fresh_process(peaks, case)
     for name, timing in found.items():
         row = {
             "model": case.model,
-            "prompts": len(step.prompts),
+            "prompts": prompts,
             "tokens": tokens,
             "k": case.k,
-            "dtype": str(next(step.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "contender": name,
             **timing.columns(),
             "tokens_a_second": round(tokens / timing.seconds.p50),

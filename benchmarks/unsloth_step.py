@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abft_fast import builtin_model_path
 from abft_fast.models.synthetic import random_model
-from abft_fast.models.trainable import train_lora
+from abft_fast.models.trainable import add_lora
 from benchmarks.paired import Timing, wall_seconds
 from benchmarks.peak_memory import in_fresh_process
 from benchmarks.record import DEVICE, GPU, SEED, append
@@ -51,7 +51,7 @@ def by_unsloth(folder: str):
 
 def plain(folder: str):
     """The same by transformers and PEFT."""
-    return train_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE), 16)
+    return add_lora(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE), 16)
 
 
 def measure(folder: str, loader, rounds: int) -> tuple[float, list[float]]:

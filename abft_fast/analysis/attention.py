@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from abft_fast.analysis.last_row import induction_threshold
 from abft_fast.core.attention_rows import attention_rows
 from abft_fast.core.backbone import must_run_alone, prepare
 from abft_fast.core.packed_forward import PackedForward
@@ -80,9 +81,8 @@ def _figures(inner: PreTrainedModel, packed: PackedPrompts, attention: str) -> N
     run_packed(inner, forward)
     assert forward.keep is not None and forward.queries is not None
     behavior = forward.behavior()
-    labels = packed.label_offsets.diff().double()
-    lengths = packed.cu_seqlens.diff().double()
-    threshold = labels / (labels + lengths.log())
+    counts = (packed.label_offsets.diff().tolist(), packed.cu_seqlens.diff().tolist())
+    threshold = torch.tensor([*map(induction_threshold, *counts)], dtype=torch.float64)
     mass = behavior.label_mass.double().cpu()
     first = [_first_token(forward, layer, packed.bounds) for layer in sorted(forward.keep)]
     by_prompt = (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from abft_fast.analysis.effects import Floats, Recovered, is_right, log_odds, recovered
-from abft_fast.analysis.last_row import LastRow, run_prompt
+from abft_fast.analysis.last_row import LastRow, is_induction, run_prompt
 from abft_fast.analysis.pair import ModelPair
 from abft_fast.analysis.patching import patched_logits, replacement
 from abft_fast.core.packing import EncodedPrompt
@@ -163,15 +163,6 @@ class Patcher:
                     model, prompt, receiver, outputs, masks, label_ids, self.attention
                 )
         return receiver, giver, logits, masks
-
-
-def is_induction(row: LastRow, prompt: EncodedPrompt) -> Tensor:
-    """Return which heads are induction heads for a prompt, (layers, Hq) bool, on the CPU."""
-    labels = len(prompt.label_positions)
-    if not labels:
-        return torch.zeros(row.outputs.shape[:2], dtype=torch.bool)
-    mass = row.attention()[..., prompt.label_positions].sum(dim=-1)
-    return (mass > labels / (labels + math.log(len(prompt)))).cpu()
 
 
 def _mask(way: Way, induction: Tensor) -> Tensor:

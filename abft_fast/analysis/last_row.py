@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -60,6 +61,17 @@ class LastRow:
 def _by_query_head(value: Tensor, heads: int) -> Tensor:
     """Return (n, Hkv, D) as (Hq, n, D): query heads of a group share keys and values."""
     return value.transpose(0, 1).repeat_interleave(heads // value.shape[1], dim=0)
+
+
+def induction_threshold(labels: int, tokens: int) -> float:
+    """Return T = k / (k + ln n); a head whose label mass is above it is an induction head."""
+    return labels / (labels + math.log(tokens)) if labels else 0.0
+
+
+def is_induction(row: LastRow, prompt: EncodedPrompt) -> Tensor:
+    """Return which heads are induction heads for a prompt, (layers, Hq) bool, on the CPU."""
+    mass = row.attention()[..., prompt.label_positions].sum(dim=-1)
+    return (mass > induction_threshold(len(prompt.label_positions), len(prompt))).cpu()
 
 
 @torch.no_grad()

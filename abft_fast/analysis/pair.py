@@ -43,16 +43,7 @@ class ModelPair:
         self.layers = list(attention_layers(base))
         self.heads = backbone(base).config.num_attention_heads
         if tuned is not None:
-            shapes = [
-                {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
-                for model in (base, tuned)  # a head may be tied in one of them only
-            ]
-            if shapes[0] != shapes[1]:
-                names = {n for n, s in shapes[0].items() if shapes[1].get(n) != s}
-                raise UserError(
-                    "--model and --tuned have different shapes: "
-                    f"{min(names or shapes[1].keys() - shapes[0].keys())} differs"
-                )
+            check_same_shapes(base, tuned)
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:
@@ -73,6 +64,24 @@ class ModelPair:
         """Free the other rows of the LM head."""
         for model in {id(m): m for m in (self._base, self._tuned)}.values():
             keep_label_rows(model, label_ids)
+
+
+def check_same_shapes(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
+    """Refuse two models whose weights differ in names or shapes.
+
+    Raises:
+        UserError: they do.
+    """
+    shapes = [
+        {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+        for model in (base, tuned)  # a head may be tied in one of them only
+    ]
+    if shapes[0] != shapes[1]:
+        names = {n for n, s in shapes[0].items() if shapes[1].get(n) != s}
+        raise UserError(
+            "the tuned model and its base have different shapes: "
+            f"{min(names or shapes[1].keys() - shapes[0].keys())} differs"
+        )
 
 
 @contextmanager

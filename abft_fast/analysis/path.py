@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from abft_fast.analysis.cmap import is_induction
 from abft_fast.analysis.effects import log_odds
-from abft_fast.analysis.last_row import LastRow, run_prompt_at, run_rows
+from abft_fast.analysis.last_row import LastRow, is_induction, run_prompt_at, run_rows
 from abft_fast.analysis.patching import patched_logits, replaced
 from abft_fast.core.attention_rows import attention_rows
 from abft_fast.core.packed_forward import PackedForward

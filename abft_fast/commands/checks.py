@@ -79,7 +79,7 @@ def _check_processes(config: TrainConfig) -> None:
 
 def _resumed(flags: dict[str, Any]) -> tuple[RunFolder, TrainConfig]:
     """Open the run to resume; refuse options other than those that it may be given anew."""
-    allowed = {"resume", "debug", "force", *OF_THIS_CALL, *MOVABLE}
+    allowed = {"resume", "debug", "force", "model", *OF_THIS_CALL, *MOVABLE}
     unwanted = sorted(set(flags) - allowed)
     if unwanted:
         names = ", ".join(map(flag, unwanted))

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from abft_fast.commands.session import Session
 from abft_fast.core.backbone import backbone
 from abft_fast.data import Dataset
 from abft_fast.data.mauve_prefixes import prefixes
+from abft_fast.errors import UserError
 from abft_fast.models import loading
 from abft_fast.options import TrainConfig
 from abft_fast.training.run_folder import RunFolder
@@ -30,9 +31,11 @@ def check(config: TrainConfig, dataset: Dataset) -> None:
     """Refuse a run that could not end with a score.
 
     Raises:
-        UserError: there are too few prefixes, or `--mauve-model` cannot be read.
+        UserError: there are too few prefixes, the model's context is too short for a continuation,
+            or `--mauve-model` cannot be read.
     """
     prefixes(config.mauve_prefix, dataset)
+    _room(loading.read_config(config.model))
     if config.mauve_model is not None:
         loading.read_config(config.mauve_model)
         loading.read_tokenizer(config.mauve_model)
@@ -56,10 +59,13 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prefixes: Sequence[str], seed: int
 ) -> list[str]:
-    """Return each prefix with its continuation by the model, sampled at temperature 1."""
-    config = backbone(model).config
-    room = (loading.context_length(config) or _NEW_TOKENS + 2**20) - _NEW_TOKENS
-    encoded = [ids[-room:] for ids in tokens_of(tokenizer, prefixes)]
+    """Return each prefix with its continuation by the model, sampled at temperature 1.
+
+    Raises:
+        UserError: the model's context is too short for a continuation.
+    """
+    room = _room(backbone(model).config)
+    encoded = [ids if room is None else ids[-room:] for ids in tokens_of(tokenizer, prefixes)]
     device = model.get_input_embeddings().weight.device
     model.eval()
     texts: list[str] = []
@@ -84,6 +90,17 @@ def generate(
             kept = [row[longest - len(p) :] for row, p in zip(output.tolist(), batch, strict=True)]
             texts += tokenizer.batch_decode(kept, skip_special_tokens=True)
     return texts
+
+
+def _room(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens of a prefix a model can continue; None without a limit."""
+    length = loading.context_length(config)
+    if length is not None and length <= _NEW_TOKENS:
+        raise UserError(
+            f"--mauve-test continues texts by {_NEW_TOKENS} tokens, but the model's context has "
+            f"{length}: use a model with a longer one"
+        )
+    return None if length is None else length - _NEW_TOKENS
 
 
 def score_texts(config: TrainConfig, run: RunFolder, session: Session) -> None:
@@ -121,11 +138,11 @@ def text_features(
     """Return the model's last hidden state at each text's last token, (texts, width) float32."""
     inner = backbone(model).eval()
     device = inner.get_input_embeddings().weight.device
-    limit = loading.context_length(inner.config) or 0
-    encoded = tokens_of(tokenizer, texts)
+    limit = loading.context_length(inner.config)
+    encoded = [ids if limit is None else ids[-limit:] for ids in tokens_of(tokenizer, texts)]
     rows = []
     with torch.no_grad():
-        for batch in _batches([ids[-limit:] for ids in encoded]):
+        for batch in _batches(encoded):
             longest = max(map(len, batch))
             ids = torch.tensor([p + [0] * (longest - len(p)) for p in batch], device=device)
             hidden = inner(ids, use_cache=False).last_hidden_state  # causal: padding is not seen

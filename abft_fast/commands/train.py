@@ -20,7 +20,7 @@ from abft_fast.commands.report import report_of_training
 from abft_fast.commands.session import Session, check_same_data
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import FailedApart, Interrupted, UserError
-from abft_fast.evaluation.details import describe_test
+from abft_fast.evaluation.details import describe_test, some_prompts
 from abft_fast.evaluation.evaluation_set import EvaluationSet, Outcome
 from abft_fast.evaluation.last_rows import mean_last_row
 from abft_fast.memory.plan import available_memory, make_plan, what_to_change
@@ -298,7 +298,7 @@ def details_of(session: TrainSession, test: EvaluationSet, outcome: Outcome) -> 
         autocast=session.accelerator.autocast,
         attention=session.config.attention_backend,
     )
-    return describe_test(test, outcome, session.encoder.tokenizer, row)
+    return describe_test(test, outcome, some_prompts(test, session.encoder.tokenizer, row))
 
 
 def to_train(

@@ -9,6 +9,8 @@ from typing import ClassVar, Self
 
 from abft_fast.errors import UserError
 
+_MOST_DRAWS = 1000  # for each prompt, with `seen_labels_only`
+
 
 @dataclass(frozen=True)
 class Example:
@@ -41,7 +43,7 @@ class Dataset:
         name: the paper's short name, e.g. `"sst2"`.
         input_prefix: what stands before a text, e.g. `"sentence: "`.
         label_prefix: what stands before a label, e.g. `"sentiment: "`.
-        label_words: single-token label words (paper, Table 5).
+        label_words: in prompts of form `ours`; of StaICC's datasets the paper's (Table 5).
         staicc_label_words: the words StaICC itself uses; they differ for `subj`.
         training: StaICC's 1,024 calibration examples; only these are trained on.
         demonstrations: the pool test prompts draw their demonstrations from.
@@ -128,12 +130,20 @@ class Dataset:
         (ours).
 
         Raises:
-            UserError: as `check_training`.
+            UserError: as `check_training`, or fewer than 1 of 1,000 prompts are of that kind.
         """
         self.check_training(k, seen_labels_only)
         generator = random.Random(f"{self.name}-{seed}")
         prompts: list[Prompt] = []
+        draws = 0
         while len(prompts) < count:
+            draws += 1
+            if draws > _MOST_DRAWS * count:
+                raise UserError(
+                    f"--seen-labels-only: in {len(prompts)} of {draws:,} prompts drawn from "
+                    f"{self.name}, a demonstration has the query's label: use a larger --k, or "
+                    "leave the option out"
+                )
             *demonstrations, query = generator.sample(self.training, k + 1)
             is_seen = any(each.label == query.label for each in demonstrations)
             if is_seen or not seen_labels_only:

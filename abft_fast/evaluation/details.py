@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,22 +16,18 @@ _SHOWN = 10  # prompts of which tokens and attention are kept
 def describe_test(
     test: EvaluationSet,
     outcome: Outcome,
-    tokenizer: PreTrainedTokenizerBase,
-    last_row: Callable[[EncodedPrompt], list[float]] | None = None,
+    prompts: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the details of one run of a test, as JSON has them.
 
     Args:
         test: the test.
         outcome: what it found.
-        tokenizer: turns tokens into text.
-        last_row: returns what the last token of a prompt attends to; without it, no prompt is
-            shown.
+        prompts: a few of its prompts, by `some_prompts`.
 
     Returns:
         `dataset` and `label_words`. By prompt, `queries`, `labels` and `probabilities`, an empty
-        list for a prompt left out. `layers`, by `BehaviorMean.layers`. `prompts`, each with its
-        `index`, `tokens`, `attention`, `label_positions` and `label_is_correct`.
+        list for a prompt left out. `layers`, by `BehaviorMean.layers`. `prompts`.
     """
     return {
         "dataset": test.dataset,
@@ -40,16 +36,25 @@ def describe_test(
         "labels": outcome.labels,
         "probabilities": [[round(value, 6) for value in row] for row in outcome.probabilities],
         "layers": outcome.behavior.layers(),
-        "prompts": [] if last_row is None else _shown_prompts(test, tokenizer, last_row),
+        "prompts": list(prompts),
     }
 
 
-def _shown_prompts(
+def some_prompts(
     test: EvaluationSet,
     tokenizer: PreTrainedTokenizerBase,
     last_row: Callable[[EncodedPrompt], list[float]],
 ) -> list[dict[str, Any]]:
-    """Return prompts from all over the test, with the attention of their last tokens."""
+    """Return ten prompts from all over the test, with the attention of their last tokens.
+
+    Args:
+        test: the test.
+        tokenizer: turns tokens into text.
+        last_row: returns what the last token of a prompt attends to.
+
+    Returns:
+        Each prompt's `index`, `tokens`, `attention`, `label_positions` and `label_is_correct`.
+    """
     encoded = test.encoded[0]
     count = min(_SHOWN, len(encoded.prompts))
     shown = []

@@ -120,10 +120,16 @@ class EvaluationSet:
         return Outcome(metrics, behavior, self._queries, self._labels, first)
 
     def _check_all_kept(self, options: Options) -> None:
-        """Refuse dropped prompts where StaICC needs every one."""
+        """Refuse dropped or shortened prompts where StaICC needs every one, or all of it."""
         needs_all = self.test_type.endswith("Sensitivity")
         if needs_all and any(encoded.dropped for encoded in self.encoded):
             self._refuse(f"--test-type {self.test_type} compares all predictions of a query")
+        if self.test_type == "GLER" and any(encoded.shortened for encoded in self.encoded):
+            raise UserError(
+                f"{self.dataset}: --test-type GLER counts wrong labels among {options.k} "
+                "demonstrations, and some prompts are too long for all of them: lower --k, or pass "
+                "--on-long-prompt drop"
+            )
         if self._calibration.call is not None and self.encoded[-1].dropped:
             self._refuse(f"--calibration {options.calibration} learns from every prompt")
 

@@ -17,6 +17,9 @@ CALIBRATIONS = {
 }  # fmt: skip
 """The methods that only evaluate, and the value of `calibration` that each stands for."""
 
+SAID_BY_METHOD = frozenset({"calibration", "stream"})
+"""Options that split no runs of such a method: it says the first, the second changes no score."""
+
 PLACEMENT = frozenset(OF_THIS_CALL)
 """Options that say where a cell runs. The name of a cell does not depend on them."""
 

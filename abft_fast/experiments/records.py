@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from abft_fast.errors import UserError
+from abft_fast.experiments.cell import CALIBRATIONS
 from abft_fast.experiments.cell_folder import FINISHED, UNFINISHED, CellFolder
-from abft_fast.options import Options, listed_tests, of_one_test
+from abft_fast.options import EvalConfig, Options, listed_tests, of_one_test
 from abft_fast.options.resolve import read_yaml
 from abft_fast.training.run_folder import RunFolder
 
@@ -60,6 +61,22 @@ class Record:
         """The name that the scores give the dataset."""
         return Options.model_construct(dataset=self.options["dataset"]).dataset_name
 
+    @property
+    def untrained(self) -> Record:
+        """The test before training, as the record of the method that only evaluates so."""
+        calibration = self.options.get("calibration", "none")
+        return replace(
+            self,
+            method=next(name for name, value in CALIBRATIONS.items() if value == calibration),
+            options={n: v for n, v in self.options.items() if n in EvalConfig.model_fields},
+            labels={axis: label for axis, label in self.labels.items() if axis == "model"},
+            evaluation={"after": self.evaluation.get("before", {})},
+            attention={"after": self.attention.get("before", {})},
+            seconds=None,
+            peak_memory=None,
+            trained_parameters=None,
+        )
+
     def by_test(self) -> list[Record]:
         """Return a record for each of the run's tests, as if each had a run of its own."""
         test_type = self.options.get("test_type", "Normal")
@@ -72,6 +89,14 @@ class Record:
             )
             for test in listed_tests(test_type)
         ]
+
+
+def ambiguous(names: Iterable[tuple[str, str]]) -> set[str]:
+    """Return the names that stand for several values, of pairs of a name and its value."""
+    values: dict[str, set[str]] = {}
+    for name, value in names:
+        values.setdefault(name, set()).add(value)
+    return {name for name, found in values.items() if len(found) > 1}
 
 
 def read_records(folder: Path) -> list[Record]:

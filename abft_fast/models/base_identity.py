@@ -71,7 +71,7 @@ def describe_name(name: str, quantized: bool) -> dict[str, Any]:
 
 
 def no_numbers() -> dict[str, dict[str, str]]:
-    """Return what `add_numbers` adds to."""
+    """Return an empty record, for `add_numbers`."""
     return {"vectors": {}, "matrices": {}}
 
 

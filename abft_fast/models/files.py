@@ -26,6 +26,10 @@ _CHANGE_WEIGHTS = {
 """PEFT's kinds of adapters that give each layer other weights, whatever the prompt is."""
 _LOOK_AT_PROMPTS = ("alora_invocation_tokens", "arrow_config", "layer_replication")
 """Settings of LoRA with which an adapter does more than that."""
+_READ_BY_TRANSFORMERS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", SAFETENSORS_INDEX_FILE,
+)  # fmt: skip
 _AGAIN = "download it again"
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")  # as llama.cpp names the parts of a model
 
@@ -151,8 +155,8 @@ def check_adapter(folder: Path) -> None:
 
 def find_damage(folder: Path) -> str | None:
     """Return a line on the first damaged file of a model and the fix; None where all look whole."""
-    for path in sorted(folder.glob("*.json")):
-        problem = _json_problem(path)
+    for path in (folder / name for name in _READ_BY_TRANSFORMERS):
+        problem = _json_problem(path) if path.exists() else None
         if problem is not None:
             return problem
     return find_damaged_weights(folder)
@@ -206,7 +210,9 @@ def shards(folder: Path) -> dict[Path, list[str]]:
 def _json_problem(path: Path) -> str | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    except ValueError:
         return f"{path} is not JSON: {_AGAIN}"
     if not isinstance(content, dict) and path.name == "config.json":
         return f"{path} holds no JSON object: {_AGAIN}"

@@ -38,9 +38,10 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from abft_fast.errors import UserError
 from abft_fast.models.files import gguf_file
+from abft_fast.models.gguf_rope import FACTORS, rope_parameters
 
 _TABLE = "gguf.json"
-_LAYOUT = 3  # of the folder; another number makes folders of older versions be written anew
+_LAYOUT = 4  # of the folder; another number makes folders of older versions be written anew
 _OWN_TOKENIZER = "tokenizer"
 
 
@@ -61,8 +62,8 @@ def metadata_folder(path: Path) -> Path:
     another one.
 
     Raises:
-        UserError: the package gguf is missing, the file is damaged, or transformers does not read
-            its architecture from GGUF.
+        UserError: the package gguf is missing, the file is damaged, or its architecture or its
+            scaling of RoPE cannot be read from GGUF.
     """
     status = path.stat()
     identity = [
@@ -114,7 +115,7 @@ def class_and_tensors(
     """Return a model's class, and its tensors by transformers' names, of which none is read yet.
 
     Raises:
-        UserError: as `metadata_folder`.
+        UserError: as `metadata_folder`, or a tensor is no weight of that class.
     """
     table = json.loads((metadata_folder(path) / _TABLE).read_text(encoding="utf-8"))
     with torch.device("meta"):
@@ -128,6 +129,11 @@ def class_and_tensors(
         stored = StoredTensor(*row)
         if stored.name in names:
             tensors[names[stored.name]] = LazyTensor(path, stored, processor, names)
+        elif stored.name != FACTORS and ".nextn." not in stored.name:  # of tokens after the next
+            raise UserError(
+                f"model {path}: transformers' {type(model).__name__} has no weight for its tensor "
+                f"{stored.name}: use the model's safetensors"
+            )
     return type(model), tensors
 
 
@@ -211,6 +217,14 @@ def _write_metadata(path: Path, folder: Path) -> None:
             f"model {path}: transformers cannot read a GGUF of architecture {architecture} "
             f"({reason}): use the model's safetensors"
         ) from error
+    try:
+        scaled = rope_parameters(reader, architecture, config)
+    except ValueError as error:
+        raise UserError(
+            f"model {path}: {error}, which cannot be read from GGUF: use the model's safetensors"
+        ) from error
+    if scaled is not None:
+        config.rope_parameters = scaled
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder / _OWN_TOKENIZER)
     _save_light_tokenizer(tokenizer, folder)

@@ -26,7 +26,7 @@ from abft_fast.models.device_map import does_not_fit
 from abft_fast.models.files import ADAPTER_CONFIG, check_model_folder, find_damage, gguf_file
 from abft_fast.models.gguf import class_and_tensors, copy_tokenizer, metadata_folder
 from abft_fast.models.shapes import SYNTHETIC, known_names, known_shape
-from abft_fast.models.stored_format import check_format, stored_format
+from abft_fast.models.stored_format import prepare_format, stored_format
 from abft_fast.models.synthetic import quantization, random_model
 from abft_fast.runtime.token_budget import is_out_of_memory
 
@@ -60,7 +60,7 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if name.startswith(SYNTHETIC):
         name = "builtin"
-    # Of a GGUF file the general class reads it faster than the model's own, to the same effect.
+    # The general class reads a GGUF's saved tokenizer faster than the model's own, to the same ids.
     return _read(AutoTokenizer if gguf_file(name) is None else PreTrainedTokenizerFast, name)
 
 
@@ -124,7 +124,7 @@ def _stored_model(
     if stored is not None:
         if bits is not None:
             raise UserError(f"model {name} is quantized already ({stored}): leave out --quantized")
-        check_format(config, name, device)
+        prepare_format(config, name, device)
     kind, source = AutoModelForCausalLM, {}
     path = gguf_file(name)
     if path is not None:
@@ -137,7 +137,7 @@ def _stored_model(
         config=config,
         dtype=dtype,
         **(placement or {"device_map": {"": device}}),
-        adapter_kwargs={"subfolder": "none"},  # where transformers looks for one that we leave out
+        adapter_kwargs={"subfolder": "none"},  # no folder, so no adapter beside the weights is read
         quantization_config=None if bits is None else quantization(bits, dtype),
         output_loading_info=True,
         use_safetensors=True,  # a pickle can run any code
@@ -241,7 +241,7 @@ def _damage(path: str) -> str | None:
 
 def _why_not_loaded(name: str, path: str, error: Exception) -> str:
     text = " ".join(str(error).split())
-    lowered = text.lower()
+    lowered = text.lower().replace(path.lower(), "")  # which may hold the words looked for
     if "dispatched on the cpu or the disk" in lowered:  # a quantized one
         return does_not_fit(name)
     if Path(path).is_dir():

@@ -1,4 +1,4 @@
-"""Checkpoints that are stored quantized: which of them can be read and trained through here.
+"""Decide whether a checkpoint that is stored quantized can be read and trained through.
 
 transformers, and the packages it asks for, know the formats; there is no list of them here.
 """
@@ -22,7 +22,7 @@ def stored_format(config: PreTrainedConfig) -> str | None:
     return None if stored is None else str(stored.get("quant_method", "bitsandbytes"))
 
 
-def check_format(config: PreTrainedConfig, name: str, device: torch.device) -> None:
+def prepare_format(config: PreTrainedConfig, name: str, device: torch.device) -> None:
     """Refuse a format that cannot be read or trained through, before any weight is read.
 
     A format that has no gradient is dequantized as it is read, where transformers can do that: the

@@ -66,11 +66,11 @@ def set_trained(
     """
     match trainable:
         case "lora":
-            trained = train_lora(model, rank, layers)
+            trained = add_lora(model, rank, layers)
         case "full":
-            trained = train_weights(model, layers)
+            trained = unfreeze_query_key(model, layers)
         case "model":
-            return train_model(model)
+            return unfreeze_all(model)
         case _:
             raise ValueError(f"trainable must be lora, full or model, not {trainable!r}")
     if head:
@@ -78,9 +78,7 @@ def set_trained(
     return trained
 
 
-def train_lora(
-    model: PreTrainedModel, rank: int, layers: Collection[int] | None = None
-) -> PeftModel:
+def add_lora(model: PreTrainedModel, rank: int, layers: Collection[int] | None = None) -> PeftModel:
     """Add LoRA to W_Q and W_K of layers, in float32; of a fused projection to Q and K only.
 
     Raises:
@@ -112,11 +110,13 @@ def train_lora(
             "query and key projections; this family is not supported by --trainable lora"
         )
     for projection in _of_layers(query_key_projections(peft_model), layers):
-        _train_rows(projection, projection.module.get_parameter("lora_B.default.weight"), dim=0)
+        _mask_gradient(projection, projection.module.get_parameter("lora_B.default.weight"), dim=0)
     return peft_model
 
 
-def train_weights(model: PreTrainedModel, layers: Collection[int] | None = None) -> PreTrainedModel:
+def unfreeze_query_key(
+    model: PreTrainedModel, layers: Collection[int] | None = None
+) -> PreTrainedModel:
     """Train W_Q and W_K of layers, as float32; of a fused projection Q's and K's rows only.
 
     Raises:
@@ -126,16 +126,16 @@ def train_weights(model: PreTrainedModel, layers: Collection[int] | None = None)
     _refuse_quantized(model, "full")
     model.requires_grad_(False)
     for projection in projections:
-        train_weight(projection)
+        unfreeze_projection(projection)
     return model
 
 
-def train_weight(projection: Projection) -> None:
+def unfreeze_projection(projection: Projection) -> None:
     """Train a projection's own weight, as float32; of a fused one Q's and K's rows only."""
     # bfloat16 would round updates of 2e-5 to no change.
     weight = nn.Parameter(projection.module.get_parameter("weight").data.float())
     projection.module.weight = weight
-    _train_rows(projection, weight, dim=1 if _is_transposed(projection.module) else 0)
+    _mask_gradient(projection, weight, dim=1 if _is_transposed(projection.module) else 0)
 
 
 def train_head(model: PreTrainedModel) -> None:
@@ -155,7 +155,7 @@ def train_head(model: PreTrainedModel) -> None:
         head.bias = nn.Parameter(head.bias.detach().to(torch.float32, copy=True))
 
 
-def train_model(model: PreTrainedModel) -> PreTrainedModel:
+def unfreeze_all(model: PreTrainedModel) -> PreTrainedModel:
     """Train every weight, as float32.
 
     Raises:
@@ -182,7 +182,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    # The loss leaves the forward in the last attention, which a checkpoint could not replay.
+    # The forward may end inside the last attention, so its layer cannot be computed again.
     inner = prepare(model)
     last: GradientCheckpointingLayer = decoder_layers(inner)[max(attention_layers(inner))]
     last.gradient_checkpointing = False
@@ -311,7 +311,7 @@ def _refuse_quantized(model: PreTrainedModel, trainable: str) -> None:
         )
 
 
-def _train_rows(projection: Projection, weight: nn.Parameter, dim: int) -> None:
+def _mask_gradient(projection: Projection, weight: nn.Parameter, dim: int) -> None:
     """Zero the gradient of V's part of a fused projection, so that Adam never moves it."""
     if projection.rows is None:
         return

@@ -344,5 +344,5 @@ def artifact_of(folder: Path) -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds an adapter, and no model."""
+    """Return whether a folder holds an adapter; one with a model beside it counts."""
     return (folder / "adapter_config.json").is_file()

@@ -14,7 +14,8 @@ from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 _NAMES_OR_PATHS = (
-    "model", "dataset", "meta_datasets", "training_datasets", "adapter", "mauve_model",
+    "model", "dataset", "meta_datasets", "training_datasets", "adapter", "mauve_model", "tuned",
+    "measure",
 )  # fmt: skip
 """Options of type `str` that may name files or folders."""
 
@@ -39,7 +40,7 @@ def is_positional(field: FieldInfo) -> bool:
 
 
 def expanded(value: Any) -> Any:
-    """Return paths, separated by commas, with the home folder for a `~` that begins one.
+    """Expand the `~` that begins a path, in one path or in several separated by commas.
 
     A shell expands no `~` in YAML and in `--option=~/file`.
 

@@ -81,7 +81,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"config {path} must be a mapping of options, such as `k: 4`")
-    return {str(name).replace("-", "_"): value for name, value in content.items()}
+    options = {str(name).replace("-", "_"): value for name, value in content.items()}
+    if len(options) < len(content):
+        names = [str(name).replace("-", "_") for name in content]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"config {path}: {twice} is given twice, with - and with _")
+    if "config" in options:
+        raise UserError(f"config {path}: config works on the command line only: leave it out")
+    return options
 
 
 def write_yaml(config: CommandOptions, path: Path) -> None:

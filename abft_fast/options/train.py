@@ -46,10 +46,14 @@ def _lora_is_meant(given: Mapping[str, Any]) -> bool:
     model = str(given.get("model", "builtin"))
     if model == "builtin" or given.get("quantized") or given.get("lora_r") is not None:
         return True
+    from huggingface_hub import try_to_load_from_cache  # takes 0.2 s
+
+    config = Path(model) / "config.json"
     try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        return "quantization_config" in config
-    except (OSError, ValueError):  # a hub id, or a mistake that is named when the model is read
+        if not config.is_file():
+            config = Path(str(try_to_load_from_cache(model, "config.json")))
+        return "quantization_config" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not downloaded, or a mistake that is named when it is read
         return False
 
 
@@ -169,8 +173,9 @@ class TrainConfig(TrainingDataOptions):
         0.1,
         ge=0,
         allow_inf_nan=False,
-        description="Weight of what keeps the number n of induction heads, with --objective "
-        "share: the loss of a head gets hold * (n / n at step 1 - 1) * ln S. 0: nothing does.",
+        description="With --objective share: weight of the term hold * (n_t / n_1 - 1) * ln S of "
+        "each head's loss, which keeps the number n_t of induction heads at step t near n_1. 0 "
+        "leaves it out.",
     )
     penalty: float = Field(
         0.5,

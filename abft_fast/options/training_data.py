@@ -49,8 +49,8 @@ class TrainingDataOptions(Options):
     training_datasets: str | None = Field(
         None,
         description="Datasets that ABFT and E2E train on: names or files as for --dataset, "
-        "separated by commas; or others, the paper's datasets that are not tested. Unset: the "
-        "dataset of --dataset.",
+        "separated by commas; or others, the paper's datasets that are not tested. Of a file, the "
+        "rows that --test-share leaves to train on. Unset: the dataset of --dataset.",
     )
     mixture: Literal["equal", "proportional"] = Field(
         "equal",
@@ -73,8 +73,8 @@ class TrainingDataOptions(Options):
     seen_labels_only: bool = Field(
         False,
         description="Train only on prompts in which a demonstration has the query's label. Unset: "
-        "on any, as in the paper; of TREC's, which has six labels, 45 % have no right label to "
-        "attend to.",
+        "also on others, as in the paper. TREC has six labels: in 45 % of its prompts no "
+        "demonstration has the query's.",
     )
     meta_datasets: str | None = Field(
         None,
@@ -101,6 +101,11 @@ class TrainingDataOptions(Options):
         names = [dataset_or_file(name.strip()) for name in value.split(",")]
         places = [absolute_place(name) for name in names]
         for name, place in zip(names, places, strict=True):
+            if "," in place:
+                raise ValueError(
+                    f"{place} has a comma in a folder's name, and commas separate these names: "
+                    "move the file"
+                )
             if places.count(place) > 1:
                 raise ValueError(f"{name} is named twice")
         return ",".join(names)
@@ -138,6 +143,11 @@ class TrainingDataOptions(Options):
             raise ValueError(
                 f"--seen-labels-only: {self.method} trains on plain text, which has no labels: "
                 "leave the option out"
+            )
+        if self.seen_labels_only and self.on_long_prompt == "fewer-demonstrations":
+            raise ValueError(
+                "--on-long-prompt fewer-demonstrations may leave out the one with the query's "
+                "label, which --seen-labels-only asks for: use --on-long-prompt drop"
             )
         for option in DATASET_LISTS:
             boxes = [name for name in listed_names(getattr(self, option)) if name in data.BOXES]

@@ -27,7 +27,7 @@ class Rule:
     is_idle: Callable[[Any], bool]
 
 
-_TESTS = ("test_type", "generalization_test", "calibration", "calibration_samples", "test_samples")
+_TESTS = ("test_type", "calibration", "calibration_samples", "test_samples")
 _CONTROL = ("adaptation", "p_factor", "pid_p", "pid_i", "pid_d")
 
 EVALUATION = (
@@ -42,6 +42,11 @@ EVALUATION = (
 TRAINING = (
     *EVALUATION,
     Rule("evaluations", _TESTS, lambda run: not run.sides),
+    Rule(
+        "evaluations and training on other datasets",
+        ("generalization_test",),
+        lambda run: not run.sides and not set(run.training_dataset_names) - {run.dataset},
+    ),
     Rule(
         "--training-labels mixed",
         ("own_labels_share",),

@@ -30,7 +30,7 @@ class EncodedPrompts:
         prompts: the prompts kept.
         labels: index of each kept query's label word among those that may answer it.
         kept: index of each kept prompt among those given.
-        label_ids: the token each label word is at these queries.
+        label_ids: the token of each label word at these queries.
         answers: indices of the label words that may answer each kept query; empty where all may
             answer every one.
         dropped: prompts left out.
@@ -52,7 +52,7 @@ class EncodedPrompts:
         return [self.label_ids[label] for label in self.answers[index]]
 
     def of_answers(self, logits: Tensor) -> Tensor:
-        """Return the logits of what may answer, (prompts, answers), of (prompts, label words)."""
+        """Return the logits (P, answers) of what may answer each prompt, of (P, label words)."""
         return logits.gather(1, torch.tensor(self.answers)) if self.answers else logits
 
 
@@ -77,15 +77,15 @@ class PromptEncoder:
         vocabulary: tokens that the model has; None for any number.
         name_flags: name arguments in errors as the command line's flags.
 
-    Special tokens, such as `</s>`, that stand in a text stay text: they are tokenized as other
-    characters are. Only where the template itself holds a special token, texts may hold some, too.
+    A special token's spelling in a text, such as `</s>`, is tokenized as ordinary characters. If
+    the template itself holds a special token, spellings in texts become special tokens, too.
 
     Attributes:
         label_ids: the token of each label word at the query, in the order of the label words.
 
     Raises:
-        UserError: a label word is several tokens or outside the vocabulary, two label words are the
-            same token, or a word is not the same token in a demonstration and at the query.
+        UserError: the tokenizer is not a fast one; a label word is several tokens, outside the
+            vocabulary, or merges with the text before it; or two label words are the same token.
     """
 
     def __init__(
@@ -207,6 +207,9 @@ class PromptEncoder:
             answers: label words that may answer each query, by index, equally many for each; None
                 where all may.
 
+        Returns:
+            The prompts kept, in the order given.
+
         Raises:
             UserError: a prompt is too long and `on_long_prompt` is `refuse`, or none is left, or
                 labels cannot be told apart under the template, or a token is outside the
@@ -255,7 +258,7 @@ class PromptEncoder:
         return result
 
     def tokens_at(self, prompt: Prompt, spans: Sequence[tuple[int, int]]) -> list[int]:
-        """Return the first token of each (start, end) of a prompt's text."""
+        """Return the position of the first token of each (start, end) of a prompt's text."""
         [(_, offsets)] = self._text.with_offsets([self.template.render(prompt)[0]])
         return [overlapping(offsets, span)[0] for span in spans]
 

@@ -66,7 +66,12 @@ class TextTokens:
 
 
 def overlapping(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> list[int]:
-    """Return the tokens that share a character with a span; offsets never go back."""
+    """Return the positions of the tokens that share a character with a span.
+
+    Args:
+        offsets: (start, end) of each token in the text; no end is before the one before it.
+        span: (start, end).
+    """
     first = bisect_right(offsets, span[0], key=lambda offset: offset[1])
     tokens = range(first, len(offsets))
     return list(itertools.takewhile(lambda i: offsets[i][0] < span[1], tokens))

@@ -37,19 +37,18 @@ def pictures(run: RunData, prefix: str) -> dict[str, str]:
 def _figures(run: RunData) -> dict[str, Figure]:
     figures = {}
     if run.steps:
-        method = run.options.get("method", "ABFT")
-        losses = {"of ABFT": "attention_loss"}
-        if method != "ABFT":
-            losses[f"of {method}"] = "loss"
-        figures["Loss over steps"] = _over_steps(run.steps, losses, "loss of a batch")
-        heads = {"induction heads": "induction_heads"}
-        figure = _over_steps(run.steps, heads, "heads a prompt")
+        figures["Training loss"] = _over_steps(run.steps, "loss", "loss of a batch")
+        if any(row.get("attention_loss") is not None for row in run.steps):
+            title = "Loss of ABFT at the initial A and B"
+            figures[title] = _over_steps(run.steps, "attention_loss", "loss of a batch")
+        figure = _over_steps(run.steps, "induction_heads", "heads a prompt")
         most = max(row["induction_heads"] for row in run.steps)
         figure.axes[0].set_ylim(0, 1.08 * most or 1)
         figures["Induction heads over steps"] = figure
-        share = {"correct share": "correct_share_above_chance"}
         title = "Label mass on correct labels over steps"
-        figures[title] = _over_steps(run.steps, share, "above chance (%)", 100)
+        figures[title] = _over_steps(
+            run.steps, "correct_share_above_chance", "above chance (%)", 100
+        )
     if run.sides:
         figures["Attention on labels by layer"] = _by_layer(run)
         figures["Calibration"] = _calibration(run)
@@ -72,21 +71,10 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, ncols=2, loc="upper left", bbox_to_anchor=(0.12, 1.0))
 
 
-def _over_steps(
-    steps: Sequence[dict[str, Any]], lines: dict[str, str], unit: str, factor: float = 1
-) -> Figure:
+def _over_steps(steps: Sequence[dict[str, Any]], name: str, unit: str, factor: float = 1) -> Figure:
     figure, axes = _panel("step", unit)
-    for index, (title, name) in enumerate(lines.items()):
-        points = [(row["step"], row[name]) for row in steps if row.get(name) is not None]
-        axes.plot(
-            [step for step, _ in points],
-            [factor * value for _, value in points],
-            color=style.COLORS[index],
-            linestyle="--" if index else "-",
-            label=title,
-        )
-    if len(lines) > 1:
-        _legend(figure, axes)
+    points = [(row["step"], factor * row[name]) for row in steps if row.get(name) is not None]
+    axes.plot([step for step, _ in points], [value for _, value in points], color=style.COLORS[0])
     return figure
 
 

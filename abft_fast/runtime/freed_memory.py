@@ -1,7 +1,8 @@
-"""Make a process give freed memory back to the system at once, where memory is short."""
+"""Give freed memory back to the system, where memory is short."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -29,3 +30,9 @@ def give_back_at_once() -> bool:
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _SMALLEST))
     except (AttributeError, OSError, TypeError):  # no glibc
         return False
+
+
+def give_back_now() -> None:
+    """Give memory that was freed before back to the system, where the C library can."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)

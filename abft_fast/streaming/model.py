@@ -181,7 +181,7 @@ class StreamedModel:
                 self._trained.setdefault(projection.layer, []).append(projection)
             return
         with self._without_memory():
-            self.model = trainable.train_lora(self.model, rank).eval()
+            self.model = trainable.add_lora(self.model, rank).eval()
 
     def load_adapter(self, folder: Path, say: Callable[[str], object]) -> None:
         """Put a trained adapter on the layers; it stays in memory.
@@ -303,7 +303,7 @@ class StreamedModel:
                     if parameter.device not in (self.device, torch.device("meta")):
                         parameter.data = parameter.data.to(self.device)
             for projection in self._trained.get(index, []):
-                trainable.train_weight(projection)
+                trainable.unfreeze_projection(projection)
         self.enable_layers(block)
 
     def enable_layers(self, block: range) -> None:

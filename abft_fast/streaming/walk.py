@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from abft_fast.runtime import processes
+from abft_fast.runtime.freed_memory import give_back_now
 from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.ahead import ReadingAhead
 from abft_fast.streaming.checkpoint import WalkCheckpoint
@@ -120,6 +121,7 @@ class Walk:
         for stage in self._stages:
             with nullcontext() if stage.waits_for_others else processes.fail_together():
                 stage.run(block)
+            give_back_now()  # else what malloc keeps of each stage adds up
         if self._checkpoint is not None:
             processes.run_on_main(self._checkpoint.trained.keep, self.streamed, block, number)
         self.streamed.drop(block)

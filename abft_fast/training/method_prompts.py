@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from abft_fast import data
 from abft_fast.core.language_model_loss import every_token, label_target
 from abft_fast.data import Dataset, text_key
+from abft_fast.errors import UserError
 from abft_fast.options import TrainConfig, datasets
 from abft_fast.prompts import EncodedPrompts, PromptEncoder
 from abft_fast.training.label_words import encode_with_drawn_labels
@@ -66,6 +67,11 @@ def _of_all_datasets(
         dataset if name == config.dataset else datasets.to_train_on(config, name).without(tested)
         for name in config.training_dataset_names
     ]
+    for each in loaded:
+        if not each.training:
+            raise UserError(
+                f"{each.name}: all of its texts to train on are also tested: name another dataset"
+            )
     sizes = [len(each.training) for each in loaded]
     weights = sizes if config.mixture == "proportional" else [1] * len(sizes)
     joined = EncodedPrompts()

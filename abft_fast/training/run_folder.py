@@ -111,7 +111,8 @@ class RunFolder:
 
         Args:
             folder: the run's folder.
-            given: options that replace the run's own: where its files are now, or `OF_THIS_CALL`.
+            given: options that replace the run's own: where its model and its files are now, or
+                `OF_THIS_CALL`.
 
         Raises:
             UserError: the folder holds no run, the run goes on, a file of it is damaged, or a file
@@ -145,7 +146,9 @@ class RunFolder:
         """Return the command that continues the run with these options."""
         own = self.options
         now = config.model_dump(mode="json")
-        names = [name for name in (*OF_THIS_CALL, *MOVABLE) if now.get(name) != own.get(name)]
+        names = [
+            name for name in ("model", *OF_THIS_CALL, *MOVABLE) if now.get(name) != own.get(name)
+        ]
         if config.force:
             names.append("force")
         return shell_command("train", "--resume", self.folder, *config.as_arguments(names))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from abft_fast.models.loading import load
-from abft_fast.models.trainable import save_adapter, train_lora
+from abft_fast.models.trainable import add_lora, save_adapter
 from tests.command_line import abft_fast
 
 pytestmark = pytest.mark.cli
@@ -19,7 +19,7 @@ def adapters(tmp_path_factory):
     """Adapters of the built-in model, of random numbers: one strong, one of zeros."""
     folder = tmp_path_factory.mktemp("adapters")
     for name, size in (("strong", 0.3), ("zeros", 0.0)):
-        model = train_lora(load("builtin", torch.device("cpu"), torch.float32), 4)
+        model = add_lora(load("builtin", torch.device("cpu"), torch.float32), 4)
         torch.manual_seed(0)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
@@ -175,8 +175,17 @@ def test_restrict(adapters):
     rows, _, _ = analyze("restrict", adapters, "--random-draws", 1)
     assert [float(row["heads"]) for row in rows if row["group"] == "top"] == [1, 2, 4, 8, 16, 24]
     assert float(rows[-1]["recovered_log_odds"]) == pytest.approx(1, abs=1e-4)
-    some, _, _ = analyze("restrict", adapters, "--heads", "2.0,3.5")
+    some, result, _ = analyze("restrict", adapters, "--heads", "2.0,3.5")
     assert [(row["group"], row["heads"]) for row in some[2:]] == [("chosen", "2")]
+    assert "% of the base, " in result.stderr and "\nchosen (2.0 heads): " in result.stderr
+
+
+def test_heads_are_not_ranked_on_one_prompt(adapters):
+    refused = abft_fast(
+        "analyze", "restrict", "--adapter", adapters / "strong", *FEW[:-1], 1, cwd=adapters
+    )
+    assert refused.returncode == 2
+    assert "use --prompts 2 or more, or name --heads" in refused.stderr
 
 
 def test_an_adapter_of_zeros(adapters):

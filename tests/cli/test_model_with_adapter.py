@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from abft_fast import builtin_model_path
 from abft_fast.models.loading import load
-from abft_fast.models.trainable import save_adapter, train_lora
+from abft_fast.models.trainable import add_lora, save_adapter
 from tests.bad_inputs import BOTH, REVIEWS
 from tests.command_line import abft_fast
 
@@ -23,7 +23,7 @@ OWN = ("--dataset", "reviews.csv", "--k", 2, "--device", "cpu")
 def folder(tmp_path):
     """The built-in model with a strong adapter beside it in `both`, alone in `adapter`."""
     shutil.copytree(builtin_model_path(), tmp_path / "both")
-    model = train_lora(load("builtin", torch.device("cpu"), torch.float32), 4)
+    model = add_lora(load("builtin", torch.device("cpu"), torch.float32), 4)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -22,7 +22,7 @@ from abft_fast.core.backbone import (
 from abft_fast.core.label_logits import label_logits
 from abft_fast.errors import UnsupportedModel
 from abft_fast.models.preflight import check_attention
-from abft_fast.models.trainable import enable_checkpointing, train_lora, trained_parameters
+from abft_fast.models.trainable import add_lora, enable_checkpointing, trained_parameters
 from tests.tiny_models import FAMILIES, tiny_longrope, tiny_model
 
 pytestmark = pytest.mark.families
@@ -506,7 +506,7 @@ def test_nf4_gives_the_gradient_of_its_dequantized_weights_whatever_ran_before(t
     grads = []
     for model in (quantized, plain):
         torch.manual_seed(0)
-        adapted = train_lora(model, rank=4)
+        adapted = add_lora(model, rank=4)
         for name, parameter in trained_parameters(adapted).items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -520,7 +520,7 @@ def test_nf4_gives_the_gradient_of_its_dequantized_weights_whatever_ran_before(t
 
 def test_an_nf4_base_with_lora_learns(tmp_path):
     quantized = nf4_llama(tmp_path)
-    model = train_lora(quantized, rank=4)
+    model = add_lora(quantized, rank=4)
     optimizer = torch.optim.Adam(trained_parameters(model).values(), lr=1e-2)
     losses = []
     for _ in range(5):

@@ -7,7 +7,7 @@ from abft_fast import EncodedPrompt
 from abft_fast.core.label_logits import label_logits
 from abft_fast.core.shared_prefix import SharedPrefix, common_prefix
 from abft_fast.models.preflight import shared_prefix_is_exact
-from abft_fast.models.trainable import train_lora
+from abft_fast.models.trainable import add_lora
 from tests.families.test_families import nf4_llama, tiny_hybrid
 from tests.tiny_models import FAMILIES, tiny_longrope, tiny_model
 
@@ -71,7 +71,7 @@ def test_with_an_adapter(quantized, tmp_path):
     (prefix,) = random_ids(21)
     prompts = [prefix + own for own in random_ids(7, 3, 12)]
     before = SharedPrefix(model, prefix).label_logits(prompts, LABELS)
-    adapted = train_lora(model, rank=4)
+    adapted = add_lora(model, rank=4)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

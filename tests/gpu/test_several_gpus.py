@@ -10,7 +10,7 @@ from abft_fast.core.label_logits import label_logits
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.loading import load
 from abft_fast.models.preflight import check_attention
-from abft_fast.models.trainable import enable_checkpointing, train_lora, trained_parameters
+from abft_fast.models.trainable import add_lora, enable_checkpointing, trained_parameters
 from tests.command_line import QUICK, abft_fast
 from tests.several_processes import TORCHRUN, adapter_error, launch, metrics
 from tests.tiny_models import tiny_model
@@ -36,7 +36,7 @@ def split(model):
 
 
 def loss_and_gradients(model, gradient, checkpointing):
-    model = train_lora(model, 4)
+    model = add_lora(model, 4)
     torch.manual_seed(1)
     for parameter in trained_parameters(model).values():
         parameter.data.copy_(0.1 * torch.randn(parameter.shape))

@@ -15,7 +15,7 @@ from abft_fast.errors import UserError
 from abft_fast.evaluation.inference import predict_labels
 from abft_fast.evaluation.staicc_tests import StaiccTest
 from abft_fast.models import loading
-from abft_fast.models.trainable import train_lora
+from abft_fast.models.trainable import add_lora
 from abft_fast.prompts import PromptEncoder
 from tests.command_line import abft_fast
 from tests.families.test_families import eager_losses, relative_error, trained_weights
@@ -152,7 +152,7 @@ def test_a_shared_prefix_changes_nothing(path):
 
 
 def test_an_adapter_is_loaded_by_peft_alone(path, prompts, tmp_path):
-    model = train_lora(load(path), rank=4)
+    model = add_lora(load(path), rank=4)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

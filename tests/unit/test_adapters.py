@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from abft_fast.errors import UserError
 from abft_fast.models.files import check_adapter
-from abft_fast.models.trainable import load_adapter, save_adapter, train_lora
+from abft_fast.models.trainable import add_lora, load_adapter, save_adapter
 from tests.tiny_models import tiny_model
 
 pytestmark = pytest.mark.unit
@@ -32,7 +32,7 @@ def adapter(tmp_path):
 
 
 def test_names_in_an_adapters_config_are_sorted(tmp_path):
-    adapted = train_lora(tiny_model("llama"), 2)
+    adapted = add_lora(tiny_model("llama"), 2)
     names = {f"{letter}_proj" for letter in "kqzyxwvut"}  # a set: its order is each process's own
     adapted.peft_config["default"].target_modules = names
     save_adapter(adapted, tmp_path)

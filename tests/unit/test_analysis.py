@@ -1,6 +1,7 @@
 """Means of heads, norms of changes and restricted changes against their definitions."""
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -14,10 +15,15 @@ from abft_fast.analysis.pair import ModelPair, moved
 from abft_fast.analysis.restrict import check_changes, check_heads, restricted
 from abft_fast.analysis.shift import shifts
 from abft_fast.commands.analyze.models import draw_queries
+from abft_fast.commands.analyze.show import show
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import UserError
+from abft_fast.models import loading
 from abft_fast.models.merging import changes_of, untie
-from abft_fast.models.trainable import save_adapter, set_trained
+from abft_fast.models.trainable import add_lora, save_adapter, set_trained
+from abft_fast.options import ShowConfig
+from abft_fast.options.resolve import resolve
+from abft_fast.runtime.progress import Progress
 from tests.tiny_models import tiny_model
 from tests.unit.test_analysis_cmap import LABELS, prompts
 
@@ -180,8 +186,31 @@ def test_two_models_are_a_pair_as_an_adapter_is(tmp_path):
 
 
 def test_models_of_other_shapes_are_no_pair():
-    with pytest.raises(UserError, match=r"different shapes: .*layers.3"):
+    message = r"^the tuned model and its base have different shapes: .*layers.3"
+    with pytest.raises(UserError, match=message):
         ModelPair(tiny_model("llama"), tiny_model("llama", num_hidden_layers=3))
+
+
+def test_show_holds_one_further_model_at_a_time(tmp_path, monkeypatch):
+    folders = []
+    for name in ("a", "b", "c"):
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        save_adapter(
+            add_lora(loading.load("builtin", torch.device("cpu"), torch.float32), 4), folders[-1]
+        )
+    read, before_a_load, models = loading.load, [], []
+
+    def load(*args):
+        before_a_load.append(sum(model() is not None for model in models))
+        model = read(*args)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(loading, "load", load)
+    options = {"adapter": folders[0], "also": folders[1:], "output_dir": tmp_path / "out"}
+    show(resolve(ShowConfig, {**options, "device": "cpu"}), Progress())
+    assert before_a_load == [0] * 3
 
 
 def test_a_head_that_is_tied_in_one_model_only_is_no_other_shape():

@@ -10,16 +10,19 @@ import torch
 from abft_kernels import Scores
 
 from abft_fast import EncodedPrompt
-from abft_fast.analysis.cmap import Patcher, curve_ways, halves, is_induction, ways_of
+from abft_fast.analysis.cmap import Effects, Patcher, Way, curve_ways, halves, ways_of
 from abft_fast.analysis.effects import log_odds, recovered
-from abft_fast.analysis.last_row import run_prompt
+from abft_fast.analysis.last_row import induction_threshold, is_induction, run_prompt
 from abft_fast.analysis.pair import ModelPair
 from abft_fast.analysis.patching import check_can_patch, patched_logits, replacement
+from abft_fast.commands.analyze import pictures
+from abft_fast.commands.analyze.cmap import summary
 from abft_fast.core.attention_rows import attention_rows
 from abft_fast.core.backbone import output_projections, without_peft
 from abft_fast.core.packed_forward import LastQueries
 from abft_fast.errors import UserError
-from abft_fast.models.trainable import train_lora
+from abft_fast.models.trainable import add_lora
+from abft_fast.options import CmapConfig
 from abft_fast.prompts import EncodedPrompts
 from tests.families.test_families import tiny_hybrid
 from tests.tiny_models import FAMILIES, tiny_model
@@ -34,7 +37,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 def tiny_pair(family="llama", size=0.3):
     """A float64 model with an adapter of this size; gpt_oss's experts need float32."""
     dtype = torch.float32 if family == "gpt_oss" else torch.float64
-    model = train_lora(tiny_model(family), rank=4)
+    model = add_lora(tiny_model(family), rank=4)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -217,6 +220,37 @@ def test_recovered_is_a_ratio_of_means_with_an_interval():
     (share,) = recovered(noisy[:, None], before, before + gain)
     # the ratio's own error: 1 / (2 sqrt(400)) = 0.025
     assert share.low < 0.5 < share.high and 0.07 < share.high - share.low < 0.13
+
+
+def test_a_gain_that_may_be_0_has_no_interval():
+    """One prompt of 128 would else give 1 [1, 1]."""
+    before, gain = np.zeros(128), np.eye(128)[0]
+    (share,) = recovered(gain[:, None], before, gain)
+    assert share == (1, None, None)
+    ends = np.stack([before, before], axis=1), np.stack([gain, gain], axis=1)
+    way, ones = Way("chosen", frozenset({(0, 0), (1, 1)})), np.ones((128, 1))
+    effects = Effects([way], gain[:, None], gain[:, None], *ends, 2 * ones)
+    assert summary(effects, None, ("of the base", "of the tuned model")) == [
+        "accuracy: 0.0 % of the base, 0.8 % of the tuned model",
+        "chosen (2.0 heads): 100 % of the log-odds (the gain is not distinguishable from 0)",
+    ]
+
+
+@pytest.mark.parametrize(("groups", "panels"), [("induction,other", 1), ("head", 3), ("layer", 2)])
+def test_a_picture_has_panels_of_its_groups(groups, panels):
+    """A heatmap's scale is a panel, too."""
+    pair = tiny_pair()
+    effects = Patcher(pair).measure(
+        prompts(12, 15), ways_of(groups.split(","), len(pair.layers), pair.heads)
+    )
+    config = CmapConfig(adapter="a", groups=groups)
+    figure = pictures.cmap(effects, None, pair.layers, pair.heads, config)
+    assert len(figure.axes) == panels and all(axes.has_data() for axes in figure.axes)
+
+
+def test_a_threshold_is_that_of_the_loss():
+    assert induction_threshold(4, 100) == 4 / (4 + math.log(100))
+    assert (induction_threshold(0, 100), induction_threshold(3, 1)) == (0, 1)
 
 
 def test_a_curve_has_the_best_heads_and_random_ones():

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from abft_fast import EncodedPrompt
-from abft_fast.analysis.cmap import is_induction
 from abft_fast.analysis.effects import log_odds
-from abft_fast.analysis.last_row import run_prompt
+from abft_fast.analysis.last_row import is_induction, run_prompt
 from abft_fast.analysis.path import path_effects, permuted
 from abft_fast.core.backbone import attention_layers, output_projections
 from tests.tiny_models import tiny_model

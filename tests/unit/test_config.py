@@ -143,6 +143,8 @@ def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
         ({"mixture": "proportional", "method": "PICL", "plain_text": __file__}, ["--mixture"]),
         ({"no_eval": True, "no_save": True, "test_type": "GLER", "save_steps": 1},
          ["--test-type", "--save-steps"]),
+        ({"no_eval": True, "generalization_test": True}, ["--generalization-test"]),
+        ({"no_eval": True, "generalization_test": True, "method": "MetaICL"}, []),
     ],
 )  # fmt: skip
 def test_options_that_do_nothing_are_named(flags, idle):

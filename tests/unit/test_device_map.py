@@ -15,7 +15,7 @@ from abft_fast.core.label_logits import label_logits
 from abft_fast.errors import UserError
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.preflight import check_attention
-from abft_fast.models.trainable import enable_checkpointing, train_lora, trained_parameters
+from abft_fast.models.trainable import add_lora, enable_checkpointing, trained_parameters
 from tests.tiny_models import tiny_model
 from tests.unit.test_training import make_prompts
 
@@ -39,7 +39,7 @@ def dispatched(family):
 
 
 def loss_and_gradients(model, gradient, checkpointing):
-    model = train_lora(model, 4)
+    model = add_lora(model, 4)
     torch.manual_seed(1)
     for parameter in trained_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -11,6 +12,7 @@ from abft_fast.errors import UserError
 from abft_fast.experiments.figures import pictures
 from abft_fast.experiments.figures.make import make_figure
 from abft_fast.experiments.figures.rows import ROWS
+from abft_fast.experiments.records import Record
 from abft_fast.options import FigureConfig, TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.training.run_folder import RunFolder
@@ -68,6 +70,64 @@ def test_models_and_calibration_samples_are_not_mixed(tmp_path):
         )  # fmt: skip
     rows, _ = figure("demonstrations", tmp_path / "calibrated", tmp_path / "out")
     assert len({row["setting"] for row in rows if row["seed"]}) == 2
+
+
+def test_paths_are_short_as_long_as_they_differ(tmp_path):
+    for model in ("runs/a/model", "runs/b/model", "gpt2"):
+        make_run(tmp_path / f"runs/{model}", model=model)
+    rows, _ = figure("data", tmp_path / "runs", tmp_path / "out")
+    names = {f"ABFT, model={name}" for name in ("runs/a/model", "runs/b/model", "gpt2")}
+    assert {row["setting"] for row in rows} == names
+
+
+def test_the_legend_names_what_any_panel_shows(runs, tmp_path):
+    make_run(tmp_path / "runs/last", dataset="trec", k=8)
+    make_run(tmp_path / "runs/unseen", dataset="trec", test_type="UnseenLabel", k=8)
+    _, texts = figure("unseen", tmp_path / "runs", tmp_path / "out")
+    assert {"Normal", "UnseenLabel", "± s.d. over seeds"} <= set(texts)
+    _, texts = figure("data", tmp_path / "runs/last", tmp_path / "out")
+    assert "± s.d. over seeds" not in texts
+    _, texts = figure("data", tmp_path / "runs", tmp_path / "out")
+    assert {"ABFT, k=4, test_type=Normal", "ABFT, k=8, test_type=Normal"} <= set(texts)
+
+
+def records_of(*runs):
+    """Finished records; of each its method, dataset, scores before and after, labels, options."""
+    for method, dataset, before, after, labels, options in runs:
+        sides = {"before": before, "after": after}
+        yield Record(
+            Path("nowhere"), method,
+            {"model": "m", "dataset": dataset, "seed": 0, "calibration": "none", **options}, labels,
+            evaluation={s: {dataset: {"accuracy": x}} for s, x in sides.items() if x is not None},
+        )  # fmt: skip
+
+
+def test_a_score_before_training_stays_unless_a_run_without_training_has_it():
+    records = [
+        *records_of(
+            ("vanilla", "sst2", None, 0.4, {"setting": "full"}, {"stream": True}),
+            ("ABFT", "sst2", 0.4, 0.6, {"setting": "full"}, {}),
+            ("E2E", "sst2", 0.4, 0.7, {"setting": "full"}, {}),
+            ("ABFT", "subj", 0.3, 0.5, {"setting": "full"}, {}),
+            ("ABFT", "subj", 0.5, 0.6, {"setting": "full"}, {"calibration": "batch"}),
+            ("ABFT", "subj", 0.2, 0.6, {"setting": "full"}, {"model": "n"}),
+        )
+    ]
+    rows = [(*list(row.values())[:3], row["accuracy"]) for row in ROWS["data"](records, "accuracy")]
+    assert rows == [
+        ("subj", "vanilla, model=m", None, 0.3), ("subj", "batch", None, 0.5),
+        ("subj", "vanilla, model=n", None, 0.2), ("sst2", "vanilla, model=m", 0, 0.4),
+        ("sst2", "ABFT, full, model=m, calibration=none", 0, 0.6), ("sst2", "E2E, full", 0, 0.7),
+        ("subj", "ABFT, full, model=m, calibration=none", 0, 0.5),
+        ("subj", "ABFT, full, model=m, calibration=batch", 0, 0.6),
+        ("subj", "ABFT, full, model=n, calibration=none", 0, 0.6),
+    ]  # fmt: skip
+
+
+def test_the_last_batch_is_no_larger_than_what_is_left(tmp_path):
+    make_run(tmp_path / "runs/a", train_samples=50, epochs=2)
+    rows, _ = figure("heads", tmp_path / "runs", tmp_path / "out")
+    assert [row["samples"] for row in rows] == ["32", "64", "96", "100"]
 
 
 def test_a_figure_without_its_subject_is_refused(tmp_path):

@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def write(path, architecture, quantize=None, seed=0):
+def write(path, architecture, quantize=None, seed=0, scale_rope=lambda writer: None):
     """A tiny random model with the built-in vocabulary, its weights as llama.cpp has them."""
     tokenizer = json.loads((builtin_model_path() / "tokenizer.json").read_text())["model"]
     tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
@@ -76,6 +76,7 @@ def write(path, architecture, quantize=None, seed=0):
         writer.add_tensor(
             names.get_name(name, (".weight", ".bias")), raw, raw_shape=raw.shape, raw_dtype=kind
         )
+    scale_rope(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -105,6 +106,80 @@ def test_blocks_are_what_transformers_reads_and_nf4_is_made_of_them(tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     error = (quantized(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()
     assert 0 < error < 0.3
+
+
+def linear(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def yarn(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+
+
+LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 32.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def factors_of_llama_3(writer):
+    """By llama.cpp's own formula, which interpolates between two wavelengths."""
+    frequencies = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+    longest, shortest = 8192 / 1.0, 8192 / 4.0
+    factors = []
+    for wavelength in (2 * torch.pi / frequencies).tolist():
+        smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+        middle = 1 / ((1 - smooth) / 32 + smooth)
+        factors.append(1 if wavelength < shortest else 32 if wavelength > longest else middle)
+    assert len(set(factors)) == 3  # all three cases
+    writer.add_tensor("rope_freqs.weight", torch.tensor(factors).float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        (linear, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+        (factors_of_llama_3, LLAMA_3),
+        (lambda writer: None, {"rope_type": "default", "rope_theta": 10000.0}),
+    ],
+)
+def test_the_scaling_of_rope(scale, expected, tmp_path):
+    reference = write(tmp_path / "m.gguf", "llama", scale_rope=scale)
+    model = load(str(tmp_path / "m.gguf"), CPU, torch.float32)
+    assert model.config.rope_parameters == expected
+    config = LlamaConfig(
+        vocab_size=reference.config.vocab_size, **SIZES, rope_parameters=dict(expected)
+    )
+    scaled = AutoModelForCausalLM.from_config(config)
+    scaled.load_state_dict(reference.state_dict())
+    ids = torch.arange(3, 43)[None]
+    torch.testing.assert_close(model(ids).logits, scaled(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("scale", "says"),
+    [
+        (yarn, "RoPE is scaled by yarn"),
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", torch.ones(8).numpy() * 2),
+            "the factors of RoPE in rope_freqs.weight are none of Llama 3's",
+        ),
+        (
+            lambda writer: writer.add_tensor("rope_factors_long.weight", torch.ones(8).numpy()),
+            "RoPE is scaled by the tensor rope_factors_long.weight",
+        ),
+        (
+            lambda writer: writer.add_tensor("blk.0.attn_q.bias", torch.ones(64).numpy()),
+            "LlamaForCausalLM has no weight for its tensor blk.0.attn_q.bias",
+        ),
+    ],
+)
+def test_what_transformers_would_leave_out_is_refused(scale, says, tmp_path):
+    write(tmp_path / "m.gguf", "llama", scale_rope=scale)
+    with pytest.raises(UserError, match=says):
+        load(str(tmp_path / "m.gguf"), CPU, torch.float32)
 
 
 def test_the_saved_tokenizer_is_transformers_own(tmp_path, cache):
@@ -197,6 +272,9 @@ def test_an_adapter_wants_the_weights_it_was_trained_on(tmp_path):
     wrong = abft_fast("eval", "--model", tmp_path / "second.gguf", *given)
     assert wrong.returncode == 2
     assert "second.gguf has other weights: use the model that" in wrong.stderr
+    (tmp_path / "first.gguf").rename(tmp_path / "moved.gguf")
+    resumed = abft_fast("train", "--resume", tmp_path / "run", "--model", tmp_path / "moved.gguf")
+    assert resumed.returncode == 0, resumed.stderr
     (tmp_path / "second.gguf").replace(tmp_path / "first.gguf")
     resumed = abft_fast("train", "--resume", tmp_path / "run")
     assert resumed.returncode == 2

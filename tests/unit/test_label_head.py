@@ -10,7 +10,7 @@ from torch import nn
 from abft_fast import EncodedPrompt
 from abft_fast.core.label_logits import keep_label_rows, label_logits
 from abft_fast.evaluation.inference import predict_labels
-from abft_fast.models.trainable import train_lora
+from abft_fast.models.trainable import add_lora
 from abft_fast.prompts import EncodedPrompts
 from tests.tiny_models import FAMILIES, tiny_model
 
@@ -44,7 +44,7 @@ def test_logits_stay_and_rows_go(name, adapted):
     count = sum(p.numel() for p in model.parameters())
     old = weakref.ref(model.get_output_embeddings().weight)
     if adapted:
-        model = train_lora(model, rank=2)
+        model = add_lora(model, rank=2)
     added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     keep_label_rows(model, LABELS)
     gc.collect()

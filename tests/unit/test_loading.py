@@ -12,10 +12,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from abft_fast import EncodedPrompt, attention_behavior_loss, builtin_model_path, pack
 from abft_fast.errors import UserError
-from abft_fast.models.files import check_model
+from abft_fast.models.files import check_model, find_damage
 from abft_fast.models.loading import load, read_tokenizer
 from abft_fast.models.preflight import check_attention, check_gradients
-from abft_fast.models.trainable import train_lora, train_weights, trained_parameters
+from abft_fast.models.trainable import add_lora, trained_parameters, unfreeze_query_key
 from tests.tiny_models import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.unit
@@ -127,6 +127,17 @@ def test_a_damaged_file_is_named(checkpoint, damage, bits):
     line = the_line(checkpoint, bits)
     assert str(checkpoint) in line and message in line
     assert "download it again" in line or "git lfs pull" in line
+
+
+def test_a_file_that_transformers_does_not_read_may_be_anything(checkpoint):
+    (checkpoint / "notes.json").write_text("{}\n{}\n")
+    assert find_damage(checkpoint) is None
+
+
+def test_an_unreadable_file_is_not_called_damaged(checkpoint):
+    (checkpoint / "generation_config.json").unlink(missing_ok=True)
+    (checkpoint / "generation_config.json").mkdir()
+    assert find_damage(checkpoint).endswith("generation_config.json cannot be read: Is a directory")
 
 
 def test_an_index_beside_a_whole_file_is_not_read(tmp_path):
@@ -247,7 +258,7 @@ def test_four_bits_without_their_state_are_refused(checkpoint):
 def gradients(model):
     """Of LoRA whose B is not 0, by name."""
     torch.manual_seed(0)
-    model = train_lora(model, rank=2)
+    model = add_lora(model, rank=2)
     for name, parameter in trained_parameters(model).items():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -356,11 +367,11 @@ def test_a_layer_that_peft_cannot_adapt_is_named():
     with pytest.raises(
         UserError, match="llama: PEFT cannot add LoRA to its Packed layers"
     ) as found:
-        train_lora(model, rank=2)
+        add_lora(model, rank=2)
     assert "\n" not in str(found.value)
 
 
 def test_quantized_weights_are_not_trained_themselves():
     model = load("builtin", CPU, torch.float32, 4)
     with pytest.raises(UserError, match=r"weights are quantized: --trainable full needs float"):
-        train_weights(model)
+        unfreeze_query_key(model)

@@ -20,12 +20,12 @@ from abft_fast.models import merging
 from abft_fast.models.loading import load, read_tokenizer
 from abft_fast.models.synthetic import is_quantized
 from abft_fast.models.trainable import (
+    add_lora,
     load_adapter,
     save_adapter,
     set_trained,
-    train_lora,
-    train_weights,
     trained_parameters,
+    unfreeze_query_key,
 )
 from abft_fast.options import EvalConfig, MergeConfig
 from abft_fast.options.resolve import resolve
@@ -40,7 +40,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 30, 31]])
 
 def random_adapter(model, folder, seed):
     torch.manual_seed(seed)
-    adapted = train_lora(model, 4)
+    adapted = add_lora(model, 4)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -68,7 +68,7 @@ def run(model, adapters, output, **options):
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])  # with biases; fused and transposed
 def test_a_coefficient_of_trained_weights_interpolates(family, tmp_path):
-    base, trained = tiny_model(family), train_weights(tiny_model(family))
+    base, trained = tiny_model(family), unfreeze_query_key(tiny_model(family))
     base.save_pretrained(tmp_path / "base")
     read_tokenizer("builtin").save_pretrained(tmp_path / "base")
     with torch.no_grad():

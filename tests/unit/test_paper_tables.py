@@ -61,6 +61,8 @@ def test_layout_1(seeds):
         "| builtin | Vanilla | 1 | 50.00 | 55.00 | 52.50 |",
         "|  | E2E | 1 | missing | **80.00** | 80.00 (1 of 2 datasets) |",
         "|  | ABFT | 2 | **62.00** ± 2.83 | 71.00 ± 1.41 | **66.50** ± 2.12 |",
+        "",
+        "±: sample standard deviation over seeds.",
     ]
 
 
@@ -75,24 +77,46 @@ def test_layout_1_in_latex(seeds):
         r" & ABFT & 2 & \textbf{62.00}$_{2.83}$ & 71.00$_{1.41}$ & \textbf{66.50}$_{2.12}$ \\",
         r"\bottomrule",
         r"\end{tabular}",
+        "% Subscripts: sample standard deviation over seeds.",
     ]
 
 
 def test_a_seed_that_lacks_a_dataset_gives_the_average_no_deviation(seeds):
     write_run(seeds, None, 0.74, dataset="subj", seed=2)
-    line = show(seeds)[-1]
+    line = show(seeds)[-3]
     assert line.endswith("| 2-3 | **62.00** ± 2.83 | 72.00 ± 2.00 | **67.00** |")
 
 
 def test_other_options_are_other_rows_and_latex_is_escaped(seeds):
     write_run(seeds, 0.40, 0.45, dataset="sst2", seed=0, k=8)
     write_run(seeds, 0.50, 0.47, dataset="sst2", seed=0, head_filter=False, adaptation="pid")
-    methods = [line.split(" | ")[1] for line in show(seeds)[2:]]
+    methods = [line.split(" | ")[1] for line in show(seeds)[2:-2]]
     assert methods == [
         "Vanilla (k=4)", "Vanilla (k=8)", "E2E", "ABFT (k=4, head_filter=True)",
         "ABFT (k=8, head_filter=True)", "ABFT (k=4, head_filter=False)",
     ]  # fmt: skip
     assert any(r"head\_filter=False" in line for line in show(seeds, "latex"))
+
+
+def test_the_best_is_that_of_one_test(tmp_path):
+    """Fewer demonstrations are another test, and calibration is another method of the same one."""
+    write_run(tmp_path, 0.4, 0.5, dataset="sst2", k=8)
+    write_run(tmp_path, 0.6, 0.9, dataset="sst2", k=4)
+    calibration = {"calibration": "contextual", "calibration_samples": 32}
+    write_run(tmp_path, 0.7, 0.8, dataset="sst2", k=8, **calibration)
+    scores = {line.split("|")[2].strip(): line.split("|")[4].strip() for line in show(tmp_path)[2:]}
+    assert [name for name, score in scores.items() if score.startswith("**")] == [
+        "ABFT (k=4, calibration=none, calibration_samples=512)",
+        "ABFT (k=8, calibration=contextual, calibration_samples=32)",
+    ]
+
+
+def test_methods_are_in_order_whatever_their_settings(tmp_path):
+    for method in ("MetaICL", "E2E", "ABFT"):
+        for k in (4, 8):
+            write_run(tmp_path, None, 0.5, dataset="sst2", method=method, k=k)
+    names = [line.split(" | ")[1].split(" ")[0] for line in show(tmp_path)[2:]]
+    assert names == ["E2E", "E2E", "MetaICL", "MetaICL", "ABFT", "ABFT"]
 
 
 def test_names_are_text_in_every_format():
@@ -209,6 +233,8 @@ def test_settings_that_differ_in_their_time_alone_are_lines_of_their_own(tmp_pat
         "| builtin | ABFT | 2 | 1.0x | 70.00 ± 0.00 |",
         "|  | ABFT, w/ checkpointing | 1 | 3.0x | 70.00 |",
         "|  | ABFT, w/o PID | 1 | 1.0x | 70.00 |",
+        "",
+        "±: sample standard deviation over seeds.",
     ]
 
 

@@ -31,7 +31,7 @@ from abft_fast.memory.simulation import (
 )
 from abft_fast.memory.types import EVALUATION, FLOWS, Arithmetic, Flow, Line, StepMemory
 from abft_fast.models.synthetic import random_model
-from abft_fast.models.trainable import train_lora, train_weights
+from abft_fast.models.trainable import add_lora, unfreeze_query_key
 from abft_fast.options import PlanConfig, TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.progress import Progress
@@ -63,7 +63,7 @@ def test_weights_are_counted_as_they_are(family, bits, trainable):
     model = random_model(config, torch.device("cpu"), torch.float32, bits)
     if family != "gpt2":
         model.lm_head.weight = None  # only the labels' rows are kept
-    model = train_lora(model, 16) if trainable == "lora" else train_weights(model)
+    model = add_lora(model, 16) if trainable == "lora" else unfreeze_query_key(model)
     planned = static_memory(
         config, options(trainable=trainable, quantized=bits is not None, bits=bits or 4), FLOAT32
     )
@@ -181,7 +181,7 @@ from transformers import LlamaConfig
 from abft_fast import EncodedPrompt
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
-from abft_fast.models.trainable import enable_checkpointing, train_lora
+from abft_fast.models.trainable import enable_checkpointing, add_lora
 from abft_fast.memory.measure import step_memory
 from abft_fast.memory.types import FLOWS, Arithmetic
 from abft_fast.models.synthetic import random_model
@@ -200,7 +200,7 @@ for flow in FLOWS:
     config = resolve(TrainConfig, {"quantized": bits is not None, "gradient": flow.gradient})
     planned = step_memory(shape, config, Arithmetic("cpu", False), flow, 128).at(32 * 128)
     model = random_model(shape, torch.device("cpu"), torch.float32, bits)
-    model = train_lora(model, config.lora_r)
+    model = add_lora(model, config.lora_r)
     if flow.checkpointing:
         enable_checkpointing(model)
     backward(model, [prompt], config, 0.5, accelerator, 10**6)

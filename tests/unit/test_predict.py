@@ -15,7 +15,7 @@ from abft_fast.commands.prediction_files import open_output, read_demonstrations
 from abft_fast.data import Example, Prompt
 from abft_fast.errors import RunError, UserError
 from abft_fast.models.loading import load
-from abft_fast.models.trainable import load_adapter, train_lora
+from abft_fast.models.trainable import add_lora, load_adapter
 from abft_fast.options import MergeConfig, PredictConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder, Template
@@ -109,7 +109,7 @@ def test_chunks_that_share_less_than_those_before(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_an_adapter_and_the_merged_model(folder):
-    adapted = train_lora(load("builtin", CPU, torch.float32), 4)
+    adapted = add_lora(load("builtin", CPU, torch.float32), 4)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -14,7 +14,7 @@ from abft_fast.core.packed_forward import PackedForward
 from abft_fast.errors import UserError
 from abft_fast.models import loading
 from abft_fast.models.base_identity import describe_base
-from abft_fast.models.trainable import save_adapter, train_lora
+from abft_fast.models.trainable import add_lora, save_adapter
 from abft_fast.options import PredictConfig
 from abft_fast.options.resolve import resolve
 from tests.unit.test_predict import folder, run, write
@@ -60,7 +60,7 @@ def test_rows_with_an_adapter_the_bytes_read_and_another_base(
     few_queries(9)
     model = loading.load("builtin", torch.device("cpu"), torch.float32)
     base = describe_base(model, "builtin")
-    model = train_lora(model, 2)
+    model = add_lora(model, 2)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.05)

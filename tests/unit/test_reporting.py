@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,6 +15,7 @@ from abft_fast.commands.report import report, report_of_training
 from abft_fast.errors import UserError
 from abft_fast.evaluation.intervals import wilson
 from abft_fast.options import TrainConfig
+from abft_fast.reporting import pictures
 from abft_fast.reporting.run_data import read_run
 from abft_fast.reporting.statistics import calibration, confusion, paired_difference
 from abft_fast.training.run_folder import RunFolder
@@ -128,9 +130,25 @@ def test_the_page_says_what_the_run_found(run, tmp_path):
     assert "my <run>" in page.text and "a <b>" in page.text  # escaped, not markup
     for words in ("40.0 %", "80.0 %", "+40.0", "1,024 MiB", "1,234 parameters", "torch 2.13.0"):
         assert words in page.text, words
-    assert page.tags.count("svg") == 5 and page.tags.count("details") == 3
-    for title in ("Loss over steps", "Induction heads", "by layer", "Calibration", "Confusion"):
+    assert page.tags.count("svg") == 6 and page.tags.count("details") == 3
+    losses = ("Training loss", "Loss of ABFT at the initial A and B")
+    for title in (*losses, "Induction heads", "by layer", "Calibration", "Confusion"):
         assert title in page.text
+
+
+def test_the_trained_loss_has_a_picture_of_its_own(run):
+    steps = [{**row, "loss": 7.0, "attention_loss": 3.0} for row in read_run(run)[0].steps]
+    for steps_of_run, titles in (
+        (steps, {"Training loss": 7.0, "Loss of ABFT at the initial A and B": 3.0}),
+        ([{**row, "attention_loss": None} for row in steps], {"Training loss": 7.0}),
+    ):
+        figures = pictures._figures(replace(read_run(run)[0], steps=steps_of_run, sides={}))
+        found = {
+            title: figure.axes[0].lines[0].get_ydata()[0]
+            for title, figure in figures.items()
+            if "loss" in title.lower()
+        }
+        assert found == titles
 
 
 def test_the_page_loads_nothing_and_has_no_script(run, tmp_path):
@@ -154,7 +172,7 @@ def test_a_run_without_evaluation_or_details_has_a_page(run, tmp_path):
         (run / f"{name}.json").unlink()
     report([run], tmp_path / "r.html")
     page = Page(tmp_path / "r.html")
-    assert "no evaluation" in page.text and page.tags.count("svg") == 3
+    assert "no evaluation" in page.text and page.tags.count("svg") == 4
 
 
 def test_other_prompts_after_give_no_difference(run, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from abft_fast.errors import RunError, UserError
-from abft_fast.models.trainable import train_weights, trained_parameters
+from abft_fast.models.trainable import trained_parameters, unfreeze_query_key
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
 from abft_fast.runtime.files import atomic_folder, write_json
@@ -140,7 +140,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def trainable(hidden=32):
-    trained = trained_parameters(train_weights(tiny_model("llama", hidden_size=hidden)))
+    trained = trained_parameters(unfreeze_query_key(tiny_model("llama", hidden_size=hidden)))
     optimizer = torch.optim.Adam(trained.values(), lr=0.1)
     return trained, optimizer, PenaltyController("pid", 0.5, 0.03, 0.005, 0.005)
 

@@ -11,9 +11,11 @@ from transformers import AutoTokenizer
 from abft_fast import builtin_model_path, data
 from abft_fast.data import Dataset, Example
 from abft_fast.errors import UserError
+from abft_fast.evaluation.evaluation_set import EvaluationSet
 from abft_fast.evaluation.staicc_adapter import quiet
 from abft_fast.evaluation.staicc_tests import StaiccTest
-from abft_fast.options import TestType
+from abft_fast.options import EvalConfig, TestType
+from abft_fast.options.resolve import resolve
 from abft_fast.prompts import PromptEncoder, Template
 from tests.staicc_reference import parts, staicc_experimentor
 
@@ -198,6 +200,14 @@ def test_what_a_dataset_does_not_allow(test_type, dataset, k, message):
     with pytest.raises(UserError, match=message) as caught:
         StaiccTest.of(test_type, dataset, k)
     assert "\n" not in str(caught.value)
+
+
+def test_gler_refuses_prompts_without_some_of_their_demonstrations(tokenizer):
+    given = {"test_type": "GLER", "k": 4, "on_long_prompt": "fewer-demonstrations"}
+    config = resolve(EvalConfig, given)
+    encoder = PromptEncoder.from_options(config, tokenizer, small(), max_length=24)
+    with pytest.raises(UserError, match="GLER counts wrong labels among 4 demonstrations"):
+        EvaluationSet(config, small(), encoder, "GLER")
 
 
 def test_undefined_metrics_are_none():

@@ -86,7 +86,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
 def test_an_adapter_of_the_head_is_refused(tmp_path):
     config = config_of(saved("llama", tmp_path), gradient=2)
     model = loading.load(config.model, torch.device("cpu"), torch.float32)
-    trainable.train_weights(model)
+    trainable.unfreeze_query_key(model)
     trainable.train_head(model)
     trainable.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(UserError, match=r"lm_head.* outside"):

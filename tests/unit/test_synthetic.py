@@ -13,7 +13,7 @@ from abft_fast.errors import UserError
 from abft_fast.models.loading import load, read_config
 from abft_fast.models.shapes import known_names, known_shape
 from abft_fast.models.synthetic import is_quantized, random_model, skeleton
-from abft_fast.models.trainable import train_lora, trained_parameters
+from abft_fast.models.trainable import add_lora, trained_parameters
 from tests.tiny_models import FAMILIES, tiny_config
 
 pytestmark = pytest.mark.unit
@@ -41,7 +41,7 @@ def test_every_known_shape_has_its_parameters():
 
 
 def test_the_inferred_shape_trains_as_many_parameters_as_the_paper_says():
-    model = train_lora(skeleton(known_shape("llama3-56b"), torch.bfloat16, None), rank=16)
+    model = add_lora(skeleton(known_shape("llama3-56b"), torch.bfloat16, None), rank=16)
     assert sum(p.numel() for p in trained_parameters(model).values()) == 80 * 409_600  # 33M
 
 
@@ -63,7 +63,7 @@ def test_a_random_model_is_whole_and_learns(family, bits):
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert all(p.isfinite().all() for p in model.parameters() if p.is_floating_point())
     assert any(map(is_quantized, model.modules())) == (bits is not None)
-    adapted = train_lora(model, 4)
+    adapted = add_lora(model, 4)
     prompt = EncodedPrompt(list(range(3, 23)), [15, 17], [True, False])
     attention_behavior_loss(adapted, pack([prompt]), head_filter=False).loss.backward()
     norms = [p.grad.norm() for n, p in trained_parameters(adapted).items() if "lora_B" in n]

@@ -108,14 +108,14 @@ import torch
 from accelerate import Accelerator
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
-from abft_fast.models.trainable import train_lora, trained_parameters
+from abft_fast.models.trainable import add_lora, trained_parameters
 from abft_fast.runtime.token_budget import TokenBudget
 from abft_fast.training.loop import backward
 from tests.tiny_models import tiny_model
 from tests.unit.test_training import make_prompts
 
 torch.set_num_threads(1)
-model = train_lora(tiny_model("llama", intermediate_size=4096), 4).eval()
+model = add_lora(tiny_model("llama", intermediate_size=4096), 4).eval()
 prompts, config = make_prompts(64), resolve(TrainConfig, {})
 accelerator = Accelerator(cpu=True)
 

@@ -15,13 +15,13 @@ from abft_fast.core.run_packed import run_packed
 from abft_fast.errors import RunError, UserError
 from abft_fast.models.preflight import check_attention, relative_error, tolerance
 from abft_fast.models.trainable import (
+    add_lora,
     enable_checkpointing,
     load_adapter,
     save_adapter,
     set_trained,
-    train_lora,
-    train_weights,
     trained_parameters,
+    unfreeze_query_key,
 )
 from abft_fast.options import TrainConfig
 from abft_fast.options.resolve import resolve
@@ -45,7 +45,7 @@ def make_prompts(count=32, seed=0):
     return prompts
 
 
-@pytest.mark.parametrize("trainable", [train_weights, lambda m: train_lora(m, 4)])
+@pytest.mark.parametrize("trainable", [unfreeze_query_key, lambda m: add_lora(m, 4)])
 def test_the_pseudo_batch_is_an_exact_mean(trainable):
     """1 x 32 = 32 x 1, and all of it equals one packed batch of all prompts."""
     prompts = make_prompts()
@@ -76,7 +76,7 @@ def optimize(model, steps=3, lr=1e-2):
 def test_full_trains_query_and_key_weights_only(family):
     model = tiny_model(family)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train_weights(model)
+    unfreeze_query_key(model)
     optimize(model)
     projections = {f"{p.name}.weight": p for p in query_key_projections(model)}
     for name, after in model.named_parameters():
@@ -94,7 +94,7 @@ def test_full_trains_query_and_key_weights_only(family):
 
 @pytest.mark.parametrize("family", SEPARATE + FUSED)
 def test_lora_changes_queries_and_keys_only(family):
-    model = train_lora(tiny_model(family), rank=4)
+    model = add_lora(tiny_model(family), rank=4)
     assert all("lora_" in name for name in trained_parameters(model))
     optimize(model)
     for projection in query_key_projections(model):
@@ -110,7 +110,7 @@ def test_lora_changes_queries_and_keys_only(family):
 @pytest.mark.parametrize("family", FUSED)
 def test_values_stay_untrained_on_the_device_that_a_weight_moves_to(family):
     """A streamed model's LoRA is made on the CPU. Here the other device is `meta`."""
-    for name, weight in trained_parameters(train_lora(tiny_model(family), 4)).items():
+    for name, weight in trained_parameters(add_lora(tiny_model(family), 4)).items():
         for hook in (weight._backward_hooks or {}).values():
             assert "lora_B" in name
             assert hook(torch.ones(weight.shape, device="meta")).is_meta
@@ -118,7 +118,7 @@ def test_values_stay_untrained_on_the_device_that_a_weight_moves_to(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_an_adapter_loads_with_plain_peft(family, tmp_path):
-    model = train_lora(tiny_model(family), rank=4)
+    model = add_lora(tiny_model(family), rank=4)
     optimize(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(family), str(tmp_path))
@@ -129,7 +129,7 @@ def test_an_adapter_loads_with_plain_peft(family, tmp_path):
 
 
 def test_half_precision_weights_become_float32_masters():
-    model = train_weights(tiny_model("llama").bfloat16())
+    model = unfreeze_query_key(tiny_model("llama").bfloat16())
     assert {p.dtype for p in trained_parameters(model).values()} == {torch.float32}
 
 
@@ -252,7 +252,7 @@ def _without_softcap(module):
 
 
 def test_an_adapter_of_other_layers_is_refused(tmp_path):
-    train_lora(tiny_model("llama"), rank=4).save_pretrained(tmp_path)
+    add_lora(tiny_model("llama"), rank=4).save_pretrained(tmp_path)
     assert load_adapter(tiny_model("llama"), tmp_path)
     for depth in (2, 6):
         with pytest.raises(UserError, match="changes other layers"):

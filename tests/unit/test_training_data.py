@@ -1,5 +1,7 @@
 """What the methods train on."""
 
+from dataclasses import replace
+
 import pytest
 
 from abft_fast import data
@@ -45,6 +47,13 @@ def test_only_seen_labels():
     assert [p.input_ids for p in seen[: len(right)]] == right
     with pytest.raises(UserError, match="--seen-labels-only needs a demonstration"):
         data.load("sst2").training_prompts(0, 1, 0, seen_labels_only=True)
+
+
+def test_labels_that_are_rarely_seen_end_the_draws():
+    examples = (data.Example("a", 0), *(data.Example(f"text {i}", i) for i in range(5000)))
+    dataset = replace(data.load("sst2"), training=examples)
+    with pytest.raises(UserError, match="in 0 of 2,001 prompts drawn from sst2"):
+        dataset.training_prompts(1, 2, 0, seen_labels_only=True)
 
 
 @pytest.mark.slow

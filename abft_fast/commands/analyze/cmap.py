@@ -97,25 +97,40 @@ def _place(way: Way, layers: Sequence[int]) -> tuple[int | None, int | None]:
     return layers[index], head if way.group == "head" else None
 
 
-def summary(effects: Effects, curve: Effects | None) -> list[str]:
-    """Return lines on the two models and on what groups of heads recover of the log-odds."""
-    accuracy = [100 * figures[:, 1].mean() for figures in (effects.receiver, effects.giver)]
-    lines = [f"accuracy: {accuracy[0]:.1f} % unpatched, {accuracy[1]:.1f} % of the other model"]
-    wanted = ("all", "induction", "other")
+def summary(
+    effects: Effects,
+    curve: Effects | None,
+    ends: tuple[str, str] = ("unpatched", "of the other model"),
+) -> list[str]:
+    """Return lines on the two models and on what groups of heads recover of the log-odds.
+
+    Args:
+        effects: of groups of heads.
+        curve: of the best heads; None without a ranking.
+        ends: what to call the accuracies of the model that receives and of the one that gives.
+    """
+    accuracy = [
+        f"{100 * figures[:, 1].mean():.1f} % {end}"
+        for figures, end in zip((effects.receiver, effects.giver), ends, strict=True)
+    ]
+    lines = [f"accuracy: {', '.join(accuracy)}"]
+    wanted = ("all", "induction", "other", "chosen")
     pairs = [(effects, way) for way in effects.ways if way.group in wanted]
     if curve is not None:
         pairs += [(curve, way) for way in curve.ways if way.group == "top"]
     for part, way in pairs:
         share, low, high = part.recovered_of(way)
-        if share is None or low is None or high is None:
+        if share is None:
             return [*lines, "the two models answer alike: there is nothing to recover"]
         heads = part.heads[:, part.ways.index(way)].mean()
         title = (
             f"the best {heads:.0f}" if way.group == "top" else f"{way.group} ({heads:.1f} heads)"
         )
-        lines.append(
-            f"{title}: {100 * share:.0f} % of the log-odds [{100 * low:.0f}, {100 * high:.0f}]"
-        )
+        if low is None or high is None:
+            interval = "(the gain is not distinguishable from 0)"
+        else:
+            interval = f"[{100 * low:.0f}, {100 * high:.0f}]"
+        lines.append(f"{title}: {100 * share:.0f} % of the log-odds {interval}")
     return lines
 
 

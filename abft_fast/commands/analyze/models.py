@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from abft_fast.analysis.pair import ModelPair
+from abft_fast.analysis.pair import ModelPair, check_same_shapes
 from abft_fast.analysis.patching import check_can_patch
 from abft_fast.commands import adapter_origin
 from abft_fast.commands.session import ModelOnDevice, PromptSession
@@ -70,7 +70,7 @@ class MovableModel(ModelOnDevice):
             UserError: the model cannot be loaded, or has another shape.
         """
         tuned = self.load_other(name, torch.float32)
-        ModelPair(self.model, tuned)  # it compares shapes
+        check_same_shapes(self.model, tuned)
         untie(self.model)
         return _difference(self.model, tuned)
 

@@ -204,7 +204,10 @@ def shift(found: Sequence[Shift]) -> Figure:
 def cmap(
     effects: Effects, curve: Effects | None, layers: Sequence[int], heads: int, config: CmapConfig
 ) -> Figure:
-    """Draw what each head alone recovers, and what the best n recover against random ones."""
+    """Draw what each head or layer alone recovers, and the best n heads against random ones.
+
+    Without single heads or layers, there is one panel, of the groups.
+    """
     values = np.full((len(layers), heads), np.nan)
     by_layer = np.full((len(layers), 1), np.nan)
     for way, (odds, _) in zip(effects.ways, effects.recovered(), strict=True):
@@ -216,17 +219,18 @@ def cmap(
             by_layer[min(way.heads)[0]] = 100 * odds.share
     direction = "base heads put into the tuned model" if config.reverse else ""
     title = f"log-odds recovered by one head's {config.what} (%)"
-    figure, axes = grid(1, 2)
-    if np.isfinite(values).any():
+    groups = {way.group for way in effects.ways}
+    figure, axes = grid(1, 1 if groups.isdisjoint({"head", "layer"}) else 2)
+    if "head" in groups:
         heatmap(axes[0][0], layers, values, title, center=True)
-    else:
+    elif "layer" in groups:
         axes[0][0].plot(layers, by_layer[:, 0], "o-", color=style.COLORS[0])
         axes[0][0].set_xlabel("layer")
         axes[0][0].set_ylabel(f"log-odds recovered by a layer's {config.what} (%)")
     if curve is not None:
-        curve_over_heads(axes[0][1], curve, "heads patched together")
+        curve_over_heads(axes[0][-1], curve, "heads patched together")
     else:
-        _bars(axes[0][1], effects)
+        _bars(axes[0][-1], effects)
     figure.suptitle(direction)
     return figure
 
@@ -246,14 +250,14 @@ def curve_over_heads(axes: Axes, effects: Effects, what: str) -> None:
     ):  # fmt: skip
         by_count: dict[int, list[float]] = {}
         for way, (odds, _) in zip(effects.ways, effects.recovered(), strict=True):
-            if way.group != group or odds.share is None or odds.low is None or odds.high is None:
+            if way.group != group or odds.share is None:
                 continue
             count, share = len(way.heads or ()), 100 * odds.share
             by_count.setdefault(count, []).append(share)
-            if group != "random":
-                axes.vlines(count, 100 * odds.low, 100 * odds.high, color=color, alpha=0.5)
-            else:
+            if group == "random":
                 axes.scatter(count, share, color=color, s=6, alpha=0.5, linewidths=0)
+            elif odds.low is not None and odds.high is not None:
+                axes.vlines(count, 100 * odds.low, 100 * odds.high, color=color, alpha=0.5)
         if by_count:
             means = [sum(shares) / len(shares) for shares in by_count.values()]
             axes.plot(
@@ -277,9 +281,10 @@ def _bars(axes: Axes, effects: Effects) -> None:
         if way.group not in ("head", "layer", "none") and odds.share is not None
     ]
     for place, (group, odds) in enumerate(rows):
-        assert odds.share is not None and odds.low is not None and odds.high is not None
+        assert odds.share is not None
         axes.barh(place, 100 * odds.share, color=style.COLORS[0], height=0.6)
-        axes.hlines(place, 100 * odds.low, 100 * odds.high, color=style.GREY)
+        if odds.low is not None and odds.high is not None:
+            axes.hlines(place, 100 * odds.low, 100 * odds.high, color=style.GREY)
         axes.text(0, place - 0.4, group)
     axes.set_yticks([])
     axes.set_xlabel("log-odds recovered (%)")

@@ -17,6 +17,7 @@ from abft_fast.commands.analyze.models import AnalysisSession
 from abft_fast.commands.analyze.results import Results
 from abft_fast.core.backbone import attention_layers
 from abft_fast.core.label_logits import keep_label_rows
+from abft_fast.errors import UserError
 from abft_fast.evaluation.inference import predict_labels
 from abft_fast.options import RestrictConfig
 from abft_fast.prompts import EncodedPrompts
@@ -30,6 +31,11 @@ def restrict(config: RestrictConfig, progress: Progress) -> Results:
         UserError: the options, the models or the data do not allow it.
     """
     session = AnalysisSession(config, progress)
+    if config.heads is None and len(session.encoded.prompts) < 2:
+        raise UserError(
+            "restrict ranks heads on one half of the prompts and tests them on the other: use "
+            "--prompts 2 or more, or name --heads"
+        )
     changes = session.changes()
     check_changes(session.model, changes)
     check_heads(session.model, config.chosen)
@@ -49,7 +55,7 @@ def restrict(config: RestrictConfig, progress: Progress) -> Results:
     results = Results(config.output_dir, "restrict")
     results.table(rows_of(effects, layers))
     results.picture(pictures.restrict, effects)
-    for line in summary(effects, effects):
+    for line in summary(effects, effects, ("of the base", "of the tuned model")):
         progress.say(line)
     return results
 

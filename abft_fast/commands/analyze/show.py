@@ -22,6 +22,7 @@ from abft_fast.errors import UserError
 from abft_fast.options import ShowConfig
 from abft_fast.prompts.template import BoxTemplate
 from abft_fast.prompts.text_tokens import TextTokens
+from abft_fast.runtime.freed_memory import give_back_now
 from abft_fast.runtime.progress import Progress
 
 _TEMPLATE = Path(__file__).with_name("show.html.jinja")
@@ -123,19 +124,28 @@ def show(config: ShowConfig, progress: Progress) -> Results:
 
 
 def _rows_by_model(session: ShowSession) -> tuple[dict[str, NDArray], list[int]]:
-    """Return each model's last rows, (layers, Hq, n), by the model's name, and the layers."""
-    config = session.config
+    """Return each model's last rows, (layers, Hq, n), by the model's name, and the layers.
+
+    Models of `--also` are in memory one at a time.
+    """
+    rows = _rows_of_pair(session)
+    for folder in session.config.also:
+        del session.model
+        give_back_now()
+        session.load()
+        session.load_adapter(folder)
+        rows[str(folder)] = _attention(session, session.model)
+    return rows, list(attention_layers(session.model))
+
+
+def _rows_of_pair(session: ShowSession) -> dict[str, NDArray]:
     pair = session.pair()
     names = {"before": "base", "after": "tuned"}
     rows = {}
     for side, model_of in session.sides(pair).items():
         with model_of() as model:
             rows[names[side]] = _attention(session, model)
-    for folder in config.also:
-        session.load()
-        session.load_adapter(folder)
-        rows[str(folder)] = _attention(session, session.model)
-    return rows, list(attention_layers(session.model))
+    return rows
 
 
 def _attention(session: ShowSession, model: Any) -> NDArray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 from collections.abc import Sequence
 
 from accelerate.utils import set_seed
@@ -19,6 +19,7 @@ from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter
 from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.runtime import processes
+from abft_fast.runtime.freed_memory import give_back_now
 from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.checkpoint import BLOCK, STEP, WalkCheckpoint, remove_saved_walk
 from abft_fast.streaming.model import StreamedModel
@@ -42,11 +43,14 @@ def train_streamed(config: TrainConfig, run: RunFolder, progress: Progress) -> N
     )
     with processes.fail_together():
         session, prompts, tests = prepare_data(config, run, progress)
+        session.forget_encoder()
     is_done = config.resume is not None and run.artifact.is_dir()
     if processes.from_main(is_done):
         processes.run_on_main(remove_saved_walk, run.checkpoints)  # it may have ended before that
     else:
         StreamedTraining(session, run, prompts, tests, pipeline_size).run()
+    gc.collect()
+    give_back_now()  # a report's pictures need memory, too
 
 
 def evaluate_streamed(
@@ -60,6 +64,7 @@ def evaluate_streamed(
     Raises:
         UserError: the model cannot be streamed, or the adapter does not fit it.
     """
+    session.forget_encoder()
     with processes.fail_together():
         streamed, walk, evaluating = _walk_of_tests(config, session, tests)
     walk.run(session.progress, "evaluating")
@@ -227,8 +232,7 @@ class StreamedTraining:
             session.accelerator.log(known, step=row["step"])
         for side, testing in self._tests.items():
             outcomes = testing.outcomes()
-            describe = functools.partial(describe_test, tokenizer=session.encoder.tokenizer)
-            details = as_details(outcomes, describe)
+            details = as_details(outcomes, describe_test)
             run.record_evaluation(side, *as_metrics(outcomes), details)
         run.record_base(self._identity.base)
         if self._checkpoint is None:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
 from abft_fast.errors import UserError
@@ -127,15 +130,16 @@ def unseen(rows: Sequence[Row], metric: str) -> Figure:
                     places.append(place + (index - (len(tests) - 1) / 2) * 0.38)
                     middles.append(mean)
                     spreads.append(deviation)
-            axes.bar(
-                places, middles, 0.36, yerr=spreads, color=style.COLORS[index], label=test,
-                ecolor=style.GREY,
-            )  # fmt: skip
+            if places:
+                axes.bar(
+                    places, middles, 0.36, yerr=spreads, color=style.COLORS[index], label=test,
+                    ecolor=style.GREY,
+                )  # fmt: skip
         axes.set_xticks(range(len(settings)), [_wrapped(name) for name in settings])
         axes.set(ylabel=_name(metric))
         axes.set_title(dataset, loc="left")
         axes.grid(True, axis="y", linewidth=0.6)
-    _legend(figure, grid[0][0])
+    _legend(figure, rows, Line2D([], [], color=style.GREY))
     return figure
 
 
@@ -169,7 +173,7 @@ def _panels(
             axes.set(xlabel=_name(x), ylabel=_name(measure))
             axes.set_title(dataset, loc="left")
             axes.grid(True, linewidth=0.6)
-    _legend(figure, grid[0][0])
+    _legend(figure, rows, Patch(color=style.GREY, alpha=0.2, linewidth=0))
     return figure
 
 
@@ -219,10 +223,16 @@ def _grid(datasets: int, measures: int) -> tuple[Figure, list[list[Axes]]]:
     return figure, [flat[i : i + datasets] for i in range(0, len(flat), a_measure)]
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+def _legend(figure: Figure, rows: Sequence[Row], deviation: Artist) -> None:
+    """Name what any panel shows and, where there are several seeds, what `deviation` stands for."""
+    found: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if len({row["seed"] for row in rows} - {None}) > 1:
+        found["± s.d. over seeds"] = deviation
     columns = max(1, int(figure.get_figwidth() // 2.2))
-    figure.legend(handles, labels, ncols=columns, loc="upper left", bbox_to_anchor=(0.0, 1.0))
+    figure.legend(found.values(), found, ncols=columns, loc="upper left", bbox_to_anchor=(0.0, 1.0))
 
 
 def _distinct(rows: Sequence[Row], name: str) -> list[Any]:

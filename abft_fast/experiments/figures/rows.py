@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from abft_fast.errors import UserError
-from abft_fast.experiments.cell import VANILLA
+from abft_fast.experiments.cell import CALIBRATIONS
 from abft_fast.experiments.cell_folder import FINISHED, CellFolder
 from abft_fast.experiments.figures.settings import setting_names
 from abft_fast.experiments.records import Record
-from abft_fast.options import EvalConfig
 from abft_fast.training.run_folder import RunFolder
 
 Row = dict[str, Any]
@@ -30,8 +28,8 @@ def losses(records: Sequence[Record], metric: str) -> list[Row]:
 def factors(records: Sequence[Record], metric: str) -> list[Row]:
     """Return scores of ABFT by A0, B0 and the control of A (paper, Fig. 6)."""
     trained = [record for record in records if record.method == "ABFT"]
-    options = ("adaptation", "penalty", "reward")
-    return _scores(trained, metric, options)
+    rows = _scores(trained, metric, ("adaptation", "penalty", "reward"))
+    return [row for row in rows if row["penalty"] is not None]
 
 
 def data(records: Sequence[Record], metric: str) -> list[Row]:
@@ -96,11 +94,12 @@ def _over_steps(records: Sequence[Record], names: Sequence[str]) -> list[Row]:
     runs = list({record.folder: record for record in records}.values())  # whatever their tests
     for setting, record in zip(setting_names(runs, ("test_type",)), runs, strict=True):
         size = record.options.get("pseudo_batch_size", 0)
+        total = record.options.get("train_samples", 0) * record.options.get("epochs", 0)
         for step in _steps(record):
             found = {name: step.get(name) for name in names}
             if found[names[0]] is not None:
                 about = {"dataset": record.dataset, "setting": setting}
-                place = {"step": step["step"], "samples": step["step"] * size}
+                place = {"step": step["step"], "samples": min(step["step"] * size, total)}
                 rows.append({**about, "seed": record.options.get("seed"), **place, **found})
     return rows
 
@@ -112,42 +111,31 @@ def _steps(record: Record) -> list[Row]:
 
 
 def _scores(records: Sequence[Record], metric: str, options: Sequence[str]) -> list[Row]:
-    """Return a score for each finished run after training, and each distinct one before it."""
-    rows = []
+    """Return a score for each finished run after training, and each distinct one before it.
+
+    A score before training is left out where a run that only evaluates has it too.
+    """
     finished = [record for record in records if record.status == FINISHED]
-    tested = [record for record in finished if _score(record, "after", metric) is not None]
-    for setting, record in zip(setting_names(tested, options), tested, strict=True):
+    before = [record.untrained for record in finished if record.method not in CALIBRATIONS]
+    after, before = (
+        [record for record in part if _score(record, metric) is not None]
+        for part in (finished, before)
+    )
+    tested = [*after, *before]
+    rows, rows_before, known = [], [], set()
+    for index, setting in enumerate(setting_names(tested, options)):
+        record = tested[index]
         found = {option: record.options.get(option) for option in options}
-        about = {"dataset": record.dataset, "setting": setting}
-        seed = record.options.get("seed")
-        rows.append({**about, "seed": seed, **found, metric: _score(record, "after", metric)})
-    return [*_untrained(finished, metric, options), *rows]
+        about = {"dataset": record.dataset, "setting": setting, "seed": record.options.get("seed")}
+        row = {**about, **found, metric: _score(record, metric)}
+        place = (record.dataset, setting, *found.values())
+        if index < len(after):
+            rows.append(row)
+        elif place not in known:
+            rows_before.append(row)
+        known.add(place)
+    return [*rows_before, *rows]
 
 
-def _score(record: Record, side: str, metric: str) -> float | None:
-    return record.evaluation.get(side, {}).get(record.dataset, {}).get(metric)
-
-
-def _untrained(records: Sequence[Record], metric: str, options: Sequence[str]) -> list[Row]:
-    """Return the score before training, once for each dataset and value of a test's options."""
-    if any(record.method == VANILLA for record in records):
-        return []
-    if options == ("adaptation", "penalty", "reward"):
-        return []
-    tested = [
-        replace(
-            record,
-            method=VANILLA,
-            labels={name: label for name, label in record.labels.items() if name == "model"},
-            options={n: v for n, v in record.options.items() if n in EvalConfig.model_fields},
-        )
-        for record in records
-        if _score(record, "before", metric) is not None
-    ]
-    rows: dict[tuple, Row] = {}
-    for setting, record in zip(setting_names(tested, options), tested, strict=True):
-        found = {option: record.options.get(option) for option in options}
-        about = {"dataset": record.dataset, "setting": setting, "seed": None}
-        row = {**about, **found, metric: _score(record, "before", metric)}
-        rows.setdefault((record.dataset, setting, *found.values()), row)
-    return list(rows.values())
+def _score(record: Record, metric: str) -> float | None:
+    return record.evaluation.get("after", {}).get(record.dataset, {}).get(metric)

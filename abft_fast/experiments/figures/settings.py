@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from abft_fast.experiments.cell import WITHOUT_RESULT
+from abft_fast.experiments.cell import CALIBRATIONS, SAID_BY_METHOD, WITHOUT_RESULT
 from abft_fast.experiments.own_data import fixed_data_options
-from abft_fast.experiments.records import Record
+from abft_fast.experiments.records import Record, ambiguous
 from abft_fast.options import TrainConfig
 from abft_fast.training.run_folder import MOVABLE
 
@@ -17,8 +17,9 @@ _NEVER = WITHOUT_RESULT | {"dataset", "seed", "output_dir", "generalization_test
 def setting_names(records: Sequence[Record], without: Collection[str] = ()) -> list[str]:
     """Return a name for each record; records of one name differ in dataset and seed alone.
 
-    A name is the sweep file's name of the setting, or the method. Where records of one such name
-    have different options, the name says these too.
+    A name is the sweep file's name of the setting, or the method; both where methods share a
+    setting, and the method where nothing is trained. Where records of one such name have different
+    options, the name says these too, with paths shortened as far as they stay distinct.
 
     Args:
         records: all runs of the figure.
@@ -27,18 +28,30 @@ def setting_names(records: Sequence[Record], without: Collection[str] = ()) -> l
     Raises:
         UserError: two datasets have one name, so their runs could not be told apart.
     """
-    names = [record.labels.get("setting") or record.method for record in records]
+    labels = [_label(record) for record in records]
+    shared = ambiguous((label, r.method) for label, r in zip(labels, records, strict=True))
+    names = [
+        f"{record.method}, {label}" if label in shared else label
+        for label, record in zip(labels, records, strict=True)
+    ]
     skipped = {*_NEVER, *without, *fixed_data_options(records), "method"}
     full = []
     for name, record in zip(names, records, strict=True):
         same = [other for own, other in zip(names, records, strict=True) if own == name]
+        own_skipped = skipped | SAID_BY_METHOD if record.method in CALIBRATIONS else skipped
         differing = [
-            f"{option}={_shown(record, option)}"
+            f"{option}={_shown(record, option, same)}"
             for option in record.options
-            if option not in skipped and len({str(_value(other, option)) for other in same}) > 1
+            if option not in own_skipped and len({str(_value(other, option)) for other in same}) > 1
         ]
         full.append(", ".join([name, *differing]))
     return full
+
+
+def _label(record: Record) -> str:
+    """Return the sweep file's name of the setting, or the method."""
+    setting = None if record.method in CALIBRATIONS else record.labels.get("setting")
+    return setting or record.method
 
 
 def _value(record: Record, option: str) -> object:
@@ -47,9 +60,17 @@ def _value(record: Record, option: str) -> object:
     return record.options.get(option, None if field is None else field.default)
 
 
-def _shown(record: Record, option: str) -> object:
-    """Return an option's value as a figure has it: of a path, the last part."""
+def _shown(record: Record, option: str, others: Sequence[Record]) -> object:
+    """Return an option's value as a figure has it: of a path, the last part if none shares it."""
+    pairs = ((str(_short(other, option)), str(_value(other, option))) for other in others)
+    short = _short(record, option)
+    return record.options[option] if str(short) in ambiguous(pairs) else short
+
+
+def _short(record: Record, option: str) -> object:
+    """Return the sweep file's name of the model, the last part of a path, or the value."""
     if option == "model" and record.labels.get("model"):
         return record.labels["model"]
-    value = record.options[option]
-    return value.rstrip("/").split("/")[-1] if option in ("model", *MOVABLE) and value else value
+    value = _value(record, option)
+    is_path = option in ("model", *MOVABLE) and value
+    return str(value).rstrip("/").split("/")[-1] if is_path else value

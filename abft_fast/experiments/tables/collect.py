@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from abft_fast.experiments.cell import CALIBRATIONS, VANILLA, WITHOUT_RESULT
+from abft_fast.experiments.cell import CALIBRATIONS, SAID_BY_METHOD, VANILLA, WITHOUT_RESULT
 from abft_fast.experiments.own_data import check_data_unchanged, fixed_data_options
-from abft_fast.experiments.records import Record
+from abft_fast.experiments.records import Record, ambiguous
 from abft_fast.experiments.tables.statistics import changed_options
 from abft_fast.experiments.tables.types import MethodRuns
 from abft_fast.options import EvalConfig, TrainConfig
@@ -44,16 +44,17 @@ class _Collector:
     def __init__(self, records: list[Record], metric: str) -> None:
         self._metric = metric
         self._not_compared = {*_NOT_COMPARED, *fixed_data_options(records)}
-        self._ambiguous_models = _ambiguous_models(records)
+        self._ambiguous_models = ambiguous(
+            (_model_name(r), str(r.options["model"])) for r in records
+        )
         self._methods: dict[tuple, MethodRuns] = {}
         self._test_types: set[str] = set()  # of the runs that have the metric
 
     def add_before_training(self, record: Record) -> None:
         """Add the scores of the evaluation before training."""
-        calibration = record.options.get("calibration", "none")
-        method = next(name for name, value in CALIBRATIONS.items() if value == calibration)
-        for dataset, score in self._scores(record, "before"):
-            runs = self._evaluation_runs(record, method)
+        untrained = record.untrained
+        for dataset, score in self._scores(untrained):
+            runs = self._evaluation_runs(untrained)
             runs.scores.setdefault((dataset, dataset), {}).setdefault(None, []).append(score)
 
     def add_result(self, record: Record) -> None:
@@ -61,11 +62,11 @@ class _Collector:
         if record.options.get("no_eval") or record.options.get("no_eval_after"):
             return
         if record.method in CALIBRATIONS:
-            runs, seed = self._evaluation_runs(record, record.method), None
+            runs, seed = self._evaluation_runs(record), None
         else:
             runs, seed = self._training_runs(record), record.options["seed"]
         runs.datasets.add(record.dataset)
-        for dataset, score in self._scores(record, "after"):
+        for dataset, score in self._scores(record):
             trained_on = record.dataset if runs.trains else dataset
             runs.scores.setdefault((trained_on, dataset), {}).setdefault(seed, []).append(score)
         if record.seconds is not None and "after" in record.evaluation:
@@ -80,8 +81,8 @@ class _Collector:
             runs for runs in self._methods.values() if runs.options["test_type"] in self._test_types
         ]
 
-    def _scores(self, record: Record, side: str) -> Iterator[tuple[str, float]]:
-        for dataset, metrics in record.evaluation.get(side, {}).items():
+    def _scores(self, record: Record) -> Iterator[tuple[str, float]]:
+        for dataset, metrics in record.evaluation.get("after", {}).items():
             if metrics.get(self._metric) is not None:
                 self._test_types.add(record.options.get("test_type", "Normal"))
                 yield dataset, metrics[self._metric]
@@ -90,17 +91,14 @@ class _Collector:
         setting = record.labels.get("setting", "")
         if setting == record.method:  # says no more than the method of a run without a sweep
             setting = ""
-        return self._runs(record, record.method, TrainConfig, self._not_compared, setting)
+        return self._runs(record, TrainConfig, self._not_compared, setting)
 
-    def _evaluation_runs(self, record: Record, method: str) -> MethodRuns:
-        # The method says the calibration, and how a model is read changes no score.
-        not_compared = {*self._not_compared, "calibration", "stream"}
-        return self._runs(record, method, EvalConfig, not_compared)
+    def _evaluation_runs(self, record: Record) -> MethodRuns:
+        return self._runs(record, EvalConfig, self._not_compared | SAID_BY_METHOD)
 
     def _runs(
         self,
         record: Record,
-        method: str,
         kind: type[TrainConfig | EvalConfig],
         not_compared: set[str],
         setting: str = "",
@@ -116,8 +114,8 @@ class _Collector:
             if not field.exclude and name not in not_compared
         }
         values = tuple(sorted((name, str(value)) for name, value in options.items()))
-        key = (model, method, setting, values)  # settings may differ in nothing but their time
-        return self._methods.setdefault(key, MethodRuns(model, method, setting, options))
+        key = (model, record.method, setting, values)  # settings may differ in their time alone
+        return self._methods.setdefault(key, MethodRuns(model, record.method, setting, options))
 
 
 def _model_name(record: Record) -> str:
@@ -125,25 +123,13 @@ def _model_name(record: Record) -> str:
     return record.labels.get("model", str(record.options["model"]))
 
 
-def _ambiguous_models(records: list[Record]) -> set[str]:
-    """Return the names that sweep files give to several models."""
-    paths: dict[str, set[str]] = {}
-    for record in records:
-        paths.setdefault(_model_name(record), set()).add(str(record.options["model"]))
-    return {name for name, models in paths.items() if len(models) > 1}
-
-
 def _in_order(methods: list[MethodRuns]) -> list[MethodRuns]:
     """Sort by model; within a model: evaluated methods, trained ones, ABFT last, plain first."""
     models = list(dict.fromkeys(runs.model for runs in methods))
-    evaluated = list(CALIBRATIONS)
+    order = [*CALIBRATIONS, *(method for method in METHODS if method != "ABFT"), "ABFT"]
 
     def place(runs: MethodRuns) -> tuple[int, int, int]:
-        if runs.trains:
-            method = len(evaluated) + (runs.method == "ABFT")
-        else:
-            method = evaluated.index(runs.method)
-        return models.index(runs.model), method, changed_options(runs)
+        return models.index(runs.model), order.index(runs.method), changed_options(runs)
 
     return sorted(methods, key=place)
 

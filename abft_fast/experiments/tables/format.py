@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from abft_fast.experiments.tables.types import Entry, Table
 
+_DEVIATION = "sample standard deviation over seeds"
 _MISSING, _DOES_NOT_APPLY = "missing", "-"
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
@@ -19,15 +20,22 @@ _OF_MARKDOWN = re.compile(r"[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)")
 
 
 def to_markdown(table: Table) -> str:
-    """Format as markdown: percentages with two decimals, `±` and the deviation, the best bold."""
+    """Format as markdown: percentages with two decimals, `±` and the deviation, the best bold.
+
+    A line below says what the deviation is.
+    """
     alignments = ["---" if _is_text(table, i) else "---:" for i in range(len(table.titles))]
     lines = [[*map(_markdown, table.titles)], alignments]
     lines += [[_markdown(value) for value in line] for line in _models_named_once(table)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return text + (f"\n±: {_DEVIATION}.\n" if _has_deviation(table) else "")
 
 
 def to_latex(table: Table) -> str:
-    """Format as LaTeX: the deviation is a subscript, and a rule separates models."""
+    """Format as LaTeX: the deviation is a subscript, and a rule separates models.
+
+    A comment below says what the deviation is.
+    """
     columns = "".join("l" if _is_text(table, i) else "r" for i in range(len(table.titles)))
     lines = [r"\begin{tabular}{" + columns + "}", r"\toprule"]
     lines += [" & ".join(map(_latex, table.titles)) + r" \\", r"\midrule"]
@@ -36,11 +44,18 @@ def to_latex(table: Table) -> str:
             lines.append(r"\midrule")
         lines.append(" & ".join(map(_latex, line)) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
+    if _has_deviation(table):
+        lines.append(f"% Subscripts: {_DEVIATION}.")
     return "\n".join(lines) + "\n"
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {"markdown": to_markdown, "latex": to_latex}
 """Functions that format a table, by the value of `--format`."""
+
+
+def _has_deviation(table: Table) -> bool:
+    entries = (value for line in table.lines for value in line if isinstance(value, Entry))
+    return any(entry.mean is not None and entry.deviation is not None for entry in entries)
 
 
 def _is_text(table: Table, column: int) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from abft_fast.data import DATASETS
 from abft_fast.errors import UserError
-from abft_fast.experiments.cell import VANILLA
+from abft_fast.experiments.cell import SAID_BY_METHOD, VANILLA
 from abft_fast.experiments.records import Record
 from abft_fast.experiments.tables.collect import collect, titled
 from abft_fast.experiments.tables.statistics import (
@@ -59,19 +60,28 @@ def make_table(config: TableConfig, records: Iterable[Record]) -> Table:
 def by_dataset(methods: list[MethodRuns], best: Callable[[list[float]], float] = max) -> Table:
     """Lay out table 1: a line a method, a column a dataset.
 
+    The best entry of a column is that of one model under one test.
+
     Args:
         methods: runs by method, those of a model in sequence.
         best: `max`, or `min` where less is better.
     """
     datasets = _datasets(methods)
-    lines: list[list[str | Entry]] = []
-    for model in dict.fromkeys(runs.model for runs in methods):
-        of_model = [runs for runs in methods if runs.model == model]
-        columns = [[over_seeds(runs.in_domain(name)) for runs in of_model] for name in datasets]
-        columns.append([_in_domain_average(runs, datasets) for runs in of_model])
-        marked = [mark_best(column, best) for column in columns]
-        for index, runs in enumerate(of_model):
-            lines.append([model, runs.name, runs.seeds, *(column[index] for column in marked)])
+    columns = [[over_seeds(runs.in_domain(name)) for runs in methods] for name in datasets]
+    columns.append([_in_domain_average(runs, datasets) for runs in methods])
+    by_test: dict[tuple[str, ...], list[int]] = {}
+    for index, runs in enumerate(methods):
+        options = _evaluation_options(runs, without=("calibration_samples",))
+        test = (runs.model, runs.options["test_type"], *options)
+        by_test.setdefault(test, []).append(index)
+    for column, places in itertools.product(columns, by_test.values()):
+        marked = mark_best([column[index] for index in places], best)
+        for index, entry in zip(places, marked, strict=True):
+            column[index] = entry
+    lines: list[list[str | Entry]] = [
+        [runs.model, runs.name, runs.seeds, *(column[index] for column in columns)]
+        for index, runs in enumerate(methods)
+    ]
     titles = [name.upper() if name in DATASETS else name for name in datasets]
     return Table(["Model", "Method", "Seeds", *titles, "Average"], lines)
 
@@ -171,12 +181,12 @@ def _in_domain_average(runs: MethodRuns, datasets: list[str]) -> Entry:
     return average([runs.in_domain(name) for name in datasets])
 
 
-def _evaluation_options(runs: MethodRuns) -> list[str]:
+def _evaluation_options(runs: MethodRuns, without: Iterable[str] = ()) -> list[str]:
     """Return the options of evaluation, as `k=4`, less those that the columns of table 3 show.
 
     How a model is read is none of them.
     """
-    left_out = ("test_type", "calibration", "stream")
+    left_out = {"test_type", *SAID_BY_METHOD, *without}
     return [
         f"{name}={value}"
         for name, value in runs.options.items()
