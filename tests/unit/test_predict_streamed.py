@@ -9,6 +9,7 @@ import torch
 from abft_fast import data
 from abft_fast.commands import predict
 from abft_fast.commands.streamed import predict as predict_streamed
+from abft_fast.commands.streamed import run as run_streamed
 from abft_fast.commands.streamed.predict import StreamedLabeller
 from abft_fast.core.packed_forward import PackedForward
 from abft_fast.errors import UserError
@@ -57,6 +58,8 @@ def test_rows_with_an_adapter_the_bytes_read_and_another_base(
     folder, labellers, monkeypatch, capsys
 ):
     monkeypatch.setattr(predict, "_CHUNK", 5)
+    asked = []  # it would be for the whole process
+    monkeypatch.setattr(run_streamed, "give_back_at_once", lambda: bool(asked.append(1)))
     few_queries(9)
     model = loading.load("builtin", torch.device("cpu"), torch.float32)
     base = describe_base(model, "builtin")
@@ -68,6 +71,7 @@ def test_rows_with_an_adapter_the_bytes_read_and_another_base(
     given = {"adapter": "adapter", "input": "few.csv"}
     streamed = {**given, "stream": True, "stream_states": "disk"}
     assert_same(run(**streamed), run(**given))
+    assert asked == [1]
     assert "computed once in each of 2 readings; weights read: " in capsys.readouterr().err
     assert not list(folder.glob(".*"))
     weights = labellers[0]._streamed.weights

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from abft_fast.commands import adapter_origin
 from abft_fast.commands.predict import Labeller
-from abft_fast.commands.streamed.run import streamed_model
+from abft_fast.commands.streamed.run import spare_memory, streamed_model
 from abft_fast.core.packing import EncodedPrompt
 from abft_fast.core.shared_prefix import common_prefix
 from abft_fast.models.base_identity import base_of_adapter
@@ -35,6 +35,8 @@ class StreamedLabeller(Labeller):
         """Read no weights; each walk does."""
         for line in adapter_origin.differences(self.config):
             self.progress.say(line)
+        if self.config.stream_states == "disk":
+            spare_memory(self)
         self._streamed: StreamedModel | None = None
         self._walks, self._shared = 0, 0
 

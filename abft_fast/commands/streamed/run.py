@@ -19,7 +19,7 @@ from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter
 from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.runtime import processes
-from abft_fast.runtime.freed_memory import give_back_now
+from abft_fast.runtime.freed_memory import give_back_at_once, give_back_now
 from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.checkpoint import BLOCK, STEP, WalkCheckpoint, remove_saved_walk
 from abft_fast.streaming.model import StreamedModel
@@ -112,6 +112,15 @@ def streamed_model(session: ModelOnDevice) -> StreamedModel:
     )
 
 
+def spare_memory(session: ModelOnDevice) -> None:
+    """Let a walk whose hidden states are on disk hold on a CPU what its tensors take, no more."""
+    if session.accelerator.device.type == "cpu" and give_back_at_once():
+        session.progress.say(
+            "--stream-states disk: freed memory goes back to the system at once, which makes steps "
+            "slower"
+        )
+
+
 def _label_ids(tests: Sequence[EvaluationSet]) -> list[int]:
     return sorted({token for test in tests for token in test.label_ids})
 
@@ -175,6 +184,8 @@ class StreamedTraining:
             )
         else:
             states = run.checkpoints if config.stream_states == "disk" else None
+            if states is not None:
+                spare_memory(session)
             self._walk = Walk(self._streamed, stages, size, states, self._checkpoint)
         with processes.fail_together():
             self._walk.read_outside(_label_ids(tests))
