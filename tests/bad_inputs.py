@@ -226,7 +226,7 @@ OPTIONS = [
     option("analyze attention --k 0", "--k 0: there are no labels to attend to"),
     option("analyze restrict --adapter a --heads 3", "--heads 3: use LAYER.HEAD"),
     option("analyze restrict --adapter a --heads 3.1 --top 4", "--heads and --top both choose"),
-    option("analyze show --layers a", "--layers a: use numbers of layers"),
+    option("analyze show --layers a", "--layers a: use a layer, a range"),
     option("analyze show --prompt-index 5000 --device cpu",
            "--prompt-index 5000: the test has the prompts 0 to 1023"),
     option("analyze plane --a . --e . --grid 1:0:5", "--grid 1:0:5: use LOWEST:HIGHEST:COUNT"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from abft_fast.models import loading
-from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
+from abft_fast.models.base_identity import compare_adapter, describe_base
 from abft_fast.models.files import is_whole_model
 from abft_fast.models.merging import add_adapters
 from abft_fast.options import MergeConfig
@@ -36,7 +36,7 @@ def merge(config: MergeConfig, progress: Progress) -> None:
     for folder in folders:
         if is_whole_model(folder):
             continue  # its weights are compared one by one
-        notes += compare_bases(base_of_adapter(folder), base, f"adapter {folder}")
+        notes += compare_adapter(folder, base)
     for line in notes:
         progress.say(line)
     if getattr(model.config, "quantization_config", None) is not None:

@@ -15,7 +15,7 @@ from abft_fast.core.packing import EncodedPrompt
 from abft_fast.errors import UserError
 from abft_fast.memory.types import Arithmetic
 from abft_fast.models import loading
-from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
+from abft_fast.models.base_identity import compare_adapter, describe_base
 from abft_fast.models.device_map import over_all_gpus, refuse_offloaded
 from abft_fast.models.merging import add_adapters
 from abft_fast.models.preflight import check_attention, lines_on_attention
@@ -94,7 +94,7 @@ class ModelOnDevice:
             UserError: the adapter was trained on another base, or cannot be put on the model.
         """
         base = describe_base(self.model, self.config.model)
-        for line in compare_bases(base_of_adapter(folder), base, f"adapter {folder}"):
+        for line in compare_adapter(folder, base):
             self.progress.say(line)
         self.model = load_adapter(self.model, folder, self.progress.say)
 
@@ -113,7 +113,7 @@ class ModelOnDevice:
             )
         base = describe_base(self.model, self.config.model)
         for folder, _ in adapters:
-            for line in compare_bases(base_of_adapter(folder), base, f"adapter {folder}"):
+            for line in compare_adapter(folder, base):
                 self.progress.say(line)
         self.model = add_adapters(self.model, adapters, self.progress.say)
 

@@ -144,6 +144,11 @@ def compare_bases(trained_on: dict[str, Any], now: dict[str, Any], what: str) ->
     return [f"{what} names {known} as its base: make sure that {model} is the same model"]
 
 
+def compare_adapter(folder: Path, base: dict[str, Any]) -> list[str]:
+    """Refuse an adapter of another base; return lines as `compare_bases` does."""
+    return compare_bases(base_of_adapter(folder), base, f"adapter {folder}")
+
+
 def sample(weight: Tensor) -> str:
     """Return numbers from all over a weight, with 4 digits."""
     flat, count = weight.detach().flatten(), weight.numel()

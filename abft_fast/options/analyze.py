@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from abft_fast.options.base import name_or_count
+from abft_fast.options.base import Layers, layer_numbers, name_or_count
 from abft_fast.options.evaluate import DrawnPromptOptions
 from abft_fast.options.model import PlacementOptions
 
@@ -112,15 +112,6 @@ class AttentionConfig(ComparedOnPromptsOptions):
         return self
 
 
-def _layers(value: Any) -> Any:
-    if value is None:
-        return None
-    parts = str(value).split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise ValueError("use numbers of layers, counted from 0, such as 3,7")
-    return ",".join(str(int(part)) for part in parts)
-
-
 class ShowConfig(ComparedOptions, ReadPromptOptions):
     """Options of `abft-fast analyze show`."""
 
@@ -130,10 +121,11 @@ class ShowConfig(ComparedOptions, ReadPromptOptions):
     text: str | None = Field(
         None, description="A prompt of your own, in place of one of the dataset's."
     )
-    layers: Annotated[str | None, BeforeValidator(_layers)] = Field(
+    layers: Layers = Field(
         None,
-        description="Layers to show, separated by commas, counted from 0. Unset: the two whose "
-        "heads attend most to labels; with --text, which has no labels, the last two.",
+        description="Layers to show, counted from 0: a layer, a range such as 10-20, or several by "
+        "commas. Unset: the two whose heads attend most to labels; with --text, which has no "
+        "labels, the last two.",
     )
     also: list[Path] = Field(
         [], description="Further adapter of the same base to show. May be repeated."
@@ -146,8 +138,8 @@ class ShowConfig(ComparedOptions, ReadPromptOptions):
 
     @property
     def chosen_layers(self) -> list[int]:
-        """Return the layers that `--layers` names, each once."""
-        return [int(part) for part in dict.fromkeys((self.layers or "").split(",")) if part]
+        """Return the layers that `--layers` names, in its order; none if it is unset."""
+        return [] if self.layers is None else layer_numbers(self.layers)
 
 
 class ShiftConfig(ComparedOptions):

@@ -7,9 +7,9 @@ import re
 import shlex
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -69,6 +69,38 @@ def name_or_count(value: Any, names: tuple[str, ...], allowed: str) -> str | int
     if not isinstance(value, bool) and str(value).isdecimal() and int(value) >= 1:
         return int(value)
     raise ValueError(f"use {allowed}")
+
+
+def layer_numbers(text: str) -> list[int]:
+    """Return the numbers that a text such as `10-20,3` names, each once, in its order.
+
+    Raises:
+        ValueError: the text names none.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (each.strip() for each in part.partition("-"))
+        if not dash:
+            last = first
+        is_range = first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10_000
+        if not is_range:
+            raise ValueError("use a layer, a range such as 10-20, or several by commas")
+        layers += range(int(first), int(last) + 1)
+    return list(dict.fromkeys(layers))
+
+
+def _layers(value: Any) -> str | None:
+    if value is None:
+        return None
+    layer_numbers(str(value))
+    return str(value)
+
+
+Layers = Annotated[str | None, BeforeValidator(_layers)]
+"""Layers as `layer_numbers` reads them."""
+
+Metric = Literal["accuracy", "macro_f1", "true_label_likelihood", "expected_calibration_error"]
+"""Metrics that tables and figures of the paper show."""
 
 
 class CommandOptions(BaseModel):

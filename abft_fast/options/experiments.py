@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from abft_fast.options.base import POSITIONAL, CommandOptions, flag
+from abft_fast.options.base import POSITIONAL, CommandOptions, Metric, flag
 
 
 class SweepConfig(CommandOptions):
@@ -72,9 +72,7 @@ class TableConfig(CommandOptions):
         "domain. 3: consistency. 4: settings. labels, which is not the paper's: accuracy when "
         "label words change, by --test-type LabelFollowing.",
     )
-    metric: Literal[
-        "accuracy", "macro_f1", "true_label_likelihood", "expected_calibration_error"
-    ] = Field("accuracy", description="Metric to show in layouts 1, 2 and 4.")
+    metric: Metric = Field("accuracy", description="Metric to show in layouts 1, 2 and 4.")
     format: Literal["markdown", "latex"] = Field("markdown", description="Format of the table.")
     output: Path | None = Field(None, description="File to write. Unset: standard output.")
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from abft_fast.options.base import POSITIONAL, CommandOptions
+from abft_fast.options.base import POSITIONAL, CommandOptions, Metric
 
 
 class ReportConfig(CommandOptions):
@@ -35,9 +35,7 @@ class FigureConfig(CommandOptions):
         json_schema_extra=POSITIONAL,
         min_length=1,
     )
-    metric: Literal[
-        "accuracy", "macro_f1", "true_label_likelihood", "expected_calibration_error"
-    ] = Field("accuracy", description="Metric of figures that show scores.")
+    metric: Metric = Field("accuracy", description="Metric of figures that show scores.")
     output_dir: Path = Field(
         Path("analysis"), description="Folder for the CSV and the SVG, both by the figure's name."
     )

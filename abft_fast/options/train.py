@@ -11,7 +11,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from abft_fast.builtin import BUILTIN_LEARNING_RATES
 from abft_fast.data.tables import place_to_save
-from abft_fast.options.base import flag, name_or_count
+from abft_fast.options.base import Layers, flag, layer_numbers, name_or_count
 from abft_fast.options.methods import METHODS, Trainable
 from abft_fast.options.training_data import TrainingDataOptions, spelled_method
 from abft_fast.options.without_effect import TRAINING, Rule
@@ -69,24 +69,6 @@ def default_adaptation(given: Mapping[str, Any]) -> dict[str, Any]:
     if "adaptation" in given or method is None or not (method.uses_penalty and has_no_control):
         return {}
     return {"adaptation": "none"}
-
-
-def _indices(text: str) -> list[int]:
-    """Return the numbers that a text such as `3,10-20` names, in order.
-
-    Raises:
-        ValueError: the text names none.
-    """
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = (each.strip() for each in part.partition("-"))
-        if not dash:
-            last = first
-        is_range = first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10_000
-        if not is_range:
-            raise ValueError("use a layer, a range such as 10-20, or several by commas")
-        layers.update(range(int(first), int(last) + 1))
-    return sorted(layers)
 
 
 def _is_zero(value: Any) -> bool:
@@ -152,7 +134,7 @@ class TrainConfig(TrainingDataOptions):
         "in float32. model: every weight, in float32. Unset: full for ABFT and E2E, lora if the "
         "model is quantized or built in or --lora-r is given, model for MetaICL and PICL.",
     )
-    layers: str | None = Field(
+    layers: Layers = Field(
         None,
         description="Layers whose W_Q and W_K are trained, counted from 0: a layer, a range such "
         "as 10-20, or several by commas. The loss is still that of all layers. Unset: all. Plans "
@@ -274,13 +256,6 @@ class TrainConfig(TrainingDataOptions):
     def _check_gradient(cls, value: Any) -> str | int:
         return name_or_count(value, ("full", "local"), "full, local or a number of layers from 1")
 
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _check_layers(cls, value: Any) -> Any:
-        if value is not None:
-            _indices(str(value))
-        return None if value is None else str(value)
-
     @field_validator("adaptation", mode="before")
     @classmethod
     def _check_adaptation(cls, value: Any) -> Any:
@@ -366,7 +341,7 @@ class TrainConfig(TrainingDataOptions):
     @property
     def layer_indices(self) -> list[int] | None:
         """Return the layers that are trained, in order; None for all."""
-        return None if self.layers is None else _indices(self.layers)
+        return None if self.layers is None else sorted(layer_numbers(self.layers))
 
     @property
     def proportional_factor(self) -> float:

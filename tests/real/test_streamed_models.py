@@ -38,7 +38,7 @@ def test_the_adapter_is_that_of_the_whole_model(gemma, tmp_path):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         peaks.append(max(row["peak_memory_bytes"] for row in rows))
     assert adapters[0] == adapters[1]
-    assert peaks[1] < 0.6 * peaks[0]
+    assert peaks[1] < 0.6 * peaks[0] and peaks[1] < 0.8e9
 
 
 def test_bytes_read_from_a_gguf_file(gemma):

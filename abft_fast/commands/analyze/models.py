@@ -21,7 +21,7 @@ from abft_fast.evaluation.call import Call
 from abft_fast.evaluation.entity_tracking import EntityTracking
 from abft_fast.evaluation.staicc_tests import StaiccTest
 from abft_fast.models import loading
-from abft_fast.models.base_identity import base_of_adapter, compare_bases, describe_base
+from abft_fast.models.base_identity import compare_adapter, describe_base
 from abft_fast.models.files import refuse_biases
 from abft_fast.models.merging import changes_of, untie
 from abft_fast.options import (
@@ -57,7 +57,7 @@ class MovableModel(ModelOnDevice):
             UserError: the adapter has another base, or PEFT cannot put it into weights.
         """
         base = describe_base(self.model, self.config.model)
-        for line in compare_bases(base_of_adapter(folder), base, f"adapter {folder}"):
+        for line in compare_adapter(folder, base):
             self.progress.say(line)
         self.model, changes = changes_of(self.model, [(folder, 1.0)], lambda line: None)
         untie(self.model)
