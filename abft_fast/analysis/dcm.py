@@ -3,8 +3,8 @@
 A mask over heads says how much of each head's output at the last row is the source's. It is learnt
 by gradient descent on -log p(target) + cost * (sum of the mask), from a mask of zeros. p is over
 the label words.
-Source: Prakash et al. 2024, "Fine-tuning enhances existing mechanisms", section 5. The paper has
-the target's logit in place of log p; heads that raise all labels alike raise it, too.
+Source: Prakash et al. 2024, "Fine-tuning enhances existing mechanisms", section 5. The paper uses
+the target's logit, which also rewards heads that raise the logits of all labels alike.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 This module imports neither torch nor transformers at its top, so a mistake is answered in about a
 second. `cli.app` calls a check of this module first and imports the command's own module after it.
-All other modules of this package import what they need at their top.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`abft-fast doctor`: is everything here that a run needs, and what would be used."""
+"""Check what a run needs here, and say what it would use."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def diagnose() -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _several(gpus: int) -> str:
-    """Who would use how many GPUs."""
+    """Return how many GPUs each way to start a run uses."""
     return (
         f"a run by itself uses 1, with --device-map auto all {gpus} for one model, "
         f"under `torchrun --nproc_per_node {gpus}` one a process"

@@ -169,7 +169,7 @@ def as_details(
 
 
 def as_kept(by_test: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return what files keep of tests; see `options.data.of_one_test`, which reads it."""
+    """Return the only test's entry, or the entries by test; `options.data.of_one_test` reads it."""
     return dict(by_test) if len(by_test) > 1 else next(iter(by_test.values()))
 
 

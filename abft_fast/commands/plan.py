@@ -72,7 +72,8 @@ def plan(config: PlanConfig, progress: Progress) -> tuple[Plan, list[str]]:
 def shape_of(config: PlanConfig) -> tuple[PreTrainedConfig, bool, PlanConfig]:
     """Return a model's config, whether it is of a known shape instead of files, and the options.
 
-    With a known shape a label word may have several tokens, as another tokenizer stands for its.
+    A known shape has no tokenizer. The built-in model's stands in, and under it a label word may be
+    several tokens.
     """
     model = config.model
     known = None if Path(model).is_dir() else known_shape(model.removeprefix(SYNTHETIC))

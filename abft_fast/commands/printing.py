@@ -62,7 +62,7 @@ def print_evaluation(test_type: str, metrics: dict[str, dict], attention: dict[s
 def _rows_of_tests(
     test_type: str, metrics: dict[str, dict], attention: dict[str, dict]
 ) -> dict[str, str]:
-    """Return titles and values of all figures; where there are several tests, a title names its."""
+    """Return titles and values of all figures; with several tests, a title begins with its test."""
     rows: dict[str, str] = {}
     tests = listed_tests(test_type)
     for test in tests:

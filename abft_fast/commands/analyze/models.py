@@ -39,7 +39,7 @@ class MovableModel(ModelOnDevice):
     """Load a base whose weights are moved, and what trained models add to them."""
 
     def load_movable(self) -> None:
-        """Read the base as training does, and keep it in float32, where nothing moved is rounded.
+        """Read the base in training's dtype, then make it float32: adding a change rounds nothing.
 
         Adapters were trained on the rounded values of a quantized base, or of one in bfloat16.
         """
@@ -180,7 +180,7 @@ class PlaneSession(DrawnPrompts, MovableModel):
 
 
 def draw_queries(queries: Sequence[Hashable], count: int) -> list[int]:
-    """Return the places of prompts of different queries, drawn at random, ascending.
+    """Return the indices, ascending, of prompts drawn at random, no two of the same query.
 
     StaICC's tests ask each query twice. The two answers are not independent, and heads must not be
     judged by a query that ranked them.

@@ -109,7 +109,7 @@ def heatmap(
         values: (layers, Hq).
         title: what is shown, with its unit.
         center: draw 0 in the neutral middle of a diverging scale.
-        limit: largest size of the scale; None for that of the values.
+        limit: largest absolute value of the scale; None for that of the values.
     """
     if center:
         most = limit or float(np.nanmax(np.abs(values), initial=0)) or 1.0

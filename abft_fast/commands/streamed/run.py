@@ -211,7 +211,7 @@ class StreamedTraining:
         session.accelerator.end_training()
 
     def _say_how(self) -> None:
-        """Say what is other than in a run that is not streamed.
+        """Say how this run differs from one that is not streamed.
 
         Raises:
             UserError: not every process sees the run's folder, where its blocks are written.
