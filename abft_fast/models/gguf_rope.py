@@ -29,8 +29,8 @@ def rope_parameters(
 ) -> dict[str, Any] | None:
     """Return a model's `rope_parameters` with the scaling of its file; None where it has none.
 
-    Linear scaling (Gemma 3) and that of Llama 3 can be told. llama.cpp keeps the latter only as
-    factors of frequencies: its numbers are those of Llama 3's releases, if they give these factors.
+    Linear scaling (Gemma 3) and Llama 3's are read. llama.cpp keeps Llama 3's only as factors of
+    frequencies, so the numbers of its releases are taken if they give these factors.
 
     Args:
         reader: the file.
@@ -44,7 +44,7 @@ def rope_parameters(
     if known is None or any(
         each.get("rope_type", "default") != "default" for each in _by_layer_type(known)
     ):
-        return None  # no RoPE, or transformers has found or knows the scaling
+        return None  # no RoPE, or a scaling that transformers has read or that its class has
     factors = [tensor for tensor in reader.tensors if tensor.name.startswith("rope_f")]
     kind = _field(reader, f"{architecture}.rope.scaling.type", "none")
     factor = _field(reader, f"{architecture}.rope.scaling.factor")
@@ -61,7 +61,7 @@ def rope_parameters(
         own.update(rope_type="llama3", factor=expected.max().item(), **_OF_LLAMA_3)
         if not _gives(config, scaled, expected):
             raise ValueError(f"the factors of RoPE in {FACTORS} are none of Llama 3's")
-    elif kind == "linear":
+    elif kind == "linear" and factor:
         own.update(rope_type="linear", factor=float(factor))
     elif kind != "none":
         raise ValueError(f"RoPE is scaled by {kind}")
