@@ -51,6 +51,7 @@ def test_rows_are_cells_of_the_sweeps():
     }
     files = (
         "real_study", "real_streamed", "real_out_of_domain", "real_sensitivity", "real_rates",
+        "real_others",
     )  # fmt: skip
     rows = [row for file in files for row in rows_of(file)]
     assert {(row.get("mixed_precision", "no"), row["cell"]) for row in rows} <= cells
