@@ -68,7 +68,7 @@ def _of_all_datasets(
         for name in config.training_dataset_names
     ]
     for each in loaded:
-        if not each.training:
+        if each is not dataset and not each.training:
             raise UserError(
                 f"{each.name}: all of its texts to train on are also tested: name another dataset"
             )

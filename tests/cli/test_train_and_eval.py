@@ -53,7 +53,7 @@ def test_the_run_folder(run):
     }  # fmt: skip
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert (
-        page.count("<svg") == 5 and f"{100 * evaluation['after']['trec']['accuracy']:.1f} %" in page
+        page.count("<svg") == 6 and f"{100 * evaluation['after']['trec']['accuracy']:.1f} %" in page
     )
 
 
