@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from abft_fast.options import DrawnPromptOptions, Options, PlacementOptions, dat
 from abft_fast.prompts import EncodedPrompts, PromptEncoder, for_tokenizer
 from abft_fast.runtime import processes
 from abft_fast.runtime.environment import multiplies_bfloat16, uses_cpu
-from abft_fast.runtime.freed_memory import give_back_now
+from abft_fast.runtime.freed_memory import collect_and_give_back
 from abft_fast.runtime.progress import Progress
 from abft_fast.runtime.token_budget import tokens_at_once
 
@@ -145,8 +144,7 @@ class PromptSession(ModelOnDevice):
     def forget_encoder(self) -> None:
         """Free the encoder with its tokenizer, once all prompts are encoded."""
         del self.encoder
-        gc.collect()
-        give_back_now()
+        collect_and_give_back()
 
     def show_data(self, *parts: Sequence[EncodedPrompt]) -> None:
         """Print what the user's own data are, with the lengths of the prompts made of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _SMALLEST = 2**20  # bytes of a block that has pages of its own
@@ -30,6 +31,12 @@ def give_back_at_once() -> bool:
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _SMALLEST))
     except (AttributeError, OSError, TypeError):  # no glibc
         return False
+
+
+def collect_and_give_back() -> None:
+    """Free what only cycles of references hold, as of models, and give it back to the system."""
+    gc.collect()
+    give_back_now()
 
 
 def give_back_now() -> None:

@@ -22,7 +22,7 @@ from abft_fast.errors import UserError
 from abft_fast.options import ShowConfig
 from abft_fast.prompts.template import BoxTemplate
 from abft_fast.prompts.text_tokens import TextTokens
-from abft_fast.runtime.freed_memory import give_back_now
+from abft_fast.runtime.freed_memory import collect_and_give_back
 from abft_fast.runtime.progress import Progress
 
 _TEMPLATE = Path(__file__).with_name("show.html.jinja")
@@ -131,7 +131,7 @@ def _rows_by_model(session: ShowSession) -> tuple[dict[str, NDArray], list[int]]
     rows = _rows_of_pair(session)
     for folder in session.config.also:
         del session.model
-        give_back_now()
+        collect_and_give_back()
         session.load()
         session.load_adapter(folder)
         rows[str(folder)] = _attention(session, session.model)

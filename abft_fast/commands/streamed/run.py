@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 
 from accelerate.utils import set_seed
@@ -19,7 +18,7 @@ from abft_fast.models import loading
 from abft_fast.models.base_identity import base_of_adapter
 from abft_fast.options import EvalConfig, TrainConfig
 from abft_fast.runtime import processes
-from abft_fast.runtime.freed_memory import give_back_at_once, give_back_now
+from abft_fast.runtime.freed_memory import collect_and_give_back, give_back_at_once
 from abft_fast.runtime.progress import Progress
 from abft_fast.streaming.checkpoint import BLOCK, STEP, WalkCheckpoint, remove_saved_walk
 from abft_fast.streaming.model import StreamedModel
@@ -49,8 +48,7 @@ def train_streamed(config: TrainConfig, run: RunFolder, progress: Progress) -> N
         processes.run_on_main(remove_saved_walk, run.checkpoints)  # it may have ended before that
     else:
         StreamedTraining(session, run, prompts, tests, pipeline_size).run()
-    gc.collect()
-    give_back_now()  # a report's pictures need memory, too
+    collect_and_give_back()  # a report's pictures need memory, too
 
 
 def evaluate_streamed(
